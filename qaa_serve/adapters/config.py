@@ -1,0 +1,90 @@
+"""adapter_config.json of a QAA adapter."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
+
+QAA_FORMAT = 1
+
+#: Keys that PEFT's PeftConfig writes into every adapter_config.json; they say nothing about a QAA adapter.
+_PEFT_KEYS = {"auto_mapping", "inference_mode", "peft_version", "revision", "exclude_modules"}
+
+
+class AdapterConfig(BaseModel):
+    """The fields of adapter_config.json, checked. DESIGN: y <- W x + b + scale * B z."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    peft_type: Literal["QAA"] = "QAA"
+    qaa_format: Literal[1] = QAA_FORMAT
+    task_type: str | None = "CAUSAL_LM"
+    base_model_name_or_path: str = Field(min_length=1)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+    ansatz: str = ANSATZ_NAMES[0]
+    layers: int = Field(default=2, ge=1, le=64)
+    alpha: float = Field(default=16.0, allow_inf_nan=False)
+    heads: int = Field(default=1, ge=1, le=64)
+
+    @field_validator("ansatz")
+    @classmethod
+    def _known_ansatz(cls, name: str) -> str:
+        if name not in ANSATZ_NAMES:
+            raise ValueError(f"known are: {', '.join(ANSATZ_NAMES)}")
+        return name
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _sorted_names(cls, names: Any) -> Any:
+        if isinstance(names, (list, tuple, set)) and all(isinstance(name, str) and name for name in names):
+            return tuple(sorted(set(names)))
+        raise ValueError('a list of module names is needed, such as ["q_proj", "v_proj"]')
+
+    def circuit(self, qubits: int) -> Ansatz:
+        """The circuit's form for a layer input that is embedded in ``qubits`` qubits."""
+        return Ansatz(self.ansatz, qubits, self.layers)
+
+    def scale(self, qubits: int) -> float:
+        """Factor on B z: alpha * 2**(n/2) / (heads * n).
+
+        The spread of z falls with the number of qubits n like 2**(-n/2); the factor keeps the update's size
+        comparable over widths.
+        """
+        return float(self.alpha * 2 ** (qubits / 2) / (self.heads * qubits))
+
+    def rank(self, qubits: int) -> int:
+        """Number of columns of B: what the rank is to a LoRA adapter."""
+        return self.heads * qubits
+
+    @classmethod
+    def parse(cls, raw: object) -> AdapterConfig:
+        """Check the parsed JSON of an adapter_config.json.
+
+        Raises:
+            AdapterError: names every field that is wrong, with what was found.
+        """
+        if not isinstance(raw, dict):
+            raise AdapterError(f"adapter_config.json holds a JSON {type(raw).__name__}, not an object")
+        fmt = raw.get("qaa_format")
+        if raw.get("peft_type") == "QAA" and fmt != QAA_FORMAT:
+            raise AdapterError(
+                f"adapter_config.json has qaa_format {fmt!r}; this version reads qaa_format {QAA_FORMAT}. "
+                "Save the adapter again with a matching qaa-serve, or update qaa-serve"
+            )
+        try:
+            return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS})
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}, "
+                f"found {str(item['input'])[:80]!r}"
+                for item in error.errors()
+            )
+            raise AdapterError(f"adapter_config.json is not valid: {problems}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The object to write to adapter_config.json."""
+        return self.model_dump(mode="json")

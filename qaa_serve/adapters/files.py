@@ -1,0 +1,317 @@
+"""A QAA adapter on disk: a directory with adapter_config.json and adapter_model.safetensors.
+
+Nothing here needs an engine, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+
+from qaa_serve.adapters.base import LinearWidths
+from qaa_serve.adapters.config import AdapterConfig
+from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.circuits import qubits_for
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_MAX_CONFIG_BYTES = 1 << 20
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>theta|weight)")
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_UNADAPTABLE = re.compile(
+    r"(^|\.)(lm_head|embed_out|embed_tokens|embed_positions|word_embeddings|wte|wpe|experts)(\.|$)"
+)
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """One adapted linear layer.
+
+    Attributes:
+        theta: (heads, rows, n) float32 angles.
+        weight: (d_out, heads * n), B of the formula.
+    """
+
+    theta: torch.Tensor
+    weight: torch.Tensor
+
+    @property
+    def qubits(self) -> int:
+        return self.theta.shape[-1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A validated adapter: its config, its layers by module name, and the digest of its two files."""
+
+    config: AdapterConfig
+    modules: Mapping[str, ModuleWeights]
+    digest: str
+
+    @property
+    def rank(self) -> int:
+        """The largest rank (heads * n) over the layers; the server's max rank must not be below it."""
+        return max(module.weight.shape[1] for module in self.modules.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(m.theta.nbytes + m.weight.nbytes for m in self.modules.values())
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed adapter_config.json of any PEFT adapter directory, QAA or not.
+
+    Raises:
+        AdapterError: if it is missing, unreadable, too large, not JSON or no object.
+    """
+    raw = _read(directory, CONFIG_FILE, limit=_MAX_CONFIG_BYTES)
+    return _parse_config(raw)
+
+
+def digest_of(directory: Path) -> str:
+    """SHA-256, in hex, that identifies an adapter by its content.
+
+    Taken over the SHA-256 of adapter_config.json followed by that of adapter_model.safetensors.
+
+    Raises:
+        AdapterError: if a file is missing or leaves the directory.
+    """
+    parts = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with _locate(directory, name).open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").digest())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def load_adapter(directory: str | Path, base: LinearWidths | None = None) -> Adapter:
+    """Read and validate a QAA adapter.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        base: the base model's linear layers (``linear_widths``); None checks all but the fit to a base.
+
+    Raises:
+        AdapterError: for anything that is wrong with it.
+    """
+    directory = Path(directory)
+    config_bytes = _read(directory, CONFIG_FILE, limit=_MAX_CONFIG_BYTES)
+    config = AdapterConfig.parse(_parse_config(config_bytes))
+    weight_bytes = _read(directory, WEIGHTS_FILE)
+    try:
+        tensors = load_safetensors(weight_bytes)
+    except SafetensorError as error:
+        if weight_bytes[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}") from error
+        raise AdapterError(f"{WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
+    digest = hashlib.sha256(
+        hashlib.sha256(config_bytes).digest() + hashlib.sha256(weight_bytes).digest()
+    ).hexdigest()
+    modules = _modules(config, tensors)
+    if base is not None:
+        check_fit(config, modules, base)
+    return Adapter(config, modules, digest)
+
+
+def save_adapter(
+    directory: str | Path,
+    config: AdapterConfig,
+    modules: Mapping[str, ModuleWeights],
+    *,
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter: beside its place first, then by one rename, so that nobody sees half of it.
+
+    Args:
+        directory: where; must not exist, or be empty, unless ``overwrite``.
+        config: what adapter_config.json is to say.
+        modules: module name -> weights.
+        extra_files: further text files (name -> text), such as a model card.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        AdapterError: if the weights do not fit the config.
+        FileExistsError: if there is something already.
+    """
+    tensors = {}
+    for name, module in modules.items():
+        theta = module.theta if config.heads > 1 else module.theta.reshape(module.theta.shape[-2:])
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.qaa_theta"] = theta.detach().float().cpu().contiguous()
+        tensors[f"{prefix}.qaa_weight"] = module.weight.detach().cpu().contiguous()
+    _modules(config, tensors)
+    directory = Path(directory)
+    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists; choose another output or allow overwriting")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        staging.chmod(0o755)
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        texts = {CONFIG_FILE: json.dumps(config.to_json(), indent=2) + "\n", **(extra_files or {})}
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        if directory.exists():
+            old = staging.with_name(staging.name + ".old")
+            directory.rename(old)
+            staging.rename(directory)
+            shutil.rmtree(old)
+        else:
+            staging.rename(directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def resolve_base(directory: Path, name_or_path: str) -> str:
+    """The base model an adapter names: a path relative to the adapter's directory if there is one, else as is."""
+    relative = directory / name_or_path
+    return str(relative.resolve()) if relative.is_dir() else name_or_path
+
+
+def matches(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT's rule takes a module: its whole name, or its end after a dot, is among the targets."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+_RESAVE = "save the adapter as safetensors and try again"
+
+
+def _locate(directory: Path, name: str) -> Path:
+    """The real path of one of the two files; links must stay inside the directory."""
+    if not directory.is_dir():
+        raise AdapterError(f"{directory} is not a directory")
+    path = directory / name
+    if not path.is_file():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+        if name == WEIGHTS_FILE and pickles:
+            raise AdapterError(
+                f"{WEIGHTS_FILE} is missing and {pickles[0]} is a pickle, which is never read: {_RESAVE}"
+            )
+        kind = "no regular file" if os.path.lexists(path) else "missing"
+        raise AdapterError(f"{name} is {kind}; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    real = path.resolve()
+    if not real.is_relative_to(directory.resolve()):
+        raise AdapterError(f"{name} is a link that leaves the adapter's directory: copy the file into it")
+    return real
+
+
+def _read(directory: Path, name: str, limit: int | None = None) -> bytes:
+    path = _locate(directory, name)
+    try:
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            raise AdapterError(f"{name} has {size:,} bytes; at most {limit:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _parse_config(raw: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{CONFIG_FILE} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{CONFIG_FILE} holds a JSON {type(config).__name__}, not an object")
+    return config
+
+
+def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleWeights]:
+    """Check names, dtypes, shapes and values; needs no base."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise AdapterError(
+                f"tensor {name!r} does not belong in a QAA adapter; names are "
+                "base_model.model.<module>.qaa_theta and .qaa_weight"
+            )
+        pairs.setdefault(match["module"], {})[match["kind"]] = tensor
+    for target in config.target_modules:
+        if not any(matches(module, (target,)) for module in pairs):
+            raise AdapterError(f"target module {target!r} has no tensors in {WEIGHTS_FILE}")
+    modules = {}
+    for module, pair in pairs.items():
+        if not matches(module, config.target_modules):
+            raise AdapterError(
+                f"{WEIGHTS_FILE} adapts {module!r}, which is not among the target_modules "
+                f"{list(config.target_modules)}"
+            )
+        if _UNADAPTABLE.search(module):
+            raise AdapterError(
+                f"{module!r} cannot be adapted: embeddings, output heads and MoE experts are not supported"
+            )
+        for kind in ("theta", "weight"):
+            if kind not in pair:
+                raise AdapterError(f"tensor base_model.model.{module}.qaa_{kind} is missing")
+        modules[module] = _module(config, module, pair["theta"], pair["weight"])
+    return modules
+
+
+def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: torch.Tensor) -> ModuleWeights:
+    if theta.dtype != torch.float32:
+        raise AdapterError(f"{module}.qaa_theta has dtype {theta.dtype}; torch.float32 is needed")
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise AdapterError(f"{module}.qaa_weight has dtype {weight.dtype}; one of {_WEIGHT_DTYPES} is needed")
+    qubits = theta.shape[-1] if theta.ndim else 0
+    try:
+        shape = config.circuit(qubits).theta_shape
+    except ValueError as error:
+        raise AdapterError(f"{module}.qaa_theta has shape {tuple(theta.shape)}: {error}") from error
+    expected = shape if config.heads == 1 else (config.heads, *shape)
+    if tuple(theta.shape) != expected:
+        raise AdapterError(
+            f"{module}.qaa_theta has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
+            f"{config.ansatz!r} with {config.layers} layers, {config.heads} heads and {qubits} qubits"
+        )
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != config.rank(qubits):
+        raise AdapterError(
+            f"{module}.qaa_weight has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed"
+        )
+    for kind, tensor in (("theta", theta), ("weight", weight)):
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise AdapterError(f"{module}.qaa_{kind} has {bad} values that are NaN or infinite")
+    return ModuleWeights(theta.reshape(config.heads, *shape), weight)
+
+
+def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base: LinearWidths) -> None:
+    """Check an adapter against a base model's linear layers.
+
+    Raises:
+        AdapterError: for modules the base lacks, other widths, or targeted layers without tensors.
+    """
+    for module, weights in modules.items():
+        if module not in base:
+            near = sorted({name.rpartition(".")[2] for name in base})
+            raise AdapterError(
+                f"the base model has no linear layer {module!r} (its layers end in {', '.join(near)}): "
+                f"the adapter was made for another base, {config.base_model_name_or_path!r}"
+            )
+        d_in, d_out = base[module]
+        if weights.qubits != qubits_for(d_in) or weights.weight.shape[0] != d_out:
+            raise AdapterError(
+                f"{module!r} is {d_in} -> {d_out} in the base model, which needs {qubits_for(d_in)} qubits and "
+                f"{d_out} rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: "
+                f"it was made for another base, {config.base_model_name_or_path!r}"
+            )
+    for module in base:
+        if matches(module, config.target_modules) and module not in modules:
+            raise AdapterError(f"tensors for {module!r} are missing, which target_modules names")

@@ -1,0 +1,121 @@
+"""The parameterised circuits: which gates act, in which order, on which angles.
+
+Wire 0 is the most significant bit of a basis state's index, as in PennyLane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+#: A state of more qubits than this no longer fits the backends' tables; 2**16 is wider than any layer in use.
+MAX_QUBITS = 16
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RY or RZ on every qubit; qubit ``k`` turns by ``theta[row, k]``."""
+
+    axis: Literal["Y", "Z"]
+    row: int
+
+
+@dataclass(frozen=True)
+class Cnots:
+    """CNOT gates, (control, target), acting from left to right."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+
+Gate: TypeAlias = Rotation | Cnots
+
+
+def qubits_for(width: int) -> int:
+    """Number of qubits whose amplitudes hold a vector of ``width`` numbers: ceil(log2(width)).
+
+    Raises:
+        ValueError: if ``width`` is below 2 (no qubit) or needs more than ``MAX_QUBITS``.
+    """
+    qubits = (width - 1).bit_length()
+    if not 1 <= qubits <= MAX_QUBITS:
+        raise ValueError(
+            f"a layer input of width {width} cannot be embedded: widths from 2 to {2**MAX_QUBITS} can"
+        )
+    return qubits
+
+
+@dataclass(frozen=True)
+class Ansatz:
+    """A circuit's form: its name, number of qubits and number of layers; the angles are kept apart.
+
+    Raises:
+        ValueError: for an unknown name, or sizes out of range.
+    """
+
+    name: str
+    qubits: int
+    layers: int
+
+    def __post_init__(self) -> None:
+        if self.name not in ANSATZ_NAMES:
+            raise ValueError(f"unknown ansatz {self.name!r}; known are: {', '.join(ANSATZ_NAMES)}")
+        if not 1 <= self.qubits <= MAX_QUBITS:
+            raise ValueError(f"an ansatz takes 1 to {MAX_QUBITS} qubits, not {self.qubits}")
+        if self.layers < 1:
+            raise ValueError(f"an ansatz takes at least one layer, not {self.layers}")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of theta, one for each layer of rotations."""
+        return sum(isinstance(gate, Rotation) for gate in self.gates())
+
+    @property
+    def theta_shape(self) -> tuple[int, int]:
+        """Shape of one circuit's angles: (rows, qubits)."""
+        return self.rows, self.qubits
+
+    def gates(self) -> Iterator[Gate]:
+        """The gates in the order in which they act; theta's rows are counted in that order."""
+        return _GATES[self.name](self.qubits, self.layers)
+
+
+def _ring(qubits: int, reach: int = 1) -> Iterator[Cnots]:
+    """CNOTs from each qubit k to k + reach, around the end; nothing to entangle on one qubit."""
+    if qubits > 1:
+        yield Cnots(tuple((k, (k + reach) % qubits) for k in range(qubits)))
+
+
+def _ry_ring(qubits: int, layers: int) -> Iterator[Gate]:
+    for layer in range(layers):
+        yield Rotation("Y", layer)
+        yield from _ring(qubits)
+
+
+def _ryrz_ring_ry(qubits: int, layers: int) -> Iterator[Gate]:
+    for layer in range(layers):
+        yield Rotation("Y", 2 * layer)
+        yield Rotation("Z", 2 * layer + 1)
+        yield from _ring(qubits)
+    # Without a closing RY the last RZ would only change phases, which Pauli-Z does not see.
+    yield Rotation("Y", 2 * layers)
+
+
+def _strongly_entangling(qubits: int, layers: int) -> Iterator[Gate]:
+    """PennyLane's StronglyEntanglingLayers: Rot(phi, theta, omega) on each qubit, then a ring whose reach
+    grows by one a layer (arXiv:1804.00633)."""
+    for layer in range(layers):
+        yield Rotation("Z", 3 * layer)
+        yield Rotation("Y", 3 * layer + 1)
+        yield Rotation("Z", 3 * layer + 2)
+        yield from _ring(qubits, reach=layer % max(qubits - 1, 1) + 1)
+
+
+_GATES = {
+    "ryrz_ring_ry": _ryrz_ring_ry,
+    "ry_ring": _ry_ring,
+    "strongly_entangling": _strongly_entangling,
+}
+
+#: The names an adapter's config may give; the first is the default.
+ANSATZ_NAMES = tuple(_GATES)

@@ -1,0 +1,227 @@
+"""Batched circuits in plain torch, on any device, differentiable: the backend of training and of CPU serving.
+
+Three identities turn a circuit of many small gates into a few large operations (``_schedule``):
+
+- The RY gates of half of the qubits are one real 2**(n/2) x 2**(n/2) matrix, their Kronecker product.
+- The RZ gates of a layer are one diagonal of phases; a CNOT ring permutes amplitudes. A diagonal moves
+  through a permutation, so that every stretch between two RY layers is one gather and one diagonal.
+- Pauli-Z sees neither phases nor where the amplitudes lie: what stands behind the last RY is a row order of
+  the table of signs.
+
+The state stays real up to the first diagonal and is then kept as real and imaginary part, since RY is real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import pad
+
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What lies between two RY layers: psi[j] <- phase[j] * psi[gather[j]], phase from rows of theta."""
+
+    gather: torch.Tensor | None  # (2**n,) int64; None: as it is
+    phases: tuple[tuple[int, torch.Tensor], ...]  # (row of theta, signs (2**n, n))
+    ry_row: int  # the RY layer that follows
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    stretches: tuple[_Stretch, ...]
+    readout: torch.Tensor  # (2**n, n) signs
+
+
+@lru_cache(maxsize=256)
+def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
+    n = ansatz.qubits
+    basis = torch.arange(2**n)
+    signs = 1.0 - 2.0 * ((basis[:, None] >> torch.arange(n - 1, -1, -1)) & 1)  # (2**n, n)
+    stretches: list[_Stretch] = []
+    gather, phases = basis, []
+    for gate in ansatz.gates():
+        if isinstance(gate, Cnots):
+            step = _gather_of(gate, basis, n)
+            gather = gather[step]
+            phases = [(row, table[step]) for row, table in phases]
+        elif gate.axis == "Z":
+            phases.append((gate.row, signs))
+        else:
+            moved = None if torch.equal(gather, basis) else gather.to(device)
+            tables = tuple((row, table.float().to(device)) for row, table in phases)
+            stretches.append(_Stretch(moved, tables, gate.row))
+            gather, phases = basis, []
+    readout = torch.empty_like(signs)
+    readout[gather] = signs
+    return _Schedule(tuple(stretches), readout.float().to(device))
+
+
+def _gather_of(gate: Cnots, basis: torch.Tensor, n: int) -> torch.Tensor:
+    """The index vector g with (CNOTs psi)[j] = psi[g[j]]: the gates undone on j, last first."""
+    source = basis
+    for control, target in reversed(gate.pairs):
+        source = source ^ (((source >> (n - 1 - control)) & 1) << (n - 1 - target))
+    return source
+
+
+@dataclass(frozen=True)
+class FusedCircuits:
+    """Matrices and phases of ``circuits`` circuits of one ansatz, made once from their angles.
+
+    Attributes:
+        ansatz: the form they share.
+        high: for each RY layer (circuits, 2**h, 2**h): wires 0..h-1, with h = n // 2.
+        low: for each RY layer (circuits, 2**(n-h), 2**(n-h)): the other wires.
+        phase: for each stretch with RZ gates (circuits, 2, 2**n): cosine and sine; else None.
+    """
+
+    ansatz: Ansatz
+    high: tuple[torch.Tensor, ...]
+    low: tuple[torch.Tensor, ...]
+    phase: tuple[torch.Tensor | None, ...]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, each with the circuits on its first axis, in a fixed order."""
+        return [t for t in (*self.high, *self.low, *self.phase) if t is not None]
+
+    def _map(self, function) -> FusedCircuits:  # type: ignore[no-untyped-def]
+        return FusedCircuits(
+            self.ansatz,
+            tuple(map(function, self.high)),
+            tuple(map(function, self.low)),
+            tuple(p if p is None else function(p) for p in self.phase),
+        )
+
+    def select(self, circuits: torch.Tensor) -> FusedCircuits:
+        """The circuits of those numbers (int64, 1-D), repeats allowed."""
+        return self._map(lambda t: t.index_select(0, circuits))
+
+    def empty(self, circuits: int) -> FusedCircuits:
+        """Uninitialised room for so many circuits of this form."""
+        return self._map(lambda t: t.new_empty(circuits, *t.shape[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())
+
+
+def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
+    """Build the fused form of circuits from their angles. Differentiable in theta.
+
+    Args:
+        theta: (circuits, rows, n), float32 or float64.
+        ansatz: the form they share.
+    """
+    schedule = _schedule(ansatz, theta.device)
+    half = ansatz.qubits // 2
+    high, low, phase = [], [], []
+    for stretch in schedule.stretches:
+        angle = theta[:, stretch.ry_row] / 2  # (circuits, n)
+        high.append(_kron_ry(angle[:, :half]))
+        low.append(_kron_ry(angle[:, half:]))
+        if stretch.phases:
+            # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)): the angle's sign is minus that of Pauli-Z.
+            total = sum(theta[:, row] @ table.to(theta.dtype).T for row, table in stretch.phases) / -2
+            phase.append(torch.stack([torch.cos(total), torch.sin(total)], dim=1))
+        else:
+            phase.append(None)
+    return FusedCircuits(ansatz, tuple(high), tuple(low), tuple(phase))
+
+
+def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
+    """Kronecker product of RY(2a) over the last axis: (circuits, m) -> (circuits, 2**m, 2**m)."""
+    c, s = torch.cos(half_angles), torch.sin(half_angles)
+    gates = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)  # (circuits, m, 2, 2)
+    product = half_angles.new_ones(len(half_angles), 1, 1)
+    for wire in range(half_angles.shape[1]):
+        size = 2 * product.shape[1]
+        product = torch.einsum("cij,ckl->cikjl", product, gates[:, wire]).reshape(-1, size, size)
+    return product
+
+
+def embed(x: torch.Tensor, qubits: int) -> torch.Tensor:
+    """Amplitude embedding: (tokens, width) -> (tokens, 2**qubits) of norm 1; a zero row stays zero.
+
+    Computed in float32, or float64 for a float64 x. Rows are divided by their largest magnitude first, so
+    that squares neither overflow nor vanish.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    peak = x.detach().abs().amax(dim=-1, keepdim=True)
+    nonzero = peak > 0
+    x = x / torch.where(nonzero, peak, 1)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return pad(x / torch.where(nonzero, norm, 1), (0, 2**qubits - x.shape[-1]))
+
+
+def run(psi: torch.Tensor, circuits: FusedCircuits) -> torch.Tensor:
+    """Run G circuits, each on T states of its own.
+
+    Args:
+        psi: (G or 1, T, 2**n) real states; one group is shared by all the circuits.
+        circuits: G circuits.
+
+    Returns:
+        (G, T, n) expectation values of Pauli-Z.
+    """
+    schedule = _schedule(circuits.ansatz, psi.device)
+    groups, tokens = circuits.low[0].shape[0], psi.shape[1]
+    dim = psi.shape[2]
+    parts = psi.unsqueeze(0)  # (1 or 2, G or 1, T, 2**n): real part, then imaginary part
+    for stretch, high, low, phase in zip(
+        schedule.stretches, circuits.high, circuits.low, circuits.phase, strict=True
+    ):
+        if stretch.gather is not None:
+            parts = parts.index_select(-1, stretch.gather)
+        if phase is not None:
+            parts = _multiply_phase(parts, phase)
+        block = parts.reshape(*parts.shape[:2], -1, low.shape[-1])  # rows: tokens x high wires
+        block = block @ low.transpose(1, 2)
+        if high.shape[-1] > 1:
+            block = block.reshape(*block.shape[:2], tokens, high.shape[-1], low.shape[-1])
+            block = high.unsqueeze(1) @ block
+        parts = block.reshape(-1, groups, tokens, dim)
+    return parts.square().sum(0) @ schedule.readout.to(psi.dtype)
+
+
+def _multiply_phase(parts: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+    c, s = phase[:, 0].unsqueeze(1), phase[:, 1].unsqueeze(1)  # (G, 1, 2**n)
+    if len(parts) == 1:
+        return torch.stack([parts[0] * c, parts[0] * s])
+    re, im = parts
+    return torch.stack([re * c - im * s, re * s + im * c])
+
+
+def expectation_values(
+    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pauli-Z expectation values of a batch of circuits; the same function as ``reference``.
+
+    Args:
+        x: (tokens, width), any real floating dtype; width at most 2**n.
+        theta: (circuits, rows, n).
+        ansatz: the form all the circuits share.
+        index: (tokens, readouts) int64, -1 for none; None: every circuit on every token.
+
+    Returns:
+        (tokens, readouts, n) in float32 (float64 if x is). Differentiable in x and theta.
+    """
+    psi = embed(x, ansatz.qubits)
+    fused = fuse(theta.to(psi.dtype), ansatz)
+    if index is None:
+        return run(psi.unsqueeze(0), fused).transpose(0, 1)
+    z = psi.new_zeros(*index.shape, ansatz.qubits)
+    used, counts = index[index >= 0].unique(return_counts=True)
+    if 2 * len(used) > int(counts.sum()):  # hardly two rows share a circuit: one batch, a circuit a row
+        token, readout = (index >= 0).nonzero(as_tuple=True)
+        rows = run(psi[token].unsqueeze(1), fused.select(index[token, readout]))
+        return z.index_put((token, readout), rows.squeeze(1))
+    for circuit in used:
+        token, readout = (index == circuit).nonzero(as_tuple=True)
+        rows = run(psi[token].unsqueeze(0), fused.select(circuit.unsqueeze(0)))
+        z = z.index_put((token, readout), rows.squeeze(0))
+    return z
