@@ -9,10 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qaa_serve.adapters.errors import AdapterError
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
 
-QAA_FORMAT = 1
+QAA_FORMAT: Literal[1] = 1
 
 #: Keys that PEFT's PeftConfig writes into every adapter_config.json; they say nothing about a QAA adapter.
 _PEFT_KEYS = {"auto_mapping", "inference_mode", "peft_version", "revision", "exclude_modules"}
+
+#: Far beyond any use; keeps ``scale`` finite in float32.
+_MAX_ALPHA = 1e6
 
 
 class AdapterConfig(BaseModel):
@@ -27,7 +30,7 @@ class AdapterConfig(BaseModel):
     target_modules: tuple[str, ...] = Field(min_length=1)
     ansatz: str = ANSATZ_NAMES[0]
     layers: int = Field(default=2, ge=1, le=64)
-    alpha: float = Field(default=16.0, allow_inf_nan=False)
+    alpha: float = Field(default=16.0, ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False)
     heads: int = Field(default=1, ge=1, le=64)
 
     @field_validator("ansatz")
@@ -69,18 +72,22 @@ class AdapterConfig(BaseModel):
         """
         if not isinstance(raw, dict):
             raise AdapterError(f"adapter_config.json holds a JSON {type(raw).__name__}, not an object")
-        fmt = raw.get("qaa_format")
-        if raw.get("peft_type") == "QAA" and fmt != QAA_FORMAT:
+        if raw.get("peft_type") != "QAA":
             raise AdapterError(
-                f"adapter_config.json has qaa_format {fmt!r}; this version reads qaa_format {QAA_FORMAT}. "
-                "Save the adapter again with a matching qaa-serve, or update qaa-serve"
+                f'adapter_config.json has peft_type {_shown(raw.get("peft_type"))}; a QAA adapter has "QAA"'
+            )
+        found = raw.get("qaa_format")
+        if type(found) is not int or found != QAA_FORMAT:  # True and 1.0 equal 1
+            raise AdapterError(
+                f"adapter_config.json has qaa_format {_shown(found)}; this version reads qaa_format "
+                f"{QAA_FORMAT}. Save the adapter again with a matching qaa-serve, or update qaa-serve"
             )
         try:
-            return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS})
+            return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS}, strict=True)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}, "
-                f"found {str(item['input'])[:80]!r}"
+                f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
+                + ("" if item["type"] == "missing" else f", found {_shown(item['input'])}")
                 for item in error.errors()
             )
             raise AdapterError(f"adapter_config.json is not valid: {problems}") from error
@@ -88,3 +95,9 @@ class AdapterConfig(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The object to write to adapter_config.json."""
         return self.model_dump(mode="json")
+
+
+def _shown(value: object) -> str:
+    """What was found, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,13 +11,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
@@ -52,6 +52,7 @@ class ModuleWeights:
 
     @property
     def qubits(self) -> int:
+        """Number of qubits n of its circuits."""
         return self.theta.shape[-1]
 
 
@@ -90,11 +91,11 @@ def digest_of(directory: Path) -> str:
     Taken over the SHA-256 of adapter_config.json followed by that of adapter_model.safetensors.
 
     Raises:
-        AdapterError: if a file is missing or leaves the directory.
+        AdapterError: if a file is missing, unreadable or leaves the directory.
     """
     parts = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with _locate(directory, name).open("rb") as file:
+        with _readable(name), _locate(directory, name).open("rb") as file:
             parts.append(hashlib.file_digest(file, "sha256").digest())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -115,10 +116,12 @@ def load_adapter(directory: str | Path, base: LinearWidths | None = None) -> Ada
     weight_bytes = _read(directory, WEIGHTS_FILE)
     try:
         tensors = load_safetensors(weight_bytes)
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, and whatever its conversion to torch stumbles over
         if weight_bytes[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}") from error
-        raise AdapterError(f"{WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
+        raise AdapterError(
+            f"{WEIGHTS_FILE} is damaged or no safetensors file: {error!s:.200}; copy or save it again"
+        ) from error
     digest = hashlib.sha256(
         hashlib.sha256(config_bytes).digest() + hashlib.sha256(weight_bytes).digest()
     ).hexdigest()
@@ -136,42 +139,62 @@ def save_adapter(
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter: beside its place first, then by one rename, so that nobody sees half of it.
+    """Write an adapter: beside its place first, then by a rename, so that nobody sees half of it.
 
     Args:
-        directory: where; must not exist, or be empty, unless ``overwrite``.
+        directory: where; must not exist, or be empty, unless ``overwrite``. A link is followed.
         config: what adapter_config.json is to say.
         modules: module name -> weights.
         extra_files: further text files (name -> text), such as a model card.
-        overwrite: replace a directory that is there.
+        overwrite: replace a directory that is there. It is moved aside and comes back if that fails; for a
+            moment between the two renames there is none.
 
     Raises:
         AdapterError: if the weights do not fit the config.
         FileExistsError: if there is something already.
+        ValueError: if an extra file's name is not a plain one, or is one of the adapter's own.
     """
+    texts = {CONFIG_FILE: json.dumps(config.to_json(), indent=2) + "\n"}
+    for name, text in (extra_files or {}).items():
+        if Path(name).name != name or name in ("", "..", CONFIG_FILE, WEIGHTS_FILE):
+            raise ValueError(
+                f"extra file {name!r}: a plain file name that is not the adapter's own is needed"
+            )
+        texts[name] = text
     tensors = {}
     for name, module in modules.items():
-        theta = module.theta if config.heads > 1 else module.theta.reshape(module.theta.shape[-2:])
+        if module.theta.ndim != 3 or len(module.theta) != config.heads:
+            raise AdapterError(
+                f"{name}: theta has shape {tuple(module.theta.shape)}; (heads, rows, n) with {config.heads} "
+                "heads is needed"
+            )
+        theta = module.theta if config.heads > 1 else module.theta[0]
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.qaa_theta"] = theta.detach().float().cpu().contiguous()
-        tensors[f"{prefix}.qaa_weight"] = module.weight.detach().cpu().contiguous()
+        # Copies: safetensors refuses tensors that share memory, as modules with equal weights may.
+        tensors[f"{prefix}.qaa_theta"] = _owned(theta.float())
+        tensors[f"{prefix}.qaa_weight"] = _owned(module.weight)
     _modules(config, tensors)
-    directory = Path(directory)
-    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is not a directory; choose another output")
+    if directory.exists() and not overwrite and any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists; choose another output or allow overwriting")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         staging.chmod(0o755)
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        texts = {CONFIG_FILE: json.dumps(config.to_json(), indent=2) + "\n", **(extra_files or {})}
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         if directory.exists():
             old = staging.with_name(staging.name + ".old")
             directory.rename(old)
-            staging.rename(directory)
-            shutil.rmtree(old)
+            try:
+                staging.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # the new one is in place; a leftover is no failure
         else:
             staging.rename(directory)
     except BaseException:
@@ -180,9 +203,9 @@ def save_adapter(
 
 
 def resolve_base(directory: Path, name_or_path: str) -> str:
-    """The base model an adapter names: a path relative to the adapter's directory if there is one, else as is."""
+    """The base model an adapter names: a path relative to the adapter's directory if it is one, or as is."""
     relative = directory / name_or_path
-    return str(relative.resolve()) if relative.is_dir() else name_or_path
+    return str(relative.resolve()) if os.path.isdir(relative) else name_or_path  # never raises, unlike is_dir
 
 
 def matches(module: str, targets: tuple[str, ...]) -> bool:
@@ -213,14 +236,27 @@ def _locate(directory: Path, name: str) -> Path:
 
 
 def _read(directory: Path, name: str, limit: int | None = None) -> bytes:
-    path = _locate(directory, name)
-    try:
+    with _readable(name):
+        path = _locate(directory, name)
         size = path.stat().st_size
         if limit is not None and size > limit:
             raise AdapterError(f"{name} has {size:,} bytes; at most {limit:,} are read")
         return path.read_bytes()
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
+        raise AdapterError(
+            f"{name} cannot be read: {error.strerror or error}; check its permissions"
+        ) from error
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _parse_config(raw: bytes) -> dict[str, Any]:
@@ -306,11 +342,15 @@ def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base:
                 f"the adapter was made for another base, {config.base_model_name_or_path!r}"
             )
         d_in, d_out = base[module]
-        if weights.qubits != qubits_for(d_in) or weights.weight.shape[0] != d_out:
+        try:
+            qubits = qubits_for(d_in)
+        except ValueError as error:
+            raise AdapterError(f"{module!r} of the base model cannot be adapted: {error}") from error
+        if weights.qubits != qubits or weights.weight.shape[0] != d_out:
             raise AdapterError(
-                f"{module!r} is {d_in} -> {d_out} in the base model, which needs {qubits_for(d_in)} qubits and "
-                f"{d_out} rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: "
-                f"it was made for another base, {config.base_model_name_or_path!r}"
+                f"{module!r} is {d_in} -> {d_out} in the base model, which needs {qubits} qubits and {d_out} "
+                f"rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was "
+                f"made for another base, {config.base_model_name_or_path!r}"
             )
     for module in base:
         if matches(module, config.target_modules) and module not in modules:

@@ -37,12 +37,11 @@ def qubits_for(width: int) -> int:
     Raises:
         ValueError: if ``width`` is below 2 (no qubit) or needs more than ``MAX_QUBITS``.
     """
-    qubits = (width - 1).bit_length()
-    if not 1 <= qubits <= MAX_QUBITS:
+    if not 2 <= width <= 2**MAX_QUBITS:
         raise ValueError(
             f"a layer input of width {width} cannot be embedded: widths from 2 to {2**MAX_QUBITS} can"
         )
-    return qubits
+    return (width - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ The state stays real up to the first diagonal and is then kept as real and imagi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch.nn.functional import pad
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+from qaa_serve.circuits.ansatz import Ansatz, Cnots
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
     basis = torch.arange(2**n)
     signs = 1.0 - 2.0 * ((basis[:, None] >> torch.arange(n - 1, -1, -1)) & 1)  # (2**n, n)
     stretches: list[_Stretch] = []
-    gather, phases = basis, []
+    gather = basis
+    phases: list[tuple[int, torch.Tensor]] = []
     for gate in ansatz.gates():
         if isinstance(gate, Cnots):
             step = _gather_of(gate, basis, n)
@@ -89,7 +91,7 @@ class FusedCircuits:
         """All tensors, each with the circuits on its first axis, in a fixed order."""
         return [t for t in (*self.high, *self.low, *self.phase) if t is not None]
 
-    def _map(self, function) -> FusedCircuits:  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FusedCircuits:
         return FusedCircuits(
             self.ansatz,
             tuple(map(function, self.high)),
@@ -107,6 +109,7 @@ class FusedCircuits:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors())
 
 
@@ -116,17 +119,25 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
     Args:
         theta: (circuits, rows, n), float32 or float64.
         ansatz: the form they share.
+
+    Raises:
+        ValueError: if theta's shape is not the ansatz's.
     """
+    if theta.shape[1:] != ansatz.theta_shape:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     schedule = _schedule(ansatz, theta.device)
     half = ansatz.qubits // 2
-    high, low, phase = [], [], []
+    high: list[torch.Tensor] = []
+    low: list[torch.Tensor] = []
+    phase: list[torch.Tensor | None] = []
     for stretch in schedule.stretches:
         angle = theta[:, stretch.ry_row] / 2  # (circuits, n)
         high.append(_kron_ry(angle[:, :half]))
         low.append(_kron_ry(angle[:, half:]))
         if stretch.phases:
             # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)): the angle's sign is minus that of Pauli-Z.
-            total = sum(theta[:, row] @ table.to(theta.dtype).T for row, table in stretch.phases) / -2
+            turns = [theta[:, row] @ table.to(theta.dtype).T for row, table in stretch.phases]
+            total = torch.stack(turns).sum(0) / -2
             phase.append(torch.stack([torch.cos(total), torch.sin(total)], dim=1))
         else:
             phase.append(None)
@@ -149,7 +160,12 @@ def embed(x: torch.Tensor, qubits: int) -> torch.Tensor:
 
     Computed in float32, or float64 for a float64 x. Rows are divided by their largest magnitude first, so
     that squares neither overflow nor vanish.
+
+    Raises:
+        ValueError: if ``x`` is wider than the state.
     """
+    if x.shape[-1] > 2**qubits:
+        raise ValueError(f"x is {x.shape[-1]} wide; {qubits} qubits hold at most {2**qubits} numbers")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = x.detach().abs().amax(dim=-1, keepdim=True)
     nonzero = peak > 0
@@ -179,12 +195,13 @@ def run(psi: torch.Tensor, circuits: FusedCircuits) -> torch.Tensor:
             parts = parts.index_select(-1, stretch.gather)
         if phase is not None:
             parts = _multiply_phase(parts, phase)
-        block = parts.reshape(*parts.shape[:2], -1, low.shape[-1])  # rows: tokens x high wires
+        # rows: tokens x high wires; sizes are spelled out since -1 means nothing in an empty batch
+        block = parts.reshape(*parts.shape[:2], tokens * high.shape[-1], low.shape[-1])
         block = block @ low.transpose(1, 2)
         if high.shape[-1] > 1:
             block = block.reshape(*block.shape[:2], tokens, high.shape[-1], low.shape[-1])
             block = high.unsqueeze(1) @ block
-        parts = block.reshape(-1, groups, tokens, dim)
+        parts = block.reshape(len(block), groups, tokens, dim)
     return parts.square().sum(0) @ schedule.readout.to(psi.dtype)
 
 
@@ -215,7 +232,7 @@ def expectation_values(
     if index is None:
         return run(psi.unsqueeze(0), fused).transpose(0, 1)
     z = psi.new_zeros(*index.shape, ansatz.qubits)
-    used, counts = index[index >= 0].unique(return_counts=True)
+    used, counts = torch.unique(index[index >= 0], return_counts=True)
     if 2 * len(used) > int(counts.sum()):  # hardly two rows share a circuit: one batch, a circuit a row
         token, readout = (index >= 0).nonzero(as_tuple=True)
         rows = run(psi[token].unsqueeze(1), fused.select(index[token, readout]))
