@@ -1,0 +1,302 @@
+"""vLLM's LoRA layers with a QAA branch: y <- W x + b + scale * B z, for the tokens that have a QAA adapter.
+
+A slot of a layer holds a LoRA adapter (A and B in vLLM's stacked tensors) or a QAA one (circuits here, B with
+scale folded in in vLLM's stacked tensor). Slices of a packed layer (q, k, v) have circuits of their own over
+one embedded x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+
+from qaa_serve.circuits import Ansatz, qubits_for
+from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, run
+from vllm_qaa.plan import NOTHING, CircuitForm, StepPlan, TokenGroup
+
+#: One tensor, or one per slice of a packed layer (None: slice not adapted); vLLM's own convention.
+PerSlice: TypeAlias = torch.Tensor | list[torch.Tensor | None]
+
+DELTA_OP = "vllm_qaa::add_delta"
+
+
+class PlanHolder:
+    """The current step's plan; one for all layers of a model."""
+
+    def __init__(self) -> None:
+        self.plan: StepPlan = NOTHING
+
+
+@dataclass(frozen=True)
+class SlotCircuits:
+    """The circuits of one slot: `slices` of the packed layer are adapted, `heads` circuits each."""
+
+    slices: tuple[int, ...]
+    heads: int
+    fused: FusedCircuits  # len(slices) * heads circuits, slice by slice
+
+
+class QAALayerMixin(BaseLayerWithLoRA):
+    """What every QAA layer adds to the vLLM layer it is mixed into."""
+
+    _plans: PlanHolder
+    _qaa_name: str
+
+    def bind(self, name: str, plans: PlanHolder) -> None:
+        """Give the layer its name among the forward context's layers, and where it finds the step's plan."""
+        self._qaa_name = name
+        self._plans = plans
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        """As vLLM's, and room for circuits in each slot."""
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        self._theta: list[dict[int, torch.Tensor] | None] = [None] * max_loras
+        self._slots: list[SlotCircuits | None] = [None] * max_loras
+        self._stacks: dict[tuple[int, ...], tuple[tuple[int, ...], FusedCircuits]] = {}
+        self._stacks_plan: StepPlan = NOTHING
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a slot."""
+        super().reset_lora(index)
+        self._theta[index] = self._slots[index] = None
+        self._stacks.clear()
+
+    def set_lora(self, index: int, lora_a: PerSlice, lora_b: PerSlice) -> None:
+        """Fill a slot.
+
+        A 3-D lora_a, (heads, rows, n), is the angles of a QAA adapter and lora_b its B, scale folded in; the
+        circuits are built by `prepare_circuits`. Anything else goes to vLLM's own method.
+        """
+        parts = lora_a if isinstance(lora_a, list) else [lora_a]
+        angles = {i: part for i, part in enumerate(parts) if part is not None and part.ndim == 3}
+        if not angles:
+            super().set_lora(index, lora_a, lora_b)
+            return
+        # vLLM copies a lora_a of shape (r, w) to the corner of its stacked A: of an empty one nothing, A stays 0.
+        empty = [None if part is None else part.new_empty(0, 0) for part in parts]
+        super().set_lora(index, empty if isinstance(lora_a, list) else empty[0], lora_b)
+        if not isinstance(lora_a, list) and self.n_slices > 1:
+            angles = dict.fromkeys(range(self.n_slices), angles[0])
+        self._theta[index] = angles
+
+    def prepare_circuits(self, index: int, form: CircuitForm) -> None:
+        """Build the fused circuits of a slot from the angles that `set_lora` was given."""
+        angles = self._theta[index]
+        if angles is None:
+            return
+        name, layers, heads = form
+        qubits = next(iter(angles.values())).shape[-1]
+        theta = torch.cat(list(angles.values())).to(self.device, torch.float32)
+        self._slots[index] = SlotCircuits(tuple(angles), heads, fuse(theta, Ansatz(name, qubits, layers)))
+
+    @property
+    def qaa_nbytes(self) -> int:
+        """Bytes of the fused circuits in all slots."""
+        return sum(slot.fused.nbytes for slot in self._slots if slot is not None)
+
+    def full_widths(self) -> tuple[int, tuple[int, ...]]:
+        """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
+        base = self.base_layer
+        if isinstance(base, QKVParallelLinear):
+            kv = base.total_num_kv_heads * base.head_size
+            v = base.total_num_kv_heads * getattr(base, "v_head_size", base.head_size)
+            outputs = (base.total_num_heads * base.head_size, kv, v)
+            return base.input_size, outputs if self.n_slices == 3 else (sum(outputs),)
+        if self.n_slices > 1:
+            return base.input_size, tuple(base.output_sizes)
+        return base.input_size, (base.output_size,)
+
+    def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        # Models of the transformers backend carry a batch axis of one.
+        flat_x, flat_output = x.flatten(0, -2), output.flatten(0, -2)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm_qaa.add_delta(flat_x, flat_output, self._qaa_name)
+        else:
+            self.add_delta(flat_x, flat_output)
+        return flat_output.view(output.shape)
+
+    def add_delta(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Add every adapter's update to the rows of ``output`` that belong to it.
+
+        Args:
+            x: (tokens, d_in) the layer's input (this rank's part of it for row-parallel layers).
+            output: (tokens, sum of the slices' d_out on this rank), changed in place.
+        """
+        plan = self._plans.plan
+        if plan.empty:
+            return
+        if x.shape[0] < plan.num_tokens:
+            raise RuntimeError(
+                f"{self._qaa_name} was given {x.shape[0]} tokens in a step of {plan.num_tokens}: this model "
+                "runs the layer on part of the tokens, which adapters do not support"
+            )
+        if plan is not self._stacks_plan:
+            self._stacks.clear()
+            self._stacks_plan = plan
+        if x.device.type == "cpu":
+            self._add_on_cpu(plan, x, output)
+        else:
+            self._add_with_punica(plan, x, output)
+
+    def _add_on_cpu(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
+        # vLLM's torch kernels gather the whole A and B for every token, and with index -1, those of the last
+        # slot for tokens without an adapter. Products by slot are right and several times faster.
+        for group in plan.lora:
+            rows = _take(x, group)
+            for i, (start, size) in enumerate(self._slice_ranges()):
+                a, b = self.lora_a_stacked[i][group.slots[0], 0], self.lora_b_stacked[i][group.slots[0], 0]
+                _add(output, group, start, size, (rows @ a.T @ b.T).to(output.dtype))
+        for group, slices, z in self._readouts(plan, x):
+            if not self._adds_b_z():
+                continue
+            for position, i in enumerate(slices):
+                start, size = self._slice_ranges()[i]
+                b = self.lora_b_stacked[i][list(group.slots), 0, :, : z.shape[-1]]  # (G, d_out, heads * n)
+                update = z[:, position].to(b.dtype) @ b.transpose(1, 2)  # (G, T, d_out)
+                _add(output, group, start, size, update.flatten(0, 1).to(output.dtype))
+
+    def _add_with_punica(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
+        # QAA slots have A = 0, so vLLM's shrink leaves their rows at zero for z to be written to.
+        z_all = torch.zeros(
+            self.n_slices, x.shape[0], self.lora_b_stacked[0].shape[-1], dtype=torch.float32, device=x.device
+        )
+        if plan.lora:
+            self.punica_wrapper.add_shrink(z_all, x, self.lora_a_stacked, 1.0)
+        for group, slices, z in self._readouts(plan, x):
+            if not self._adds_b_z():
+                continue
+            for position, i in enumerate(slices):
+                z_all[i, group.tokens.flatten(), : z.shape[-1]] = z[:, position].flatten(0, 1)
+        self.punica_wrapper.add_expand(output, z_all, self.lora_b_stacked, self.output_slices, add_inputs=True)
+
+    def _readouts(self, plan: StepPlan, x: torch.Tensor) -> list[tuple[TokenGroup, tuple[int, ...], torch.Tensor]]:
+        """(group, slices, z) for every group with circuits in this layer; z is (G, slices, T, heads * n)."""
+        groups = [g for g in plan.qaa if any(self._slots[slot] is not None for slot in g.slots)]
+        if groups and self._input_is_sharded():
+            # z is a function of the whole x, unlike A x, which is a sum over its parts.
+            x = tensor_model_parallel_all_gather(x)
+        results = []
+        for group in groups:
+            slices, circuits = self._stacked(group)
+            psi = embed(_take(x, group), circuits.ansatz.qubits)
+            psi = psi.view(*group.tokens.shape, -1)  # (G, T, 2**n)
+            per_slot = circuits.low[0].shape[0] // len(group.slots)
+            if len(group.slots) > 1:
+                psi = psi.repeat_interleave(per_slot, dim=0)
+            z = run(psi, circuits)  # (G * slices * heads, T, n)
+            z = z.view(len(group.slots), len(slices), -1, *z.shape[1:])
+            results.append((group, slices, z.transpose(2, 3).flatten(3)))
+        return results
+
+    def _stacked(self, group: TokenGroup) -> tuple[tuple[int, ...], FusedCircuits]:
+        """The adapted slices and the circuits of a group's slots, slot by slot and slice by slice."""
+        if len(group.slots) == 1:
+            slot = self._slots[group.slots[0]]
+            assert slot is not None  # _readouts took only groups with circuits
+            return slot.slices, slot.fused
+        if group.slots not in self._stacks:
+            self._stacks[group.slots] = self._stack(group.slots)
+        return self._stacks[group.slots]
+
+    def _stack(self, slots: tuple[int, ...]) -> tuple[tuple[int, ...], FusedCircuits]:
+        members = [self._slots[slot] for slot in slots]
+        present = [member for member in members if member is not None]
+        slices = tuple(sorted({i for member in present for i in member.slices}))
+        heads = present[0].heads
+        stack = present[0].fused.empty(len(slots) * len(slices) * heads)
+        for tensor in stack.tensors():
+            tensor.zero_()  # a slot without circuits for a slice gives z = 0 there
+        for position, member in enumerate(members):
+            if member is None:
+                continue
+            for part, i in enumerate(member.slices):
+                to = (position * len(slices) + slices.index(i)) * heads
+                for target, source in zip(stack.tensors(), member.fused.tensors(), strict=True):
+                    target[to : to + heads] = source[part * heads : (part + 1) * heads]
+        return slices, stack
+
+    def _input_is_sharded(self) -> bool:
+        return self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear)
+
+    def _adds_b_z(self) -> bool:
+        """Row-parallel outputs are summed over the ranks: one rank adds B z, which all of them know."""
+        return not self._input_is_sharded() or self.tp_rank == 0
+
+    def _slice_ranges(self) -> list[tuple[int, int]]:
+        """(first column, columns) of each slice in this rank's output."""
+        starts = [sum(self.output_slices[:i]) for i in range(self.n_slices)]
+        return list(zip(starts, self.output_slices, strict=True))
+
+
+def _take(x: torch.Tensor, group: TokenGroup) -> torch.Tensor:
+    """The rows of x that belong to a group, slot by slot: (G * T, d_in)."""
+    return x[group.span] if group.span is not None else x[group.tokens.flatten()]
+
+
+def _add(output: torch.Tensor, group: TokenGroup, start: int, size: int, update: torch.Tensor) -> None:
+    """output[rows of the group, start : start + size] += update; a row belongs to one slot only."""
+    columns = output[:, start : start + size]
+    if group.span is not None:
+        columns[group.span] += update
+    else:
+        columns.index_add_(0, group.tokens.flatten(), update)
+
+
+def _delta_op(x: torch.Tensor, output: torch.Tensor, layer: str) -> None:
+    get_forward_context().no_compile_layers[layer].add_delta(x, output)
+
+
+def _delta_op_fake(x: torch.Tensor, output: torch.Tensor, layer: str) -> None:
+    """Changes output in place and makes nothing new."""
+
+
+# In a compiled graph the layer is one opaque operation: which tokens have which adapter is data, which Dynamo
+# cannot trace. (torch.library.Library has less overhead a call than torch.library.custom_op.)
+_library = torch.library.Library("vllm_qaa", "DEF")
+_library.define("add_delta(Tensor x, Tensor(a!) output, str layer) -> ()")
+_library.impl("add_delta", _delta_op, "CompositeExplicitAutograd")
+torch.library.register_fake(DELTA_OP, _delta_op_fake, lib=_library)
+
+
+_ADAPTABLE = (
+    ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+    RowParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+)
+
+
+@cache
+def qaa_subclass(cls: type) -> type:
+    """The QAA version of one of vLLM's LoRA layer classes; classes that cannot have one are returned as is.
+
+    Left alone are embeddings, output heads and MoE experts, and the fully sharded classes, which cut A along
+    the rank: QAA adapters that would need them are refused when they are loaded.
+    """
+    if cls not in _ADAPTABLE:
+        return cls
+    return type(f"QAA{cls.__name__}", (QAALayerMixin, cls), {"__doc__": f"{cls.__name__} with a QAA branch."})
+
+
+def qubits_of(layer: QAALayerMixin) -> int:
+    """Number of qubits of a layer's circuits."""
+    return qubits_for(layer.full_widths()[0])

@@ -1,0 +1,162 @@
+"""Where the plugin touches vLLM: module globals that name classes are pointed at subclasses of those classes.
+
+No method is replaced. Every seam is checked first, on the class that is there, and either all of them are
+changed or none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from packaging.version import Version
+
+#: The range in which the seams below were read; 0.32 is what the tests run.
+MIN_VERSION, END_VERSION = Version("0.26"), Version("0.33")
+
+
+class UnsupportedVLLMError(RuntimeError):
+    """This vLLM differs from those the plugin was written for."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One global of vLLM that is given another value.
+
+    Attributes:
+        module: the module whose global it is.
+        attribute: the global's name.
+        replace: old value -> new value.
+        methods: what the new value relies on, as "Class.method" in `module` -> parameter names.
+        why: what the change is for.
+        until: when it can be dropped.
+    """
+
+    module: str
+    attribute: str
+    replace: Callable[[Any], Any]
+    methods: Mapping[str, tuple[str, ...]]
+    why: str
+    until: str
+
+
+def _qaa_layers(classes: tuple[type, ...]) -> tuple[type, ...]:
+    from vllm_qaa.layers import qaa_subclass
+
+    return tuple(map(qaa_subclass, classes))
+
+
+def _qaa_worker_manager(original: type) -> type:
+    from vllm_qaa.worker import QAAWorkerManager
+
+    if not issubclass(QAAWorkerManager, original):
+        raise UnsupportedVLLMError(f"{original} is not the adapter manager that vLLM's lora package defines")
+    return QAAWorkerManager
+
+
+SEAMS = (
+    Seam(
+        module="vllm.lora.utils",
+        attribute="_all_lora_classes",
+        replace=_qaa_layers,
+        methods={
+            "ColumnParallelLinearWithLoRA._apply_lora_to_output": ("self", "x", "output"),
+            "ColumnParallelLinearWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
+            "ColumnParallelLinearWithLoRA.reset_lora": ("self", "index"),
+            "ColumnParallelLinearWithLoRA.create_lora_weights": (
+                "self",
+                "max_loras",
+                "lora_config",
+                "model_config",
+            ),
+            "MergedColumnParallelLinearWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
+            "RowParallelLinearWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
+            "from_layer": ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"),
+        },
+        why="from_layer() wraps a linear layer in the first of these classes that fits; the QAA subclasses add "
+        "B z to the layer's output and group a CPU batch's LoRA tokens by slot",
+        until="vLLM lets a plugin register adapter layer classes",
+    ),
+    Seam(
+        module="vllm.v1.worker.lora_model_runner_mixin",
+        attribute="LRUCacheWorkerLoRAManager",
+        replace=_qaa_worker_manager,
+        methods={
+            "LRUCacheWorkerLoRAManager._load_adapter": ("self", "lora_request"),
+            "LRUCacheWorkerLoRAManager.create_lora_manager": ("self", "model", "vllm_config"),
+            "LRUCacheWorkerLoRAManager.add_adapter": ("self", "lora_request"),
+        },
+        why="its _load_adapter reads QAA directories, which vLLM's loader refuses, and checks every shape; its "
+        "manager class works out, once a step, which tokens belong to which adapter",
+        until="vLLM lets a plugin register an adapter type with a loader of its own",
+    ),
+)
+
+_applied: list[tuple[Seam, Any]] = []  # each seam with the value vLLM had
+
+
+def apply() -> None:
+    """Check all seams, then change all of them; does nothing if that is done already.
+
+    Raises:
+        UnsupportedVLLMError: naming every difference found.
+    """
+    if _applied:
+        return
+    from vllm.version import __version__ as version
+
+    check_version(version)
+    problems = [problem for seam in SEAMS for problem in check_seam(seam)]
+    if problems:
+        raise UnsupportedVLLMError(
+            f"the QAA plugin does not fit vLLM {version}: {'; '.join(problems)}. "
+            "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
+        )
+    originals = [getattr(import_module(seam.module), seam.attribute) for seam in SEAMS]
+    replacements = [seam.replace(original) for seam, original in zip(SEAMS, originals, strict=True)]
+    for seam, original, replacement in zip(SEAMS, originals, replacements, strict=True):
+        setattr(import_module(seam.module), seam.attribute, replacement)
+        _applied.append((seam, original))
+
+
+def undo() -> None:
+    """Give vLLM its own classes back (for comparisons; engines that exist keep what they have)."""
+    while _applied:
+        seam, value = _applied.pop()
+        setattr(import_module(seam.module), seam.attribute, value)
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedVLLMError for a version of vLLM outside the supported range."""
+    # A development build's version says nothing sure; the signatures are checked all the same.
+    release = Version(Version(version).base_version)
+    if not MIN_VERSION <= release < END_VERSION:
+        raise UnsupportedVLLMError(
+            f"the QAA plugin supports vllm>={MIN_VERSION},<{END_VERSION}; found vLLM {version}. "
+            "Install a supported vLLM, or uninstall qaa-serve"
+        )
+
+
+def check_seam(seam: Seam) -> list[str]:
+    """What about a seam differs from what the plugin expects; empty if all is well."""
+    try:
+        module = import_module(seam.module)
+    except ImportError as error:
+        return [f"{seam.module} cannot be imported ({error})"]
+    if not hasattr(module, seam.attribute):
+        return [f"{seam.module} has no {seam.attribute}"]
+    problems = []
+    for path, expected in seam.methods.items():
+        target: Any = module
+        for part in path.split("."):
+            target = getattr(target, part, None)
+        if target is None:
+            problems.append(f"{seam.module} has no {path}")
+            continue
+        found = tuple(inspect.signature(target).parameters)
+        if found[: len(expected)] != expected:
+            problems.append(f"{seam.module}.{path} takes {found}, expected {expected}")
+    return problems

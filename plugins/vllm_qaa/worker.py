@@ -1,0 +1,244 @@
+"""The worker's side of adapters: reading QAA directories, checking every shape, and the step's plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from qaa_serve.adapters import CONFIG_FILE, AdapterError, ModuleWeights, load_adapter, read_config
+from qaa_serve.circuits import qubits_for
+from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
+from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vllm"
+
+
+class QAAModel(LoRAModel):
+    """A loaded QAA adapter: angles as 3-D lora_a and B, scale folded in, as lora_b."""
+
+    def __init__(self, adapter_id: int, rank: int, loras: dict[str, LoRALayerWeights], form: CircuitForm):
+        super().__init__(adapter_id, rank, loras)
+        self.form = form
+
+
+class QAAModelManager(LRUCacheLoRAModelManager):
+    """vLLM's slots and host cache, with a plan of each step's tokens."""
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
+        self._plans = PlanHolder()
+        self._context_layers = vllm_config.compilation_config.static_forward_context
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        self._forms: list[CircuitForm | None] = [None] * self.lora_slots
+        _split_graphs_at_delta(vllm_config, self.device)
+
+    def register_module(self, module_name: str, module: Any) -> None:
+        """As vLLM's, and gives a QAA layer its name and the plan."""
+        super().register_module(module_name, module)
+        if isinstance(module, QAALayerMixin):
+            name = f"{module_name}.qaa"
+            module.bind(name, self._plans)
+            self._context_layers[name] = module
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once."""
+        activated = super().activate_adapter(lora_id)
+        if activated:
+            slot = self.lora_index_to_id.index(lora_id)
+            adapter = self._registered_adapters[lora_id]
+            form = adapter.form if isinstance(adapter, QAAModel) else None
+            self._forms[slot] = form
+            if form is not None:
+                for layer in self.modules.values():
+                    if isinstance(layer, QAALayerMixin):
+                        layer.prepare_circuits(slot, form)
+        return activated
+
+    def remove_all_adapters(self) -> None:
+        """As vLLM's; no step may use a plan made for slots that are gone."""
+        super().remove_all_adapters()
+        self._plans.plan = NOTHING
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        super()._set_adapter_mapping(mapping)
+        if mapping.type == LoRAMappingType.LANGUAGE:
+            self._plans.plan = make_plan(
+                mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
+            )
+
+    def find_layer(self, module: str) -> tuple[Any, int | None] | None:
+        """The layer that holds a module of the checkpoint, and its slice if the layer is packed.
+
+        None if the module is on another pipeline stage.
+
+        Raises:
+            AdapterError: if the model has no such module, or it cannot be adapted.
+        """
+        if module in self.modules:
+            return self.modules[module], None
+        for packed, parts in self.packed_modules.items():
+            if module in parts:
+                layer = self.modules[packed]
+                if isinstance(layer, QAALayerMixin) and layer.n_slices != len(parts):
+                    raise AdapterError(
+                        f"{module!r} is part of {packed!r}, which vLLM packs in {layer.n_slices} slices for "
+                        f"{len(parts)} modules; such layers cannot take QAA adapters"
+                    )
+                return layer, parts.index(module)
+        if self._on_other_stage(module):
+            return None
+        known = sorted({name.rpartition(".")[2] for parts in self.packed_modules.values() for name in parts})
+        known += sorted({name.rpartition(".")[2] for name in self.modules} - set(self.packed_modules_mapping))
+        raise AdapterError(
+            f"the served model has no adaptable layer {module!r}; its adaptable layers end in {', '.join(known)}"
+        )
+
+    def _on_other_stage(self, module: str) -> bool:
+        here = self.model
+        for part in module.split("."):
+            here = getattr(here, part, None)
+            if here is None or isinstance(here, PPMissingLayer):
+                return here is not None
+        return False
+
+
+class QAAWorkerManager(LRUCacheWorkerLoRAManager):
+    """Loads QAA and LoRA adapters in the worker."""
+
+    _manager_cls = QAAModelManager
+    _adapter_manager: QAAModelManager
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        directory = Path(get_adapter_absolute_path(lora_request.lora_path))
+        # A missing config is left to vLLM, whose error its API server knows how to report.
+        if (directory / CONFIG_FILE).is_file() and read_config(directory).get("peft_type") == "QAA":
+            return self._load_qaa(lora_request, directory)
+        lora = super()._load_adapter(lora_request)
+        self._check_lora(lora)
+        return lora
+
+    def _load_qaa(self, request: LoRARequest, directory: Path) -> QAAModel:
+        if self.lora_config.fully_sharded_loras:
+            raise AdapterError("QAA adapters cannot be served with --fully-sharded-loras: start without it")
+        if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+            raise AdapterError("QAA adapters cannot be served with VLLM_LORA_ENABLE_DUAL_STREAM: unset it")
+        if self.lora_config.enable_tower_connector_lora:
+            raise AdapterError(
+                "QAA adapters cannot be served with --enable-tower-connector-lora: start without it"
+            )
+        adapter = load_adapter(directory)
+        if adapter.rank > self.lora_config.max_lora_rank:
+            raise AdapterError(
+                f"the adapter has rank {adapter.rank} (heads x qubits) and the server takes ranks up to "
+                f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank"
+            )
+        config = adapter.config
+        loras = {}
+        for name, weights in adapter.modules.items():
+            module = self._served_name(name)
+            found = self._adapter_manager.find_layer(module)
+            if found is None:
+                continue
+            layer, part = found
+            self._check_qaa(name, weights, layer, part)
+            b = weights.weight.float() * config.scale(weights.qubits)
+            loras[module] = LoRALayerWeights(
+                module,
+                rank=weights.weight.shape[1],
+                lora_alpha=1,
+                lora_a=weights.theta,
+                lora_b=b.to(self.lora_config.lora_dtype),
+                scaling=1.0,
+            )
+        if not loras:
+            raise AdapterError("none of the adapter's modules is on this worker")
+        return QAAModel(request.lora_int_id, adapter.rank, loras, (config.ansatz, config.layers, config.heads))
+
+    def _served_name(self, name: str) -> str:
+        """A module's name in vLLM's model, from its name in transformers'."""
+        mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
+        if mapper is None:
+            return name
+        if hasattr(mapper, "get_rename_mapper"):  # newer vLLM: without stacking and deletions
+            mapper = mapper.get_rename_mapper()
+        mapped: str | None = mapper._map_name(f"{name}.weight")
+        if mapped is None:
+            raise AdapterError(f"vLLM does not load {name!r} of this model, so it cannot be adapted")
+        return mapped.removesuffix(".weight")
+
+    def _check_qaa(self, name: str, weights: ModuleWeights, layer: Any, part: int | None) -> None:
+        if not isinstance(layer, QAALayerMixin):
+            raise AdapterError(
+                f"{name!r} is served by {type(layer).__name__}, which cannot take a QAA adapter: embeddings, "
+                "output heads, MoE experts and fully sharded layers are not supported"
+            )
+        d_in, d_out = layer.full_widths()
+        rows = sum(d_out) if part is None else d_out[part]
+        qubits = qubits_for(d_in)
+        if weights.qubits != qubits or weights.weight.shape[0] != rows:
+            raise AdapterError(
+                f"{name!r} is {d_in} -> {rows} in the served model, which needs {qubits} qubits and {rows} rows "
+                f"of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was made "
+                "for another base"
+            )
+
+    def _check_lora(self, lora: LoRAModel) -> None:
+        """Refuse LoRA weights whose shapes do not fit: vLLM copies what is there and says nothing."""
+        for name, weights in lora.loras.items():
+            if ".experts" in name or not isinstance(weights.lora_a, torch.Tensor):
+                continue
+            found = self._adapter_manager.find_layer(name)
+            if found is None:
+                continue
+            layer, part = found
+            if not isinstance(layer, QAALayerMixin):
+                if torch.device(self.device).type == "cpu":
+                    raise AdapterError(
+                        f"LoRA on {name!r} cannot be served on a CPU: vLLM would apply it to requests for the "
+                        "base model too. Leave it out of target_modules"
+                    )
+                continue
+            d_in, d_out = layer.full_widths()
+            expected = (weights.rank, d_in), (sum(d_out) if part is None else d_out[part], weights.rank)
+            actual = tuple(weights.lora_a.shape), tuple(weights.lora_b.shape)
+            if actual != expected:
+                raise AdapterError(
+                    f"{name!r}: lora_A and lora_B have shapes {actual[0]} and {actual[1]}; the served model "
+                    f"needs {expected[0]} and {expected[1]}: the adapter was made for another base"
+                )
+
+
+def _split_graphs_at_delta(vllm_config: VllmConfig, device: Any) -> None:
+    """Keep the delta out of CUDA graphs: which tokens it touches is decided in Python, step by step.
+
+    Between the splits vLLM's piecewise graphs are captured as ever. Written from vLLM's source; it has not
+    been run on a GPU.
+    """
+    config = vllm_config.compilation_config
+    if torch.device(device).type != "cuda" or config.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return
+    if config.mode == CompilationMode.VLLM_COMPILE and config.splitting_ops:
+        if DELTA_OP not in config.splitting_ops:
+            config.splitting_ops.append(DELTA_OP)
+        mode = CUDAGraphMode.PIECEWISE
+    else:
+        mode = CUDAGraphMode.NONE
+    if config.cudagraph_mode != mode:
+        logger.warning(
+            "CUDA graph mode set from %s to %s: QAA circuits run between graphs",
+            config.cudagraph_mode.name,
+            mode.name,
+        )
+        config.cudagraph_mode = mode

@@ -1,0 +1,98 @@
+"""The patch table: what it checks before it changes vLLM, and that it changes all or nothing."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import vllm.lora.utils as lora_utils
+import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from vllm.lora.layers import ColumnParallelLinearWithLoRA, FusedMoEWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm_qaa import port, register
+from vllm_qaa.layers import QAALayerMixin, qaa_subclass
+from vllm_qaa.worker import QAAWorkerManager
+
+
+@pytest.fixture(autouse=True)
+def patched_afterwards():
+    yield
+    port.undo()
+    register()
+
+
+def test_register_twice_patches_once():
+    register()
+    first = lora_utils._all_lora_classes
+    register()
+    assert lora_utils._all_lora_classes is first
+    assert runner_mixin.LRUCacheWorkerLoRAManager is QAAWorkerManager
+    assert sum(issubclass(cls, QAALayerMixin) for cls in first) == 7
+
+
+def test_undo_gives_vllm_its_own_classes_back():
+    register()
+    port.undo()
+    assert not any(issubclass(cls, QAALayerMixin) for cls in lora_utils._all_lora_classes)
+    assert runner_mixin.LRUCacheWorkerLoRAManager.__module__ == "vllm.lora.worker_manager"
+
+
+def test_the_order_of_the_classes_stays():
+    port.undo()
+    before = lora_utils._all_lora_classes
+    register()
+    after = lora_utils._all_lora_classes
+    assert [cls.__name__.removeprefix("QAA") for cls in after] == [cls.__name__ for cls in before]
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0"])
+def test_other_versions_are_refused(version):
+    with pytest.raises(port.UnsupportedVLLMError, match=rf"vllm>=0.26,<0.33; found vLLM {version}"):
+        port.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1.dev3+g1234", "0.32.0+cpu"])
+def test_supported_versions_pass(version):
+    port.check_version(version)
+    assert port.MIN_VERSION < port.END_VERSION
+
+
+def fake_module(**attributes):
+    module = types.ModuleType("fake_vllm")
+    module.__dict__.update(attributes)
+    return module
+
+
+def test_a_changed_signature_is_named(monkeypatch):
+    class Changed:
+        def set_lora(self, slot, lora_a, lora_b): ...
+
+    seam = replace(
+        port.SEAMS[0],
+        module="fake_vllm",
+        attribute="classes",
+        methods={"Changed.set_lora": ("self", "index", "lora_a"), "Changed.gone": ("self",)},
+    )
+    monkeypatch.setitem(__import__("sys").modules, "fake_vllm", fake_module(classes=(), Changed=Changed))
+    problems = port.check_seam(seam)
+    assert any("set_lora takes ('self', 'slot', 'lora_a', 'lora_b'), expected" in p for p in problems)
+    assert any("has no Changed.gone" in p for p in problems)
+
+
+def test_one_bad_seam_leaves_everything_as_it_was(monkeypatch):
+    port.undo()
+    original = lora_utils._all_lora_classes
+    broken = replace(port.SEAMS[1], attribute="NoSuchManager")
+    monkeypatch.setattr(port, "SEAMS", (port.SEAMS[0], broken))
+    with pytest.raises(port.UnsupportedVLLMError, match="NoSuchManager"):
+        port.apply()
+    assert lora_utils._all_lora_classes is original
+
+
+def test_classes_that_bypass_the_delta_are_left_alone():
+    assert qaa_subclass(FusedMoEWithLoRA) is FusedMoEWithLoRA
+    assert qaa_subclass(VocabParallelEmbeddingWithLoRA) is VocabParallelEmbeddingWithLoRA
+    assert issubclass(qaa_subclass(ColumnParallelLinearWithLoRA), QAALayerMixin)
