@@ -1,0 +1,110 @@
+"""Revisions: what an adapter is called inside the engine, derived from its content alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qaa_serve.adapters import AdapterError, digest_of, load_adapter, read_config, resolve_base
+
+#: Names that adapters may be served under. "@" separates a name from a revision's digest.
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+#: Ids up to here are vLLM's own (its warm-up uses 1, 2, ...).
+_RESERVED_IDS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One content of one adapter.
+
+    vLLM keys its prefix cache by an adapter's name and path, compares requests by name and weights by id: so a
+    revision has all three of its own, and a new content under an old name can never meet the old one's cache.
+
+    Attributes:
+        name: the public name.
+        digest: SHA-256 of the adapter's two files, in hex.
+        path: the directory that is served.
+        kind: QAA or LORA.
+        rank: columns of B (heads * qubits for QAA).
+        nbytes: size of adapter_model.safetensors.
+        base: the base model it names, as a path if that exists, else as written.
+        details: for people: the ansatz, layers, ... or r and alpha.
+    """
+
+    name: str
+    digest: str
+    path: Path
+    kind: Literal["QAA", "LORA"]
+    rank: int
+    nbytes: int
+    base: str
+    details: dict[str, Any]
+
+    @property
+    def revision(self) -> str:
+        """`name@<first 12 hex of the digest>`, the adapter's name inside the engine."""
+        return f"{self.name}@{self.digest[:12]}"
+
+    @property
+    def int_id(self) -> int:
+        """The adapter's integer id inside the engine: the same on every process and replica.
+
+        31 bits, since vLLM's GPU model runner keeps ids as int32. The catalogue refuses the rare revision
+        whose id another one has.
+        """
+        number = int.from_bytes(hashlib.sha256(self.revision.encode()).digest()[:8], "big")
+        return _RESERVED_IDS + number % ((1 << 31) - _RESERVED_IDS)
+
+
+def check_name(name: str) -> None:
+    """Raise AdapterError unless an adapter may be served under this name."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: letters, digits, '.', '_' and '-', at most 128, the first a "
+            "letter or digit. Rename the directory"
+        )
+
+
+def read_revision(directory: Path, name: str | None = None) -> Revision:
+    """Validate an adapter directory, QAA or LoRA, as far as is possible without an engine.
+
+    Args:
+        directory: the adapter.
+        name: the name to serve it under; None takes the directory's.
+
+    Raises:
+        AdapterError: if it cannot be served.
+    """
+    name = directory.name if name is None else name
+    check_name(name)
+    config = read_config(directory)
+    kind = config.get("peft_type")
+    if kind == "QAA":
+        adapter = load_adapter(directory)
+        digest, rank = adapter.digest, adapter.rank
+        details = {key: getattr(adapter.config, key) for key in ("ansatz", "layers", "heads", "alpha")}
+    elif kind == "LORA":
+        digest, rank = digest_of(directory), config.get("r")
+        if not isinstance(rank, int) or rank < 1:
+            raise AdapterError(f"adapter_config.json of a LoRA adapter needs a positive integer r, found {rank!r}")
+        patterns = config.get("rank_pattern") or {}
+        rank = max([rank, *(r for r in patterns.values() if isinstance(r, int))])
+        details = {"r": rank, "lora_alpha": config.get("lora_alpha")}
+    else:
+        raise AdapterError(f"adapter_config.json has peft_type {kind!r}; QAA and LORA adapters can be served")
+    details["target_modules"] = config.get("target_modules")
+    base = config.get("base_model_name_or_path") or ""
+    return Revision(
+        name=name,
+        digest=digest,
+        path=directory.resolve(),
+        kind=kind,
+        rank=rank,
+        nbytes=(directory / "adapter_model.safetensors").stat().st_size,
+        base=resolve_base(directory, base),
+        details=details,
+    )
