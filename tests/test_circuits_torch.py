@@ -90,9 +90,7 @@ def test_each_circuit_may_have_states_of_its_own(ansatz: Ansatz, generator: torc
     assert_close(z.reshape(6, 1, 4), judge(x, theta, ansatz, index), DOUBLE)
 
 
-def test_room_for_circuits_is_only_read_where_it_was_written(
-    ansatz: Ansatz, generator: torch.Generator
-) -> None:
+def test_room_for_circuits_is_only_read_where_it_was_written(ansatz: Ansatz, generator: torch.Generator) -> None:
     """How the server uses it: slots are filled one by one, and a batch selects some of them."""
     theta = random_theta(generator, 2, ansatz, torch.float32)
     x = random_x(generator, 3, 13, torch.float32)

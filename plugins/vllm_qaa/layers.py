@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ from vllm.lora.layers import (
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from qaa_serve.circuits import Ansatz, qubits_for
+from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, run
 from vllm_qaa.plan import NOTHING, CircuitForm, StepPlan, TokenGroup
 
@@ -52,6 +53,23 @@ class SlotCircuits:
     fused: FusedCircuits  # len(slices) * heads circuits, slice by slice
 
 
+@dataclass(frozen=True)
+class SlotStack:
+    """The circuits and B of the slots of a token group.
+
+    Attributes:
+        slices: the slices of the packed layer that any of the slots adapts.
+        heads: circuits a slice.
+        fused: G * len(slices) * heads circuits, slot by slot, slice by slice.
+        weights: B of each of the slices, (G, d_out, heads * n).
+    """
+
+    slices: tuple[int, ...]
+    heads: int
+    fused: FusedCircuits
+    weights: tuple[torch.Tensor, ...]
+
+
 class QAALayerMixin(BaseLayerWithLoRA):
     """What every QAA layer adds to the vLLM layer it is mixed into."""
 
@@ -68,7 +86,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
         super().create_lora_weights(max_loras, lora_config, model_config)
         self._theta: list[dict[int, torch.Tensor] | None] = [None] * max_loras
         self._slots: list[SlotCircuits | None] = [None] * max_loras
-        self._stacks: dict[tuple[int, ...], tuple[tuple[int, ...], FusedCircuits]] = {}
+        self._stacks: dict[tuple[int, ...], SlotStack] = {}
         self._stacks_plan: StepPlan = NOTHING
 
     def reset_lora(self, index: int) -> None:
@@ -104,11 +122,6 @@ class QAALayerMixin(BaseLayerWithLoRA):
         qubits = next(iter(angles.values())).shape[-1]
         theta = torch.cat(list(angles.values())).to(self.device, torch.float32)
         self._slots[index] = SlotCircuits(tuple(angles), heads, fuse(theta, Ansatz(name, qubits, layers)))
-
-    @property
-    def qaa_nbytes(self) -> int:
-        """Bytes of the fused circuits in all slots."""
-        return sum(slot.fused.nbytes for slot in self._slots if slot is not None)
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
@@ -158,78 +171,76 @@ class QAALayerMixin(BaseLayerWithLoRA):
         # vLLM's torch kernels gather the whole A and B for every token, and with index -1, those of the last
         # slot for tokens without an adapter. Products by slot are right and several times faster.
         for group in plan.lora:
+            (slot,) = group.slots
             rows = _take(x, group)
-            for i, (start, size) in enumerate(self._slice_ranges()):
-                a, b = self.lora_a_stacked[i][group.slots[0], 0], self.lora_b_stacked[i][group.slots[0], 0]
-                _add(output, group, start, size, (rows @ a.T @ b.T).to(output.dtype))
-        for group, slices, z in self._readouts(plan, x):
+            for i, columns in enumerate(self._columns()):
+                a, b = self.lora_a_stacked[i][slot, 0], self.lora_b_stacked[i][slot, 0]
+                _add(output[:, columns], group, rows @ a.T @ b.T)
+        for group, stack, z in self._readouts(plan, x):
             if not self._adds_b_z():
                 continue
-            for position, i in enumerate(slices):
-                start, size = self._slice_ranges()[i]
-                b = self.lora_b_stacked[i][list(group.slots), 0, :, : z.shape[-1]]  # (G, d_out, heads * n)
+            for position, i in enumerate(stack.slices):
+                b = stack.weights[position]  # (G, d_out, heads * n)
                 update = z[:, position].to(b.dtype) @ b.transpose(1, 2)  # (G, T, d_out)
-                _add(output, group, start, size, update.flatten(0, 1).to(output.dtype))
+                _add(output[:, self._columns()[i]], group, update.flatten(0, 1))
 
     def _add_with_punica(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
         # QAA slots have A = 0, so vLLM's shrink leaves their rows at zero for z to be written to.
-        z_all = torch.zeros(
-            self.n_slices, x.shape[0], self.lora_b_stacked[0].shape[-1], dtype=torch.float32, device=x.device
-        )
+        rank = self.lora_b_stacked[0].shape[-1]
+        z_all = x.new_zeros(self.n_slices, x.shape[0], rank, dtype=torch.float32)
         if plan.lora:
             self.punica_wrapper.add_shrink(z_all, x, self.lora_a_stacked, 1.0)
-        for group, slices, z in self._readouts(plan, x):
+        for group, stack, z in self._readouts(plan, x):
             if not self._adds_b_z():
                 continue
-            for position, i in enumerate(slices):
+            for position, i in enumerate(stack.slices):
                 z_all[i, group.tokens.flatten(), : z.shape[-1]] = z[:, position].flatten(0, 1)
         self.punica_wrapper.add_expand(output, z_all, self.lora_b_stacked, self.output_slices, add_inputs=True)
 
-    def _readouts(self, plan: StepPlan, x: torch.Tensor) -> list[tuple[TokenGroup, tuple[int, ...], torch.Tensor]]:
-        """(group, slices, z) for every group with circuits in this layer; z is (G, slices, T, heads * n)."""
+    def _readouts(self, plan: StepPlan, x: torch.Tensor) -> list[tuple[TokenGroup, SlotStack, torch.Tensor]]:
+        """(group, its slots' circuits, z) for every group with circuits here; z is (G, slices, T, heads * n)."""
         groups = [g for g in plan.qaa if any(self._slots[slot] is not None for slot in g.slots)]
         if groups and self._input_is_sharded():
             # z is a function of the whole x, unlike A x, which is a sum over its parts.
             x = tensor_model_parallel_all_gather(x)
         results = []
         for group in groups:
-            slices, circuits = self._stacked(group)
-            psi = embed(_take(x, group), circuits.ansatz.qubits)
+            stack = self._stack_of(group.slots)
+            psi = embed(_take(x, group), stack.fused.ansatz.qubits)
             psi = psi.view(*group.tokens.shape, -1)  # (G, T, 2**n)
-            per_slot = circuits.low[0].shape[0] // len(group.slots)
             if len(group.slots) > 1:
-                psi = psi.repeat_interleave(per_slot, dim=0)
-            z = run(psi, circuits)  # (G * slices * heads, T, n)
-            z = z.view(len(group.slots), len(slices), -1, *z.shape[1:])
-            results.append((group, slices, z.transpose(2, 3).flatten(3)))
+                psi = psi.repeat_interleave(len(stack.slices) * stack.heads, dim=0)
+            z = run(psi, stack.fused)  # (G * slices * heads, T, n)
+            z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:])
+            results.append((group, stack, z.transpose(2, 3).flatten(3)))
         return results
 
-    def _stacked(self, group: TokenGroup) -> tuple[tuple[int, ...], FusedCircuits]:
-        """The adapted slices and the circuits of a group's slots, slot by slot and slice by slice."""
-        if len(group.slots) == 1:
-            slot = self._slots[group.slots[0]]
-            assert slot is not None  # _readouts took only groups with circuits
-            return slot.slices, slot.fused
-        if group.slots not in self._stacks:
-            self._stacks[group.slots] = self._stack(group.slots)
-        return self._stacks[group.slots]
+    def _stack_of(self, slots: tuple[int, ...]) -> SlotStack:
+        """The circuits of some slots, of which at least one has any; kept as long as the plan and the slots."""
+        if slots not in self._stacks:
+            self._stacks[slots] = self._stack(slots)
+        return self._stacks[slots]
 
-    def _stack(self, slots: tuple[int, ...]) -> tuple[tuple[int, ...], FusedCircuits]:
-        members = [self._slots[slot] for slot in slots]
-        present = [member for member in members if member is not None]
-        slices = tuple(sorted({i for member in present for i in member.slices}))
-        heads = present[0].heads
-        stack = present[0].fused.empty(len(slots) * len(slices) * heads)
-        for tensor in stack.tensors():
-            tensor.zero_()  # a slot without circuits for a slice gives z = 0 there
-        for position, member in enumerate(members):
-            if member is None:
-                continue
-            for part, i in enumerate(member.slices):
-                to = (position * len(slices) + slices.index(i)) * heads
-                for target, source in zip(stack.tensors(), member.fused.tensors(), strict=True):
-                    target[to : to + heads] = source[part * heads : (part + 1) * heads]
-        return slices, stack
+    def _stack(self, slots: tuple[int, ...]) -> SlotStack:
+        present = [circuits for slot in slots if (circuits := self._slots[slot]) is not None]
+        heads, rank = present[0].heads, present[0].heads * present[0].fused.ansatz.qubits
+        if len(slots) == 1:
+            slices, fused = present[0].slices, present[0].fused
+        else:
+            slices = tuple(sorted({i for circuits in present for i in circuits.slices}))
+            fused = present[0].fused.empty(len(slots) * len(slices) * heads)
+            for tensor in fused.tensors():
+                tensor.zero_()  # a slot without circuits for a slice gives z = 0 there
+            for position, slot in enumerate(slots):
+                if (circuits := self._slots[slot]) is None:
+                    continue
+                for part, i in enumerate(circuits.slices):
+                    to = (position * len(slices) + slices.index(i)) * heads
+                    for target, source in zip(fused.tensors(), circuits.fused.tensors(), strict=True):
+                        target[to : to + heads] = source[part * heads : (part + 1) * heads]
+        index = slice(slots[0], slots[0] + 1) if len(slots) == 1 else list(slots)
+        weights = tuple(self.lora_b_stacked[i][index, 0, :, :rank] for i in slices)
+        return SlotStack(slices, heads, fused, weights)
 
     def _input_is_sharded(self) -> bool:
         return self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear)
@@ -238,10 +249,10 @@ class QAALayerMixin(BaseLayerWithLoRA):
         """Row-parallel outputs are summed over the ranks: one rank adds B z, which all of them know."""
         return not self._input_is_sharded() or self.tp_rank == 0
 
-    def _slice_ranges(self) -> list[tuple[int, int]]:
-        """(first column, columns) of each slice in this rank's output."""
-        starts = [sum(self.output_slices[:i]) for i in range(self.n_slices)]
-        return list(zip(starts, self.output_slices, strict=True))
+    def _columns(self) -> list[slice]:
+        """The columns of each slice in this rank's output."""
+        ends = list(accumulate(self.output_slices))
+        return [slice(end - size, end) for end, size in zip(ends, self.output_slices, strict=True)]
 
 
 def _take(x: torch.Tensor, group: TokenGroup) -> torch.Tensor:
@@ -249,9 +260,9 @@ def _take(x: torch.Tensor, group: TokenGroup) -> torch.Tensor:
     return x[group.span] if group.span is not None else x[group.tokens.flatten()]
 
 
-def _add(output: torch.Tensor, group: TokenGroup, start: int, size: int, update: torch.Tensor) -> None:
-    """output[rows of the group, start : start + size] += update; a row belongs to one slot only."""
-    columns = output[:, start : start + size]
+def _add(columns: torch.Tensor, group: TokenGroup, update: torch.Tensor) -> None:
+    """columns[rows of the group] += update; a row belongs to one slot only."""
+    update = update.to(columns.dtype)
     if group.span is not None:
         columns[group.span] += update
     else:
@@ -295,8 +306,3 @@ def qaa_subclass(cls: type) -> type:
     if cls not in _ADAPTABLE:
         return cls
     return type(f"QAA{cls.__name__}", (QAALayerMixin, cls), {"__doc__": f"{cls.__name__} with a QAA branch."})
-
-
-def qubits_of(layer: QAALayerMixin) -> int:
-    """Number of qubits of a layer's circuits."""
-    return qubits_for(layer.full_widths()[0])

@@ -160,3 +160,9 @@ def check_seam(seam: Seam) -> list[str]:
         if found[: len(expected)] != expected:
             problems.append(f"{seam.module}.{path} takes {found}, expected {expected}")
     return problems
+
+
+def ledger() -> str:
+    """The patch table as Markdown, as docs/plugin.md has it."""
+    rows = [f"| `{s.module}.{s.attribute}` | {s.why} | {s.until} |" for s in SEAMS]
+    return "\n".join(["| what is replaced | why | until |", "|---|---|---|", *rows])

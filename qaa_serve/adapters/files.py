@@ -157,9 +157,7 @@ def save_adapter(
     texts = {CONFIG_FILE: json.dumps(config.to_json(), indent=2) + "\n"}
     for name, text in (extra_files or {}).items():
         if Path(name).name != name or name in ("", "..", CONFIG_FILE, WEIGHTS_FILE):
-            raise ValueError(
-                f"extra file {name!r}: a plain file name that is not the adapter's own is needed"
-            )
+            raise ValueError(f"extra file {name!r}: a plain file name that is not the adapter's own is needed")
         texts[name] = text
     tensors = {}
     for name, module in modules.items():
@@ -249,9 +247,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AdapterError(
-            f"{name} cannot be read: {error.strerror or error}; check its permissions"
-        ) from error
+        raise AdapterError(f"{name} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -272,7 +268,7 @@ def _parse_config(raw: bytes) -> dict[str, Any]:
 def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleWeights]:
     """Check names, dtypes, shapes and values; needs no base."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # safetensors gives them in no fixed order
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(

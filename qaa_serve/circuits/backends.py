@@ -10,9 +10,7 @@ import torch
 
 from qaa_serve.circuits.ansatz import Ansatz
 
-ExpectationValues: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, Ansatz, torch.Tensor | None], torch.Tensor
-]
+ExpectationValues: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Ansatz, torch.Tensor | None], torch.Tensor]
 
 #: name -> (module that holds `expectation_values`, what it is for)
 BACKENDS = {

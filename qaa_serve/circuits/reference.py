@@ -28,18 +28,14 @@ def expectation_values(
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
     """
     if x.shape[1] > 2**ansatz.qubits:
-        raise ValueError(
-            f"x is {x.shape[1]} wide; {ansatz.qubits} qubits hold at most {2**ansatz.qubits} numbers"
-        )
+        raise ValueError(f"x is {x.shape[1]} wide; {ansatz.qubits} qubits hold at most {2**ansatz.qubits} numbers")
     if theta.shape[1:] != ansatz.theta_shape:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     if index is None:
         index = torch.arange(theta.shape[0]).expand(x.shape[0], -1)
     z = [
         [
-            _one_circuit(x[token], theta[circuit], ansatz)
-            if circuit >= 0
-            else x.new_zeros(ansatz.qubits).double()
+            _one_circuit(x[token], theta[circuit], ansatz) if circuit >= 0 else x.new_zeros(ansatz.qubits).double()
             for circuit in circuits
         ]
         for token, circuits in enumerate(index.tolist())

@@ -88,12 +88,12 @@ def read_revision(directory: Path, name: str | None = None) -> Revision:
         digest, rank = adapter.digest, adapter.rank
         details = {key: getattr(adapter.config, key) for key in ("ansatz", "layers", "heads", "alpha")}
     elif kind == "LORA":
-        digest, rank = digest_of(directory), config.get("r")
-        if not isinstance(rank, int) or rank < 1:
-            raise AdapterError(f"adapter_config.json of a LoRA adapter needs a positive integer r, found {rank!r}")
+        digest, r = digest_of(directory), config.get("r")
+        if not isinstance(r, int) or r < 1:
+            raise AdapterError(f"adapter_config.json of a LoRA adapter needs a positive integer r, found {r!r}")
         patterns = config.get("rank_pattern") or {}
-        rank = max([rank, *(r for r in patterns.values() if isinstance(r, int))])
-        details = {"r": rank, "lora_alpha": config.get("lora_alpha")}
+        rank = max([r, *(other for other in patterns.values() if isinstance(other, int))])
+        details = {"r": r, "lora_alpha": config.get("lora_alpha")}
     else:
         raise AdapterError(f"adapter_config.json has peft_type {kind!r}; QAA and LORA adapters can be served")
     details["target_modules"] = config.get("target_modules")

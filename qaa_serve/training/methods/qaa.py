@@ -1,0 +1,67 @@
+"""QAA: angles of a circuit and the linear map B behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qaa_serve.adapters import AdapterConfig, ModuleWeights, save_adapter
+from qaa_serve.training.config import QAAConfig
+from qaa_serve.training.layer import QAALinear
+from qaa_serve.training.methods.base import Method, ParameterGroups
+
+_ADAPTER = "default"
+
+
+def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any]) -> PeftModel:
+    config = QAAConfig(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        **{name: options[name] for name in ("ansatz", "layers", "alpha", "heads")},
+    )
+    return get_peft_model(model, config, adapter_name=_ADAPTER)
+
+
+def _groups(model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> ParameterGroups:
+    angles: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (angles if ".qaa_theta." in name else others).append(parameter)
+    theta_rate = learning_rate if options["theta_lr"] is None else options["theta_lr"]
+    return [{"params": others, "lr": learning_rate}, {"params": angles, "lr": theta_rate}]
+
+
+def _save(model: PeftModel, directory: Path, base: str) -> None:
+    config = model.peft_config[_ADAPTER].checked(base)
+    modules = {
+        name: ModuleWeights(
+            layer.qaa_theta[_ADAPTER].view(config.heads, -1, layer.qubits), layer.qaa_weight[_ADAPTER]
+        )
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, QAALinear)
+    }
+    save_adapter(directory, config, modules)
+
+
+_FIELDS = AdapterConfig.model_fields
+
+METHOD = Method(
+    name="qaa",
+    learning_rate=1e-3,
+    options={
+        "ansatz": _FIELDS["ansatz"].default,
+        "layers": _FIELDS["layers"].default,
+        "alpha": _FIELDS["alpha"].default,
+        "heads": _FIELDS["heads"].default,
+        "theta_lr": None,
+    },
+    build=_build,
+    groups=_groups,
+    save=_save,
+)

@@ -1,0 +1,106 @@
+"""A server in a process group of its own, on a free port of 127.0.0.1, with its log in a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from openai import OpenAI
+
+BIN = Path(sys.executable).parent
+START_LIMIT_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class ServerProcess:
+    """`command` with --port added; `wait_until` is what its log says when it serves."""
+
+    def __init__(self, command: list[str], log: Path, wait_until: str = "Ready on"):
+        self.port = free_port()
+        self.log = log
+        self._wait_until = wait_until
+        self.outside: set[str] = set()
+        # The real thing: engine and worker in processes of their own, which the in-process tests turn off.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONUNBUFFERED": "1"}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:], "--port", str(self.port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self._tree = psutil.Process(self.process.pid)
+        self._watching = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_ready(self) -> ServerProcess:
+        deadline = time.monotonic() + START_LIMIT_S
+        while self._wait_until not in self.text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the server did not start; its log ends with:\n{self.text()[-4000:]}")
+            time.sleep(0.2)
+        return self
+
+    def family(self) -> list[psutil.Process]:
+        """The server and all processes it started, running now."""
+        try:
+            return [self._tree, *self._tree.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_exit(self, limit_s: float = 60) -> int:
+        return self.process.wait(limit_s)
+
+    def stop(self) -> None:
+        """End what is left of the process group; for teardown."""
+        self._watching.set()
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def _watch(self) -> None:
+        """Note every connection of the server's processes that leaves this machine."""
+        while not self._watching.wait(0.1):
+            for process in self.family():
+                try:
+                    connections = process.net_connections(kind="inet")
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+                for connection in connections:
+                    if connection.raddr and not connection.raddr.ip.startswith(("127.", "::1")):
+                        self.outside.add(connection.raddr.ip)
+
+
+def gone(processes: list[psutil.Process], limit_s: float = 40) -> list[psutil.Process]:
+    """Those of the processes that still run after the time limit."""
+    _, alive = psutil.wait_procs(processes, timeout=limit_s)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

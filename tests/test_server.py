@@ -1,0 +1,204 @@
+"""`qaa-serve` over HTTP with the real `openai` client: chat and completions, streamed and not, mixed adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+
+import httpx
+import openai
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.vllm
+
+from server_process import ServerProcess, gone
+from tiny_models import ATTENTION, MLP, VOCAB, ReferenceModel, make_lora, make_model, make_qaa
+
+GREEDY = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+OPTIONS = ("--dtype", "float32", "--kv-cache-memory-bytes", "64M")
+MODELS = ("base", "one", "two", "three", "lora")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    base = make_model(root / "base", "llama")
+    adapters = root / "adapters"
+    make_qaa(adapters / "one", base, ATTENTION["llama"], 1)
+    make_qaa(adapters / "two", base, ATTENTION["llama"] + MLP["llama"], 2, ansatz="ry_ring", layers=3)
+    make_qaa(adapters / "three", base, ("v_proj",), 3, ansatz="strongly_entangling", heads=2)
+    make_lora(adapters / "lora", base, ATTENTION["llama"], 4)
+    make_qaa(adapters / "broken", base, ("q_proj",), 5)
+    (adapters / "broken" / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    other = make_model(root / "other", "qwen2")
+    make_qaa(adapters / "stranger", other, ("q_proj",), 6)
+    # It says it was made for this base, but is of another's widths.
+    config = adapters / "stranger" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(other), str(base)))
+    (adapters / "no name!").mkdir()
+    shutil.copytree(adapters / "one", adapters / "no name!", dirs_exist_ok=True)
+    (adapters / "notes").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(root):
+    server = ServerProcess(
+        ["qaa-serve", "--adapters", str(root / "adapters"), "--max-loras", "3", *OPTIONS],
+        root / "server.log",
+    )
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(root):
+    """expected(model, prompt): greedy text by transformers with reference circuits."""
+    from qaa_serve.adapters import load_adapter
+
+    reference = ReferenceModel(root / "base")
+    adapters = root / "adapters"
+    worn = {"base": None, "lora": adapters / "lora"}
+    worn |= {name: load_adapter(adapters / name) for name in ("one", "two", "three")}
+
+    def greedy(model: str, prompt: str) -> str:
+        tokens = [int(word[1:]) for word in prompt.split()]
+        start = len(tokens)
+        for _ in range(GREEDY["max_tokens"]):
+            tokens.append(int(reference.logprobs(worn[model], tokens)[-1].argmax()))
+        return " ".join(f"t{token}" for token in tokens[start:])
+
+    return greedy
+
+
+def words(seed: int, length: int = 6) -> str:
+    ids = torch.randint(4, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"t{i}" for i in ids.tolist())
+
+
+def test_models_lists_base_and_adapters_with_their_parent(server):
+    models = {model.id: model for model in server.client().models.list()}
+    assert set(MODELS) <= set(models)
+    assert {"broken", "stranger", "no name!", "notes"}.isdisjoint(models)
+    assert models["base"].parent is None
+    assert all(models[name].parent == "base" for name in MODELS[1:])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_completions(server, expected, model):
+    prompt = words(1)
+    answer = server.client().completions.create(model=model, prompt=prompt, **GREEDY)
+    assert answer.choices[0].text.split() == expected(model, prompt).split()
+    assert answer.model == model
+    assert answer.usage.completion_tokens == GREEDY["max_tokens"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_chat_streamed_and_not(server, expected, model):
+    content = words(2)
+    messages = [{"role": "user", "content": content}]
+    client = server.client()
+    whole = client.chat.completions.create(model=model, messages=messages, **GREEDY)
+    chunks = list(client.chat.completions.create(model=model, messages=messages, stream=True, **GREEDY))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    # The tiny tokenizer's chat template: bos, the message, t3.
+    assert whole.choices[0].message.content.split() == expected(model, f"t1 {content} t3").split()
+    assert streamed == whole.choices[0].message.content
+    assert whole.model == model
+    assert {chunk.model for chunk in chunks} == {model}
+
+
+def test_everyone_at_once(server, expected):
+    """Base, three QAA adapters and a LoRA adapter in the same batches: more adapters than slots."""
+    requests = [(MODELS[i % len(MODELS)], words(100 + i, 3 + i)) for i in range(20)]
+
+    async def ask(client, model, prompt):
+        stream = await client.completions.create(model=model, prompt=prompt, stream=True, **GREEDY)
+        return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, *request) for request in requests))
+
+    for (model, prompt), text in zip(requests, asyncio.run(ask_all()), strict=True):
+        assert text.split() == expected(model, prompt).split(), model
+
+
+def test_logprobs_and_several_choices(server):
+    answer = server.client().completions.create(
+        model="two", prompt=words(3), n=2, logprobs=3, max_tokens=4, temperature=0.8, seed=1
+    )
+    assert len(answer.choices) == 2
+    assert all(len(choice.logprobs.top_logprobs) == len(choice.logprobs.tokens) for choice in answer.choices)
+
+
+def test_structured_outputs(server):
+    answer = server.client().chat.completions.create(
+        model="one",
+        messages=[{"role": "user", "content": words(4)}],
+        max_tokens=3,
+        extra_body={"structured_outputs": {"choice": ["t11", "t12"]}},
+    )
+    assert answer.choices[0].message.content.strip() in {"t11", "t12"}
+
+
+def test_an_unknown_model_is_a_404_that_lists_the_known_ones(server):
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client().completions.create(model="nobody", prompt="t5")
+    message = caught.value.body["message"]
+    assert "`nobody` does not exist" in message
+    assert all(name in message for name in MODELS)
+
+
+def test_a_revision_is_not_a_public_name_that_answers_as_another(server):
+    """A request never reaches another adapter than it names."""
+    with pytest.raises(openai.NotFoundError):
+        server.client().completions.create(model="one@", prompt="t5")
+
+
+def test_adapters_route_says_what_is_served_and_what_is_not(server):
+    listing = {item["id"]: item for item in httpx.get(f"{server.url}/v1/adapters").json()["data"]}
+    assert {name for name, item in listing.items() if item["state"] == "served"} == set(MODELS[1:])
+    assert listing["one"]["kind"] == "QAA"
+    assert listing["one"]["revision"].startswith("one@")
+    assert len(listing["one"]["revision"]) == len("one@") + 12
+    assert "damaged or no safetensors" in listing["broken"]["reason"]
+    assert "made for another base" in listing["stranger"]["reason"]
+    assert "cannot be an adapter's name" in listing["no name!"]["reason"]
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert "AdapterList" in json.dumps(schema["paths"]["/v1/adapters"])
+
+
+def test_the_log_names_what_was_chosen_and_what_was_rejected(server):
+    log = server.text()
+    assert "--max-cpu-loras 64" in log
+    assert "--max-lora-rank 16" in log
+    assert "--max-loras" not in log.split("Chosen here")[1].split("INFO")[0], "the user gave it"
+    assert "Not serving adapter 'broken'" in log
+    assert "damaged or no safetensors" in log
+    assert f"curl {server.url}/v1/chat/completions" in log
+
+
+def test_metrics_and_health(server):
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_nothing_leaves_the_machine(server):
+    """Start-up and every request above, watched."""
+    assert server.outside == set()
+
+
+def test_sigterm_ends_every_process(server):
+    """The last test of this server."""
+    family = server.family()
+    assert len(family) >= 2
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_exit() == 0
+    assert gone(family) == []

@@ -1,0 +1,97 @@
+"""What ends a server, and what is left of it then; and plain `vllm serve` with QAA adapters."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.vllm
+
+from server_process import ServerProcess, gone
+from tiny_models import ATTENTION, make_model, make_qaa
+
+OPTIONS = ["--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("life")
+    base = make_model(root / "base", "llama")
+    make_qaa(root / "adapters" / "one", base, ATTENTION["llama"], 1)
+    return root
+
+
+@pytest.fixture
+def start(root, request):
+    servers = []
+
+    def start(command: list[str], **options: str) -> ServerProcess:
+        servers.append(ServerProcess(command, root / f"{request.node.name}.log", **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_a_dead_engine_ends_the_server_with_an_error(start, root):
+    server = start(["qaa-serve", "--adapters", str(root / "adapters"), *OPTIONS]).wait_ready()
+    family = server.family()
+    workers = [process for process in family if "Worker" in " ".join(process.cmdline())]
+    assert workers, [process.cmdline() for process in family]
+    workers[0].kill()
+    assert server.wait_exit() == 1
+    assert gone(family) == []
+    assert "The engine died" in server.text()
+
+
+def test_a_killed_server_leaves_nothing_running(start, root):
+    server = start(["qaa-serve", str(root / "base"), *OPTIONS]).wait_ready()
+    family = server.family()
+    assert len(family) >= 2
+    server.process.kill()
+    server.wait_exit()
+    assert gone(family) == []
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_start_up_ends_every_process(start, root, which):
+    server = start(["qaa-serve", "--adapters", str(root / "adapters"), *OPTIONS])
+    deadline = time.monotonic() + 120
+    while len(server.family()) < 2:
+        assert server.process.poll() is None, server.text()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = server.family()
+    server.process.send_signal(which)
+    assert server.wait_exit() != 0
+    assert gone(family) == []
+
+
+def test_plain_vllm_serve_takes_qaa_adapters(start, root):
+    """The plugin alone, without our server."""
+    base = str(root / "base")
+    shutil.copytree(root / "adapters" / "one", root / "one")
+    server = start(
+        [
+            "vllm",
+            "serve",
+            base,
+            "--host",
+            "127.0.0.1",
+            "--enable-lora",
+            "--lora-modules",
+            f"mine={root / 'one'}",
+            *OPTIONS,
+        ],
+        wait_until="Application startup complete",
+    ).wait_ready()
+    ask = {"prompt": "t5 t6 t7", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    client = server.client()
+    with_adapter = client.completions.create(model="mine", **ask).choices[0].text
+    without = client.completions.create(model=base, **ask).choices[0].text
+    assert with_adapter != without

@@ -1,0 +1,244 @@
+"""Rows to tokens: which tokens the loss is on, what serving would see, and what is said about unusable rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from qaa_serve.training import TrainingError
+from qaa_serve.training.data import IGNORED, RowError, collator, encode_row, read_examples
+
+TEMPLATE = """\
+{%- if tools %}<t>{{ tools | length }}{% endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}<u>{{ message.content }}
+{%- elif message.role == 'assistant' -%}<a>{{ message.content }}<e><n>
+{%- else -%}{{ raise_exception('no role ' + message.role) }}
+{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}<a>{%- endif -%}"""
+
+#: Ends the answers in a conversation differently from the last one, as templates that drop reasoning do.
+FORGETFUL = TEMPLATE.replace("<a>{{ message.content }}", "<a>{% if loop.last %}!{% endif %}{{ message.content }}")
+
+
+def tokenizer(template: str | None = TEMPLATE, bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token a character, and <u> <a> <t> <n> as whole tokens; <b> is put before a plain prompt."""
+    special = ["<p>", "<b>", "<e>", "<u>", "<a>", "<t>", "<n>"]
+    characters = [chr(c) for c in range(32, 127)] + ["\n"]
+    vocabulary = {token: number for number, token in enumerate([*special, *characters])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.add_special_tokens(special)
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<p>", bos_token="<b>", eos_token="<e>", chat_template=template
+    )
+
+
+def spell(row: object, **options: object) -> list[tuple[str, bool]]:
+    """The row's tokens as text, each with whether the loss is on it."""
+    tok = options.pop("tok", None) or tokenizer()
+    ids, labels = encode_row(row, tok, **options)
+    assert len(ids) == len(labels)
+    assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+    tokens = tok.convert_ids_to_tokens(ids)
+    return [(token, label != IGNORED) for token, label in zip(tokens, labels, strict=True)]
+
+
+def marked(quiet: str, loud: str) -> list[tuple[str, bool]]:
+    """Tokens of two texts, whose special tokens are written <x>."""
+    import re
+
+    return [
+        (token, on) for text, on in ((quiet, False), (loud, True)) for token in re.findall(r"<\w>|.", text, re.S)
+    ]
+
+
+def chat(*contents: str) -> dict[str, object]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+class TestChat:
+    def test_loss_is_on_the_answer_and_its_end(self) -> None:
+        assert spell(chat("hi", "ok")) == [*marked("<u>hi<a>", "ok<e>"), *marked("<n>", "")]
+
+    def test_nothing_is_put_before_the_template(self) -> None:
+        # vLLM tokenises the rendered template without special tokens: <b> would come twice in many models.
+        assert spell(chat("hi", "ok"))[0] == ("<u>", False)
+
+    def test_every_answer_counts(self) -> None:
+        assert spell(chat("a", "bc", "d", "e")) == [
+            *marked("<u>a<a>", "bc<e>"),
+            *marked("<n><u>d<a>", "e<e>"),
+            *marked("<n>", ""),
+        ]
+
+    def test_or_only_the_last(self) -> None:
+        row = chat("a", "bc", "d", "e")
+        assert spell(row, answers="last") == [*marked("<u>a<a>bc<e><n><u>d<a>", "e<e>"), *marked("<n>", "")]
+
+    def test_what_follows_the_last_answer_is_left_out(self) -> None:
+        assert spell(chat("a", "b", "c")) == spell(chat("a", "b"))
+
+    def test_prompt_is_what_serving_sees(self) -> None:
+        tok = tokenizer()
+        row = chat("a", "b", "c", "d")
+        ids, labels = encode_row(row, tok, "last")
+        served = tok.apply_chat_template(row["messages"][:3], add_generation_prompt=True, return_dict=False)
+        start = next(i for i, label in enumerate(labels) if label != IGNORED)
+        assert ids[:start] == served
+
+    def test_tools_reach_the_template(self) -> None:
+        assert spell({**chat("a", "b"), "tools": [{}, {}]})[:2] == marked("<t>2", "")
+
+    def test_template_that_rewrites_earlier_answers(self) -> None:
+        tok = tokenizer(FORGETFUL)
+        with pytest.raises(RowError, match=r"before message 2 differently.*try --answers last"):
+            encode_row(chat("a", "b", "c", "d"), tok)
+        assert spell(chat("a", "b", "c", "d"), tok=tok, answers="last")[-4:-1] == marked("", "!d<e>")
+
+    @pytest.mark.parametrize(
+        ("messages", "problem"),
+        [
+            ([], "must be a list of messages, and not empty"),
+            ("hi", "must be a list"),
+            ([{"content": "x"}], "message 1 is no object with a 'role'"),
+            ([{"role": "user", "content": "x"}], "no message of the role 'assistant'"),
+            ([{"role": "user", "content": 3}], "'content' of message 1 must be a string"),
+            ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}], "message 2. is empty"),
+            (
+                [{"role": "z", "content": "x"}, {"role": "assistant", "content": "y"}],
+                "template refuses.*no role z",
+            ),
+        ],
+    )
+    def test_unusable(self, messages: object, problem: str) -> None:
+        with pytest.raises(RowError, match=problem):
+            encode_row({"messages": messages}, tokenizer())
+
+    def test_needs_a_template(self) -> None:
+        with pytest.raises(RowError, match="no chat template"):
+            encode_row(chat("a", "b"), tokenizer(None))
+
+
+class TestPromptAndCompletion:
+    def test_special_tokens_are_those_of_a_served_prompt(self) -> None:
+        tok = tokenizer()
+        row = {"prompt": "ab", "completion": "cd"}
+        assert spell(row) == marked("<b>ab", "cd<e>")
+        assert encode_row(row, tok)[0][:3] == tok("ab")["input_ids"]
+        assert spell(row, tok=tokenizer(bos=False)) == marked("ab", "cd<e>")
+
+    def test_prompt_is_tokenised_by_itself(self) -> None:
+        # "b" and "c" would become one token if prompt and completion were tokenised together.
+        tok = tokenizer()
+        state = json.loads(tok.backend_tokenizer.to_str())
+        state["pre_tokenizer"] = None
+        state["model"]["vocab"]["bc"] = len(state["model"]["vocab"])
+        state["model"]["merges"] = [["b", "c"]]
+        tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<e>")
+        assert "bc" in tok.tokenize("abcd")
+        assert spell({"prompt": "ab", "completion": "cd"}, tok=tok) == marked("<b>ab", "cd<e>")
+
+    def test_end_is_not_doubled(self) -> None:
+        assert spell({"prompt": "a", "completion": "b<e>"}) == marked("<b>a", "b<e>")
+
+    @pytest.mark.parametrize("row", [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": " \n"}])
+    def test_empty_answer(self, row: dict[str, str]) -> None:
+        with pytest.raises(RowError, match=r"completion.*is empty"):
+            encode_row(row, tokenizer())
+
+    def test_no_text(self) -> None:
+        with pytest.raises(RowError, match="'prompt' must be a string, found list"):
+            encode_row({"prompt": [1], "completion": "x"}, tokenizer())
+
+
+class TestInstruction:
+    def test_is_a_chat_where_there_is_a_template(self) -> None:
+        row = {"instruction": "do", "input": "it", "output": "ok"}
+        assert spell(row) == spell(chat("do\n\nit", "ok"))
+        assert (
+            spell({**row, "input": ""}) == spell({"instruction": "do", "output": "ok"}) == spell(chat("do", "ok"))
+        )
+
+    def test_is_plain_text_where_there_is_none(self) -> None:
+        row = {"instruction": "do", "input": "it", "output": "ok"}
+        prompt = "### Instruction:\ndo\n\nit\n\n### Response:\n"
+        assert spell(row, tok=tokenizer(None)) == marked(f"<b>{prompt}", "ok<e>")
+
+
+class TestFile:
+    GOOD = '{"prompt": "a", "completion": "b"}'
+
+    def write(self, path: Path, *lines: str | bytes) -> Path:
+        path /= "rows.jsonl"
+        path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
+        return path
+
+    def test_good_rows_and_digest(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, self.GOOD, "", json.dumps(chat("a", "b")), "")
+        examples = read_examples(path, tokenizer(), max_length=20)
+        assert len(examples) == 2
+        assert examples[0] == {"input_ids": [1, 72, 73, 2], "labels": [IGNORED, IGNORED, 73, 2]}
+        assert examples.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert examples.problems == ()
+
+    def test_bad_rows_are_an_error_that_names_their_lines(self, tmp_path: Path) -> None:
+        bad = ["{", "[1]", '{"text": "x"}', '{"prompt": "a", "completion": ""}', b'{"prompt": "\xff"}', "7", "8"]
+        path = self.write(tmp_path, self.GOOD, "", *bad)
+        with pytest.raises(TrainingError) as caught:
+            read_examples(path, tokenizer(), max_length=20)
+        message = str(caught.value).splitlines()
+        assert message[0] == f"{path}: 7 of 8 rows cannot be used:"
+        assert message[1].startswith("  line 3: no JSON")
+        assert message[2] == "  line 4: a JSON object is needed, found a JSON list"
+        assert message[3].startswith("  line 5: no known keys; known are messages;")
+        assert message[3].endswith("found text")
+        assert message[4].startswith("  line 6: the answer ('completion') is empty")
+        assert message[5].startswith("  line 7: no JSON")
+        assert message[6] == "  ... and 2 more"
+        assert "--skip-bad-rows" in message[7]
+
+    def test_bad_rows_are_reported_when_skipped(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, "{", self.GOOD, "[]")
+        examples = read_examples(path, tokenizer(), max_length=20, skip_bad_rows=True)
+        assert len(examples) == 1
+        assert [problem[:7] for problem in examples.problems] == ["line 1:", "line 3:"]
+
+    def test_no_usable_row_is_an_error_in_any_case(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="no usable row"):
+            read_examples(self.write(tmp_path, "{"), tokenizer(), max_length=20, skip_bad_rows=True)
+        with pytest.raises(TrainingError, match="has no rows"):
+            read_examples(self.write(tmp_path, ""), tokenizer(), max_length=20)
+
+    def test_long_rows(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, '{"prompt": "abc", "completion": "defg"}', self.GOOD)
+        examples = read_examples(path, tokenizer(), max_length=5)
+        assert examples.shortened == 1
+        assert examples[0]["labels"] == [IGNORED] * 4 + [75]
+        with pytest.raises(TrainingError, match="line 1: its 9 tokens cut to 4 leave nothing of the answer"):
+            read_examples(path, tokenizer(), max_length=4)
+
+    def test_unreadable(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=r"none\.jsonl cannot be read: No such file"):
+            read_examples(tmp_path / "none.jsonl", tokenizer(), max_length=4)
+
+
+def test_batch_is_padded_to_its_longest_row() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
+        {"input_ids": [8], "labels": [8]},
+    ]
+    batch = collator(pad_token_id=9)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())

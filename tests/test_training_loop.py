@@ -1,0 +1,349 @@
+"""Training as a whole, and its command: what is learnt, what is written, what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_training_data import tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qaa_serve.adapters import linear_widths, load_adapter, resolve_base
+from qaa_serve.training import TrainingError, TrainOptions, train
+from qaa_serve.training import cli as training_cli
+from qaa_serve.training.loop import base_reference
+from qaa_serve.training.methods import METHODS, get_method
+
+ROWS = [
+    {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "arr " + c}]}
+    for c in "abcdefgh"
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in a directory, with a tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def options(base: Path, data: Path, **changed: Any) -> TrainOptions:
+    given = {"output": data.parent / "adapters" / "new", "lr": 3e-2, "max_steps": 12, "batch_size": 4, **changed}
+    return TrainOptions(model=str(base), data=data, **given)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class TestTrain:
+    def test_result_is_learnt_and_served_as_is(self, base: Path, data: Path) -> None:
+        result = train(options(base, data, max_steps=40, eval_data=data))
+        assert result.train_loss < result.first_loss - 0.1
+        assert result.eval_loss < result.base_eval_loss - 0.1
+        assert result.steps == 40
+        widths = linear_widths(base)
+        adapter = load_adapter(result.output, widths)
+        assert adapter.config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
+        assert len(adapter.modules) == 2 * 4
+        assert result.trainable == sum(m.theta.numel() + m.weight.numel() for m in adapter.modules.values())
+        assert resolve_base(result.output, adapter.config.base_model_name_or_path) == str(base)
+        assert not [path for path in result.output.parent.iterdir() if path != result.output]
+
+    def test_saved_adapter_is_the_trained_one(self, base: Path, data: Path) -> None:
+        result = train(options(base, data, max_steps=20, eval_data=data, epochs=1))
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output)
+        loss, tokens = 0.0, 0
+        for row in ROWS:
+            ids = tokenizer().apply_chat_template(row["messages"], return_dict=False)
+            labels = [-100] * 3 + ids[3:-1] + [-100]
+            mean = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            loss, tokens = loss + mean.item() * len(ids[3:-1]), tokens + len(ids[3:-1])
+        assert loss / tokens == pytest.approx(result.eval_loss, abs=1e-4)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_same_seed_same_bytes(self, base: Path, data: Path, method: str) -> None:
+        output = train(options(base, data, method=method, seed=3)).output
+        first = files(output)
+        shutil.rmtree(output)
+        train(options(base, data, method=method, seed=3))
+        assert files(output) == first
+        train(options(base, data, method=method, seed=4, overwrite=True))
+        assert files(output)["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+
+    def test_lora_is_an_ordinary_peft_adapter(self, base: Path, data: Path) -> None:
+        result = train(
+            options(
+                base, data, method="lora", method_options={"rank": 3}, target_modules=("v_proj",), max_steps=30
+            )
+        )
+        assert result.train_loss < result.first_loss
+        config = json.loads((result.output / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 3, ["v_proj"])
+        assert resolve_base(result.output, config["base_model_name_or_path"]) == str(base)
+        tensors = load_file(result.output / "adapter_model.safetensors")
+        assert len(tensors) == 2 * 2
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output)
+
+    def test_options_of_the_method_reach_the_adapter(self, base: Path, data: Path) -> None:
+        given = {"ansatz": "ry_ring", "layers": 3, "alpha": 4.0, "heads": 2}
+        result = train(options(base, data, method_options=given, target_modules=("down_proj",), max_steps=1))
+        config = load_adapter(result.output).config
+        assert {name: getattr(config, name) for name in given} == given
+        assert config.target_modules == ("down_proj",)
+
+    def test_theta_has_a_rate_of_its_own(self, base: Path, data: Path) -> None:
+        def angles(**method_options: float) -> torch.Tensor:
+            output = train(options(base, data, method_options=method_options, overwrite=True)).output
+            return torch.cat([m.theta.flatten() for _, m in sorted(load_adapter(output).modules.items())])
+
+        start = angles(theta_lr=1e-30)
+        assert (angles() - start).abs().max() > 1e-2
+        assert torch.equal(angles(theta_lr=1e-30), start)
+
+    def test_card_says_how_it_was_made(self, base: Path, data: Path) -> None:
+        result = train(options(base, data, eval_data=data, seed=11))
+        card = (result.output / "README.md").read_text()
+        for fact in (
+            str(base),
+            f"{result.trainable:,}",
+            "ryrz_ring_ry",
+            f"{result.train_loss:.4f}",
+            f"{result.eval_loss:.4f}",
+            "| seed | 11 |",
+            f"torch {torch.__version__}",
+        ):
+            assert fact in card
+        assert card.count(__import__("hashlib").sha256(data.read_bytes()).hexdigest()) == 2
+
+    def test_bfloat16_base_and_checkpointing(self, base: Path, data: Path) -> None:
+        result = train(options(base, data, bf16=True, gradient_checkpointing=True, grad_accum=2, max_steps=30))
+        assert result.train_loss < result.first_loss
+        module = next(iter(load_adapter(result.output).modules.values()))
+        assert module.weight.dtype == torch.float32
+
+    def test_checkpointing_changes_nothing(self, base: Path, data: Path) -> None:
+        plain = train(options(base, data)).output
+        other = train(options(base, data, gradient_checkpointing=True, output=plain.with_name("other"))).output
+        assert files(plain)["adapter_model.safetensors"] == files(other)["adapter_model.safetensors"]
+
+    @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("where", ["training", "saving"])
+    def test_failure_leaves_nothing(
+        self, base: Path, data: Path, where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        target = (
+            "transformers.Trainer.training_step" if where == "training" else "qaa_serve.training.loop.model_card"
+        )
+        monkeypatch.setattr(target, fail)
+        with pytest.raises(type(error)):
+            train(options(base, data))
+        assert list(data.parent.glob("**/*")) in (
+            [data],
+            [data.parent / "adapters", data],
+            [data, data.parent / "adapters"],
+        )
+
+    def test_failure_leaves_what_was_there(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        output = train(options(base, data)).output
+        before = files(output)
+        monkeypatch.setattr("qaa_serve.training.loop.model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(options(base, data, seed=5, overwrite=True))
+        assert files(output) == before
+        assert list(output.parent.iterdir()) == [output]
+
+    def test_overwrite_replaces_the_whole_adapter(self, base: Path, data: Path) -> None:
+        output = train(options(base, data)).output
+        (output / "left-over.txt").touch()
+        train(options(base, data, overwrite=True))
+        assert sorted(files(output)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+    def test_files_are_as_readable_as_the_umask_lets(self, base: Path, data: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            output = train(options(base, data, max_steps=1)).output
+        finally:
+            os.umask(before)
+        assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o640}
+        assert output.stat().st_mode & 0o777 == 0o750
+
+    def test_answers_without_an_end_are_noted(self, base: Path, data: Path) -> None:
+        assert train(options(base, data, max_steps=1)).notes == ()
+        result = train(options(base, data, max_steps=1, max_length=5, overwrite=True))
+        assert f"{data}: 8 of 8 rows were cut to 5 tokens" in result.notes
+        assert any("no answer ends with '<e>'" in note for note in result.notes)
+
+    def test_divergence_is_an_error(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.Trainer.compute_loss", lambda self, model, inputs, **_: sum(
+            p.sum() for p in model.parameters() if p.requires_grad) * math.nan)  # fmt: skip
+        with pytest.raises(TrainingError, match=r"diverged at step 1 of 12.*lower --lr"):
+            train(options(base, data))
+        assert not (data.parent / "adapters" / "new").exists()
+
+
+class TestBaseReference:
+    def test_hub_name_is_kept(self, tmp_path: Path) -> None:
+        assert base_reference("org/model", tmp_path) == "org/model"
+
+    def test_directory_is_relative_to_the_adapter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "models" / "base").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert base_reference("models/base", Path("out/a")) == "../../models/base"
+
+
+class TestMethods:
+    def test_table_and_modules_agree(self) -> None:
+        assert all(get_method(name).name == name for name in METHODS)
+
+    def test_unknown(self) -> None:
+        with pytest.raises(TrainingError, match="unknown method 'nope'; known are: qaa, lora"):
+            get_method("nope")
+
+    def test_defaults_in_the_help_are_the_methods(self) -> None:
+        text = re.sub(r"\s+", " ", parser().format_help())
+        for method in map(get_method, METHODS):
+            assert method.learning_rate == 1e-3
+            for name, value in method.options.items():
+                default = "as --lr" if value is None else f"{value:g}" if isinstance(value, float) else value
+                flag = f"--{name.replace('_', '-')} "
+                assert f"(default: {default})" in text[text.rindex(flag) :][:120], name
+
+
+def parser() -> Any:
+    import argparse
+
+    result = argparse.ArgumentParser(prog="qaa-serve train", add_help=False)
+    training_cli.add_arguments(result)
+    return result
+
+
+class TestCommand:
+    def run(self, base: Path, data: Path, *more: str) -> int:
+        output = str(data.parent / "out")
+        arguments = ["--model", str(base), "--data", str(data), "--output", output, "--max-steps", "2", *more]
+        return training_cli.run(parser().parse_args(arguments))
+
+    def test_trains_and_says_what_to_do_next(
+        self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data.write_text(data.read_text() + "{\n")
+        assert self.run(base, data, "--skip-bad-rows", "--eval-data", str(data), "--threads", "1") == 0
+        out, err = capsys.readouterr()
+        assert "step 2/2, loss" in err
+        assert f"{data}: left out line 9: no JSON" in out
+        assert "% of the base) on 8 rows: 2 steps" in out
+        assert re.search(r"evaluation loss \d\.\d+ \(base\) -> \d", out)
+        assert f"qaa-serve {base} --adapters {data.parent}" in out
+        load_adapter(data.parent / "out")
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--model", "/nowhere/base"], "'/nowhere/base': there is no such directory"),
+            (["--data", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read: No such file"),
+            (["--eval-data", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
+            (["--target-modules", "nope"], "no module 'nope'; it has down_proj, gate_proj"),
+            (["--target-modules", "embed_tokens"], "embed_tokens', which cannot be adapted"),
+            (["--method", "lora", "--target-modules", "lm_head"], "lm_head', which cannot be adapted"),
+            (["--method", "lora", "--layers", "2"], "--layers is no option of the method 'lora'"),
+            (["--rank", "2"], "--rank is no option of the method 'qaa'"),
+            (["--lr", "0"], "--lr must be above 0, found 0.0"),
+            (["--warmup-ratio", "1"], "--warmup-ratio must be at least 0 and below 1"),
+            (["--heads", "0"], "heads: Input should be greater than or equal to 1"),
+            (["--max-length", "65"], "--max-length is 65, but the base model takes 64 tokens"),
+            (["--max-length", "2"], "leave nothing of the answer"),
+        ],
+    )
+    def test_bad_input_is_one_message_and_status_2(
+        self, base: Path, data: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(base, data, *arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("qaa-serve train: ")
+        assert said in err
+        assert not (data.parent / "out").exists()
+
+    def test_output_that_exists(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = data.parent / "out"
+        output.mkdir()
+        (output / "precious.txt").touch()
+        assert self.run(base, data) == 2
+        assert f"output {output} exists; choose another --output, or replace it" in capsys.readouterr().err
+        assert self.run(base, data, "--overwrite") == 2
+        assert "is no adapter" in capsys.readouterr().err
+        assert (output / "precious.txt").exists()
+
+    def test_output_that_cannot_be_made(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run(base, data, "--output", str(data / "out")) == 2
+        assert f"{data} is not a directory" in capsys.readouterr().err
+
+    def test_base_without_config(self, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run(data.parent, data) == 2
+        assert "has no config.json" in capsys.readouterr().err
+
+    def test_interrupt(
+        self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupt(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("transformers.Trainer.training_step", interrupt)
+        assert self.run(base, data) == 130
+        assert "interrupted; nothing was written" in capsys.readouterr().err
+
+    def test_missing_extra(
+        self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "peft", None)
+        monkeypatch.delitem(sys.modules, "qaa_serve.training.loop")
+        assert self.run(base, data) == 2
+        assert 'peft is not installed; training needs the extra: pip install "qaa-serve[train]"' in (
+            capsys.readouterr().err
+        )
+
+    def test_help_needs_neither_transformers_nor_peft(self) -> None:
+        code = (
+            "import sys; from qaa_serve.training import cli; "
+            "sys.argv[1:] = ['--help']\n"
+            "try: cli.main()\nexcept SystemExit: pass\n"
+            "print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "example:" in done.stdout
+        assert done.stdout.endswith("[]\n")
