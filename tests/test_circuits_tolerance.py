@@ -117,3 +117,13 @@ def test_nothing_sees_the_last_phases_of_a_strongly_entangling_circuit() -> None
     x, theta, right = circuit_with_no_small_angle(ansatz)
     theta[0, -1] = 0
     assert (judge(x, theta, ansatz)[:, 0] - right).abs().max() < TOLERANCE[torch.float64]
+
+
+def test_nothing_sees_all_phases_turned_the_other_way() -> None:
+    """The other exception: RY and CNOT are real and so is x, so that it conjugates the state. One does show."""
+    ansatz = Ansatz("ryrz_ring_ry", 3, 2)
+    x, theta, right = circuit_with_no_small_angle(ansatz)
+    theta[:, 1] *= -1
+    assert_visible(judge(x, theta, ansatz)[:, 0], right, "one row of RZ")
+    theta[:, 3] *= -1
+    assert (judge(x, theta, ansatz)[:, 0] - right).abs().max() < TOLERANCE[torch.float64]

@@ -40,6 +40,7 @@ class Served:
     """An engine, its adapters, and the plain model to compare with."""
 
     llm: LLM
+    architecture: str
     root: Path
     reference: ReferenceModel
     adapters: dict[str | None, Adapter | Path | None]
@@ -99,7 +100,7 @@ def start(root: Path, architecture: str) -> Served:
         max_model_len=256, max_num_seqs=20, max_num_batched_tokens=PREFILL_CHUNK, enable_chunked_prefill=True,
         enable_prefix_caching=True, enforce_eager=True, kv_cache_memory_bytes=32 << 20, seed=0,
     )  # fmt: skip
-    return Served(llm, root, ReferenceModel(base), adapters)
+    return Served(llm, architecture, root, ReferenceModel(base), adapters)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "opt"])
@@ -283,7 +284,7 @@ def test_the_gpu_path_adds_what_the_cpu_path_adds(served, pattern):
 def test_two_adapters_of_one_form_in_one_group(served):
     """Slots with equally many tokens are stacked; here one lacks the slices that the other has."""
     base = served.root / "base"
-    targets = ATTENTION[served.root.name.rstrip("0123456789")]
+    targets = ATTENTION[served.architecture]
     served.adapters["left"] = make_qaa(served.root / "left", base, (targets[0], targets[3]), 11)
     served.adapters["right"] = make_qaa(served.root / "right", base, (targets[1], targets[2]), 12)
     try:

@@ -130,14 +130,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         return lora
 
     def _load_qaa(self, request: LoRARequest, directory: Path) -> QAAModel:
-        if self.lora_config.fully_sharded_loras:
-            raise AdapterError("QAA adapters cannot be served with --fully-sharded-loras: start without it")
-        if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
-            raise AdapterError("QAA adapters cannot be served with VLLM_LORA_ENABLE_DUAL_STREAM: unset it")
-        if self.lora_config.enable_tower_connector_lora:
-            raise AdapterError(
-                "QAA adapters cannot be served with --enable-tower-connector-lora: start without it"
-            )
+        self._refuse_settings(request)
         adapter = load_adapter(directory)
         if adapter.rank > self.lora_config.max_lora_rank:
             raise AdapterError(
@@ -165,6 +158,22 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         if not loras:
             raise AdapterError("none of the adapter's modules is on this worker")
         return QAAModel(request.lora_int_id, adapter.rank, loras, (config.ansatz, config.layers, config.heads))
+
+    def _refuse_settings(self, request: LoRARequest) -> None:
+        """Refuse what would lead round the layers' output hook, or change weights under running requests."""
+        refused = {
+            "--fully-sharded-loras": self.lora_config.fully_sharded_loras,
+            "VLLM_LORA_ENABLE_DUAL_STREAM": envs.VLLM_LORA_ENABLE_DUAL_STREAM,
+            "--enable-tower-connector-lora": self.lora_config.enable_tower_connector_lora,
+        }
+        for setting, on in refused.items():
+            if on:
+                raise AdapterError(f"QAA adapters cannot be served with {setting}: start the server without it")
+        if request.load_inplace:
+            raise AdapterError(
+                "QAA adapters cannot be loaded with load_inplace, which reads them from disk in every step: load "
+                "changed weights under a new name and path"
+            )
 
     def _served_name(self, name: str) -> str:
         """A module's name in vLLM's model, from its name in transformers'."""

@@ -1,0 +1,82 @@
+"""What the worker refuses before it reads an adapter's weights, and what it leaves alone on a CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm import envs
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.lora.request import LoRARequest
+from vllm_qaa.layers import DELTA_OP
+from vllm_qaa.worker import QAAWorkerManager, _split_graphs_at_delta
+
+from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    config = AdapterConfig(base_model_name_or_path="base", target_modules=("q_proj",))
+    weights = ModuleWeights(torch.zeros(1, *config.circuit(3).theta_shape), torch.zeros(8, 3))
+    save_adapter(tmp_path / "adapter", config, {"model.layers.0.self_attn.q_proj": weights})
+    return tmp_path / "adapter"
+
+
+def manager(**settings):
+    manager = QAAWorkerManager.__new__(QAAWorkerManager)
+    defaults = {"fully_sharded_loras": False, "enable_tower_connector_lora": False, "max_lora_rank": 16}
+    manager.lora_config = SimpleNamespace(**(defaults | settings))
+    return manager
+
+
+@pytest.mark.parametrize("setting", ["fully_sharded_loras", "enable_tower_connector_lora"])
+def test_settings_that_bypass_the_delta_are_refused_by_name(adapter, setting):
+    with pytest.raises(AdapterError, match=f"--{setting.replace('_', '-')}: start the server without"):
+        manager(**{setting: True})._load_adapter(LoRARequest("a", 1, str(adapter)))
+
+
+def test_the_dual_stream_is_refused(adapter, monkeypatch):
+    monkeypatch.setattr(envs, "VLLM_LORA_ENABLE_DUAL_STREAM", True, raising=False)
+    with pytest.raises(AdapterError, match="VLLM_LORA_ENABLE_DUAL_STREAM"):
+        manager()._load_adapter(LoRARequest("a", 1, str(adapter)))
+
+
+def test_loading_in_place_is_refused(adapter):
+    with pytest.raises(AdapterError, match="every step"):
+        manager()._load_adapter(LoRARequest("a", 1, str(adapter), load_inplace=True))
+
+
+def test_a_rank_above_the_servers_is_refused(adapter):
+    with pytest.raises(AdapterError, match=r"rank 3 .* larger --max-lora-rank"):
+        manager(max_lora_rank=1)._load_adapter(LoRARequest("a", 1, str(adapter)))
+
+
+def graphs(mode, cudagraph_mode, splitting_ops):
+    compilation = SimpleNamespace(mode=mode, cudagraph_mode=cudagraph_mode, splitting_ops=splitting_ops)
+    return SimpleNamespace(compilation_config=compilation), compilation
+
+
+def test_cuda_graphs_are_split_at_the_delta():
+    config, compilation = graphs(
+        CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::unified_attention"]
+    )
+    _split_graphs_at_delta(config, "cuda")
+    _split_graphs_at_delta(config, "cuda")
+    assert compilation.splitting_ops == ["vllm::unified_attention", DELTA_OP]
+    assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
+
+
+def test_without_compilation_there_are_no_cuda_graphs():
+    config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
+    _split_graphs_at_delta(config, "cuda")
+    assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def test_a_cpu_is_left_as_it_is():
+    config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
+    _split_graphs_at_delta(config, torch.device("cpu"))
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL
