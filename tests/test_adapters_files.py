@@ -732,14 +732,16 @@ def test_saving_over_a_link_replaces_what_it_points_to(adapter: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "current"]
 
 
-def test_modules_may_share_their_tensors_and_need_not_be_contiguous(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_modules_may_share_their_tensors_of_any_layout(tmp_path: Path, contiguous: bool) -> None:
     """As at the start of training, when each B is the same zeros."""
     config = make_config()
-    shared = ModuleWeights(torch.randn(4, 5).T.unsqueeze(0), torch.zeros(1, 4).expand(8, -1))
+    theta, weight = torch.randn(4, 5).T.unsqueeze(0), torch.zeros(1, 4).expand(8, -1)
+    shared = ModuleWeights(theta.contiguous(), weight.contiguous()) if contiguous else ModuleWeights(theta, weight)
     save_adapter(tmp_path / "a", config, {Q0: shared, Q1: shared})
     loaded = load_adapter(tmp_path / "a", BASE)
-    assert torch.equal(loaded.modules[Q1].theta, shared.theta)
-    assert torch.equal(loaded.modules[Q1].weight, shared.weight)
+    assert torch.equal(loaded.modules[Q1].theta, theta)
+    assert torch.equal(loaded.modules[Q1].weight, weight)
 
 
 def test_trained_parameters_can_be_saved_as_they_are(tmp_path: Path) -> None:

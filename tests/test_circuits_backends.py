@@ -237,9 +237,9 @@ def test_mixed_batches_agree_with_pennylane(
     backend: Backend, name: str, pattern: str, generator: torch.Generator
 ) -> None:
     ansatz = Ansatz(name, 3, 2)
-    x = random_x(generator, 10, 7, torch.float32)
-    theta = random_theta(generator, 6, ansatz, torch.float32)
-    index = popularity_index(pattern, 10, 6, generator, readouts=2)
+    x = random_x(generator, 6, 7, torch.float32)
+    theta = random_theta(generator, 12, ansatz, torch.float32)  # enough for all readouts to differ
+    index = popularity_index(pattern, 6, 12, generator, readouts=2)
     index[3] = -1
     assert_close(backend(x, theta, ansatz, index), judge(x, theta, ansatz, index), backend.tolerance(x))
 
@@ -249,9 +249,9 @@ def test_gradients_of_mixed_batches_agree_with_pennylane(
     differentiable: Backend, pattern: str, generator: torch.Generator
 ) -> None:
     ansatz = Ansatz("ryrz_ring_ry", 3, 2)
-    x = random_x(generator, 6, 7, torch.float32)
-    theta = random_theta(generator, 4, ansatz, torch.float32)
-    index = popularity_index(pattern, 6, 4, generator, readouts=2)
+    x = random_x(generator, 4, 7, torch.float32)
+    theta = random_theta(generator, 8, ansatz, torch.float32)
+    index = popularity_index(pattern, 4, 8, generator, readouts=2)
     index[2, 0] = -1
     assert_gradients_close(differentiable, x, theta, ansatz, index)
 

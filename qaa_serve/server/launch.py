@@ -42,7 +42,9 @@ async def serve(args: argparse.Namespace, revisions: list[Revision], rejections:
             announcement = asyncio.create_task(_announce(app.state, address, models))
             shutdown = await serve_http(app, sock=sock, **_uvicorn_options(args))
             announcement.cancel()
-            died = engine.errored
+            # After a signal serve_http hands back the HTTP server's shutdown; if the server stopped by itself, a
+            # coroutine that does nothing. By itself it stops when vLLM's watchdog sees a dead engine.
+            died = shutdown.cr_code is not type(app.state.server).shutdown.__code__
         await shutdown
     finally:
         sock.close()

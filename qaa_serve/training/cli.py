@@ -90,7 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     course = parser.add_argument_group("the course of training")
     course.add_argument("--epochs", type=float, default=3.0, metavar="X", help="passes over the data (default: 3)")
     course.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps, in place of --epochs")
-    course.add_argument("--lr", type=float, metavar="X", help="peak learning rate of AdamW (default: 1e-3)")
+    course.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="peak learning rate of AdamW (default: 0.005 for qaa, 0.001 for lora)",
+    )
     course.add_argument(
         "--theta-lr", type=float, metavar="X", help="qaa: that of the circuit's angles (default: as --lr)"
     )

@@ -53,7 +53,7 @@ _FIELDS = AdapterConfig.model_fields
 
 METHOD = Method(
     name="qaa",
-    learning_rate=1e-3,
+    learning_rate=5e-3,
     options={
         "ansatz": _FIELDS["ansatz"].default,
         "layers": _FIELDS["layers"].default,
