@@ -24,6 +24,7 @@ from qaa_serve.training import TrainingError, TrainOptions, train
 from qaa_serve.training import cli as training_cli
 from qaa_serve.training.loop import base_reference
 from qaa_serve.training.methods import METHODS, get_method
+from qaa_serve.training.staging import staged
 
 ROWS = [
     {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "arr " + c}]}
@@ -103,17 +104,17 @@ class TestTrain:
         assert files(output)["adapter_model.safetensors"] != first["adapter_model.safetensors"]
 
     def test_lora_is_an_ordinary_peft_adapter(self, base: Path, data: Path) -> None:
-        result = train(
-            options(
-                base, data, method="lora", method_options={"rank": 3}, target_modules=("v_proj",), max_steps=10
-            )
-        )
+        result = train(options(base, data, method="lora", method_options={"rank": 3}, max_steps=10))
         assert result.train_loss < result.first_loss
         config = json.loads((result.output / "adapter_config.json").read_text())
-        assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 3, ["v_proj"])
+        assert (config["peft_type"], config["r"], config["target_modules"]) == (
+            "LORA",
+            3,
+            ["k_proj", "o_proj", "q_proj", "v_proj"],
+        )
         assert resolve_base(result.output, config["base_model_name_or_path"]) == str(base)
         tensors = load_file(result.output / "adapter_model.safetensors")
-        assert len(tensors) == 2 * 2
+        assert len(tensors) == 2 * 4 * 2
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output)
 
     def test_options_of_the_method_reach_the_adapter(self, base: Path, data: Path) -> None:
@@ -186,6 +187,23 @@ class TestTrain:
             train(options(base, data, seed=5, overwrite=True))
         assert files(output) == before
         assert list(output.parent.iterdir()) == [output]
+
+    def test_failed_replacement_is_undone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        output = tmp_path / "adapter"
+        output.mkdir()
+        (output / "old").touch()
+        rename = Path.rename
+
+        def fail_once_it_is_gone(self: Path, target: Path) -> Path:
+            if target == output and (self / "new").exists():
+                raise OSError("disk gone")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail_once_it_is_gone)
+        with pytest.raises(OSError, match="disk gone"), staged(output) as staging:
+            (staging / "new").touch()
+        assert [path.name for path in output.iterdir()] == ["old"]
+        assert list(tmp_path.iterdir()) == [output]
 
     def test_overwrite_replaces_the_whole_adapter(self, base: Path, data: Path) -> None:
         output = train(options(base, data)).output

@@ -66,10 +66,11 @@ def make_model(directory: Path, architecture: str, seed: int = 0) -> Path:
         elif name.endswith("bias"):
             parameter.data.normal_(std=0.3)
     model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    words = Tokenizer(models.WordLevel(special | {f"t{i}": i for i in range(3, VOCAB)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="t1", eos_token="t2", pad_token="t2", unk_token="t0"
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
     )
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}"

@@ -182,6 +182,7 @@ def save_adapter(
     try:
         staging.chmod(0o755)
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / WEIGHTS_FILE).chmod(0o644)  # safetensors leaves it to its owner; a server may be another user
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         if directory.exists():

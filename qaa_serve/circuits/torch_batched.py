@@ -127,13 +127,11 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     schedule = _schedule(ansatz, theta.device)
     half = ansatz.qubits // 2
-    high: list[torch.Tensor] = []
-    low: list[torch.Tensor] = []
+    angles = theta[:, [stretch.ry_row for stretch in schedule.stretches]] / 2  # (circuits, RY layers, n)
+    high = _kron_ry(angles[..., :half]).unbind(1)
+    low = _kron_ry(angles[..., half:]).unbind(1)
     phase: list[torch.Tensor | None] = []
     for stretch in schedule.stretches:
-        angle = theta[:, stretch.ry_row] / 2  # (circuits, n)
-        high.append(_kron_ry(angle[:, :half]))
-        low.append(_kron_ry(angle[:, half:]))
         if stretch.phases:
             # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)): the angle's sign is minus that of Pauli-Z.
             turns = [theta[:, row] @ table.to(theta.dtype).T for row, table in stretch.phases]
@@ -141,18 +139,25 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
             phase.append(torch.stack([torch.cos(total), torch.sin(total)], dim=1))
         else:
             phase.append(None)
-    return FusedCircuits(ansatz, tuple(high), tuple(low), tuple(phase))
+    return FusedCircuits(ansatz, high, low, tuple(phase))
 
 
 def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
-    """Kronecker product of RY(2a) over the last axis: (circuits, m) -> (circuits, 2**m, 2**m)."""
+    """Kronecker product of RY(2a) over the last axis: (..., m) -> (..., 2**m, 2**m)."""
     c, s = torch.cos(half_angles), torch.sin(half_angles)
-    gates = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)  # (circuits, m, 2, 2)
-    product = half_angles.new_ones(len(half_angles), 1, 1)
-    for wire in range(half_angles.shape[1]):
-        size = 2 * product.shape[1]
-        product = torch.einsum("cij,ckl->cikjl", product, gates[:, wire]).reshape(-1, size, size)
-    return product
+    gates = torch.stack([c, -s, s, c], dim=-1).unflatten(-1, (2, 2))  # (..., m, 2, 2)
+    factors = [gates.new_ones(*half_angles.shape[:-1], 1, 1), *gates.unbind(-3)]
+    while len(factors) > 1:  # neighbours in pairs: few steps, and the small ones first
+        pairs = zip(factors[::2], factors[1::2], strict=False)
+        rest = factors[-1:] if len(factors) % 2 else []
+        factors = [_kron(left, right) for left, right in pairs] + rest
+    return factors[0]
+
+
+def _kron(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Kronecker product of square matrices in the last two axes."""
+    product = left[..., :, None, :, None] * right[..., None, :, None, :]
+    return product.flatten(-4, -3).flatten(-2, -1)
 
 
 def embed(x: torch.Tensor, qubits: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from qaa_serve.adapters import AdapterConfig
 from qaa_serve.circuits import Ansatz, qubits_for
 from qaa_serve.circuits.torch_batched import embed, fuse, run
 
-CANNOT_MERGE = (
+_CANNOT_MERGE = (
     "a QAA adapter cannot be merged into the base weights: its update B z is not linear in x. "
     "Keep it beside the base (PeftModel.from_pretrained, qaa-serve), or use unload() to drop it"
 )
@@ -128,11 +128,11 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused: a circuit has no matrix that could be added to W."""
-        raise NotImplementedError(CANNOT_MERGE)
+        raise NotImplementedError(_CANNOT_MERGE)
 
     def unmerge(self) -> NoReturn:
         """Refused, as ``merge`` is."""
-        raise NotImplementedError(CANNOT_MERGE)
+        raise NotImplementedError(_CANNOT_MERGE)
 
     def __repr__(self) -> str:
         return f"qaa.{super().__repr__()}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from qaa_serve.training.config import QAAConfig
-from qaa_serve.training.layer import CANNOT_MERGE, QAALinear
+from qaa_serve.training.layer import QAALinear
 from qaa_serve.training.targets import resolve_targets
 
 
@@ -36,11 +36,5 @@ class QAAModel(BaseTuner):  # type: ignore[misc]
         config = peft_config.checked(peft_config.base_model_name_or_path or "unknown")
         if isinstance(target, QAALinear):
             target.update_layer(adapter_name, config, inference_mode=peft_config.inference_mode)
-            return
-        layer = QAALinear(target, adapter_name, config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is trained only once it is set active
-        self._replace_module(parent, target_name, layer, target)
-
-    def _check_merge_allowed(self) -> NoReturn:
-        raise NotImplementedError(CANNOT_MERGE)
+        else:
+            self._replace_module(parent, target_name, QAALinear(target, adapter_name, config), target)
