@@ -145,8 +145,8 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
 def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
     """Kronecker product of RY(2a) over the last axis: (..., m) -> (..., 2**m, 2**m)."""
     c, s = torch.cos(half_angles), torch.sin(half_angles)
-    gates = torch.stack([c, -s, s, c], dim=-1).unflatten(-1, (2, 2))  # (..., m, 2, 2)
-    factors = [gates.new_ones(*half_angles.shape[:-1], 1, 1), *gates.unbind(-3)]
+    gates = torch.stack([c, -s, s, c], dim=-1).reshape(*c.shape, 2, 2)  # (..., m, 2, 2)
+    factors: list[torch.Tensor] = [gates.new_ones(*half_angles.shape[:-1], 1, 1), *gates.unbind(-3)]
     while len(factors) > 1:  # neighbours in pairs: few steps, and the small ones first
         pairs = zip(factors[::2], factors[1::2], strict=False)
         rest = factors[-1:] if len(factors) % 2 else []

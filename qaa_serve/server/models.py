@@ -78,8 +78,8 @@ class ServedModels(OpenAIServingModels):
         for name, other in self.revisions.items():
             if other.int_id == revision.int_id and other.revision != revision.revision:
                 raise AdapterError(
-                    f"its id {revision.int_id} is that of {name!r} by chance: rename the adapter, or save it again "
-                    "with any change to its config"
+                    f"its id {revision.int_id} is that of {name!r} by chance: rename the adapter, or save it "
+                    "again with any change to its config"
                 )
         if base is not None and revision.kind == "QAA":
             adapter = load_adapter(revision.path)

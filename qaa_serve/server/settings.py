@@ -183,8 +183,8 @@ def _warn_if_open(args: argparse.Namespace) -> None:
     if args.uds or has_key or _is_loopback(args.host):
         return
     _console.print(
-        f"[yellow]Warning:[/yellow] listening on {args.host} without an API key: whoever reaches this port can use "
-        "the server. Give --api-key KEY, or --host 127.0.0.1"
+        f"[yellow]Warning:[/yellow] listening on {args.host} without an API key: whoever reaches this port can "
+        "use the server. Give --api-key KEY, or --host 127.0.0.1"
     )
 
 
