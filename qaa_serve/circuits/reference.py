@@ -26,6 +26,7 @@ def expectation_values(
 
     Raises:
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
+        IndexError: if index names a circuit that is not there.
     """
     if x.shape[1] > 2**ansatz.qubits:
         raise ValueError(f"x is {x.shape[1]} wide; {ansatz.qubits} qubits hold at most {2**ansatz.qubits} numbers")
@@ -33,26 +34,23 @@ def expectation_values(
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     if index is None:
         index = torch.arange(theta.shape[0]).expand(x.shape[0], -1)
-    z = [
-        [
-            _one_circuit(x[token], theta[circuit], ansatz) if circuit >= 0 else x.new_zeros(ansatz.qubits).double()
-            for circuit in circuits
-        ]
-        for token, circuits in enumerate(index.tolist())
-    ]
-    if not z or not z[0]:
-        return torch.zeros(*index.shape, ansatz.qubits, dtype=torch.float64)
-    return torch.stack([torch.stack(row) for row in z])
+    if index.numel() and int(index.max()) >= theta.shape[0]:
+        raise IndexError(f"index names circuit {int(index.max())}; there are {theta.shape[0]}, counted from 0")
+    z = torch.zeros(*index.shape, ansatz.qubits, dtype=torch.float64)
+    for circuit in range(theta.shape[0]):
+        token, readout = (index == circuit).nonzero(as_tuple=True)
+        if len(token):
+            z = z.index_put((token, readout), _one_circuit(x[token], theta[circuit], ansatz))
+    return z
 
 
 def _one_circuit(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """One circuit on some tokens: (tokens, width), (rows, n) -> (tokens, n)."""
     n = ansatz.qubits
     x, theta = x.double(), theta.double()
-    norm = torch.linalg.vector_norm(x)
-    if norm == 0:
-        return torch.zeros(n, dtype=torch.float64)
-    psi = torch.nn.functional.pad(x / norm, (0, 2**n - x.shape[0])).to(torch.complex128)
-    psi = psi.reshape((2,) * n)  # axis k is wire k
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    psi = torch.nn.functional.pad(x / torch.where(norm > 0, norm, 1), (0, 2**n - x.shape[1]))
+    psi = psi.T.reshape(*(2,) * n, -1).to(torch.complex128)  # axis k is wire k, the last one the token
     for gate in ansatz.gates():
         if isinstance(gate, Rotation):
             for wire in range(n):
@@ -62,9 +60,11 @@ def _one_circuit(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.
         else:
             psi = _apply_cnots(psi, gate)
     probabilities = psi.abs() ** 2
-    return torch.stack(
-        [probabilities.select(wire, 0).sum() - probabilities.select(wire, 1).sum() for wire in range(n)]
-    )
+    z = []
+    for wire in range(n):
+        zero, one = probabilities.movedim(wire, 0).reshape(2, -1, len(x)).sum(1)
+        z.append(zero - one)
+    return torch.stack(z, dim=1)
 
 
 def _ry(half_angle: torch.Tensor) -> torch.Tensor:
