@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -27,8 +28,9 @@ def _end_with_parent() -> None:
 
     vLLM stops its processes when its server stops in good order; a killed server would leave them running.
     """
-    if os.environ.get("QAA_SERVE") != "1" or multiprocessing.parent_process() is None or os.name != "posix":
+    parent = multiprocessing.parent_process()
+    if os.environ.get("QAA_SERVE") != "1" or parent is None or sys.platform != "linux":
         return
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent.pid:  # it died before the kernel was asked
+        os._exit(1)

@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import NoSignalServer, serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
@@ -44,7 +44,7 @@ async def serve(args: argparse.Namespace, revisions: list[Revision], rejections:
             announcement.cancel()
             # After a signal serve_http hands back the HTTP server's shutdown; if the server stopped by itself, a
             # coroutine that does nothing. By itself it stops when vLLM's watchdog sees a dead engine.
-            died = shutdown.cr_code is not type(app.state.server).shutdown.__code__
+            died = shutdown.cr_code is not NoSignalServer.shutdown.__code__
         await shutdown
     finally:
         sock.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from qaa_serve.server import settings
 
@@ -37,13 +40,20 @@ def main(arguments: Sequence[str]) -> int:
 
     from qaa_serve.server.launch import serve
 
-    # Until HTTP is up, SIGTERM ends the start-up as Ctrl-C does; then vLLM's own handlers take over.
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return uvloop.run(serve(args, revisions, rejections))
-    except KeyboardInterrupt:
-        return 130
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_start_up)
+    return uvloop.run(serve(args, revisions, rejections))
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _end_start_up(number: int, _frame: object) -> NoReturn:
+    """End at once, with every process started so far; once HTTP is up, vLLM's own handlers stand instead.
+
+    An exception raised here would come up somewhere in vLLM's start-up, which does not always let it through.
+    """
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    print(f"qaa-serve: {signal.Signals(number).name} during start-up", file=sys.stderr, flush=True)
+    os._exit(128 + number)
