@@ -99,7 +99,8 @@ async def _announce(state: Any, address: str, models: ServedModels) -> None:
     base = models.model_name()
     adapters = ", ".join(f"{name} ({r.kind})" for name, r in models.revisions.items()) or "none"
     example = next(iter(models.revisions), base)
-    body = {"model": example, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": example, "temperature": 0, "messages": [question]}
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold green]Ready[/bold green] on {address}   base: {base}   adapters: {adapters}")
     for rejection in models.rejections.values():
