@@ -55,6 +55,20 @@ def test_the_base_may_be_relative_to_the_adapter(parser, root):
     assert args.model == str(root / "base")
 
 
+@pytest.mark.parametrize("given", [["{base}"], ["--model", "{base}"]])
+def test_a_model_that_is_given_is_served(parser, root, given):
+    arguments = [argument.format(base=root / "base") for argument in given]
+    args, *_ = resolve(parser, *arguments, "--adapters", root / "adapters")
+    assert args.model == str(root / "base")
+
+
+def test_a_config_file_is_read_and_the_command_line_wins(parser, root, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"adapters: {root / 'adapters'}\nport: 8123\nmax-loras: 2\n")
+    args, revisions, _ = resolve(parser, "--config", config, "--max-loras", 5)
+    assert (args.port, args.max_loras, len(revisions)) == (8123, 5, 3)
+
+
 def test_slots_ranks_and_cache_fit_the_adapters(parser, root, capsys):
     args, *_ = resolve(parser, "--adapters", root / "adapters")
     assert args.enable_lora

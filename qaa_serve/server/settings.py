@@ -26,6 +26,7 @@ All options of vllm serve can be given too; --help=all lists them. What you leav
 
 #: Options of vLLM that are chosen here unless the user gives them.
 _CHOSEN = (
+    "model",
     "host",
     "max_loras",
     "max_lora_rank",
@@ -102,7 +103,7 @@ def resolve(args: argparse.Namespace) -> tuple[list[Revision], list[Rejection]]:
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "
             "--headless, and start several servers behind a load balancer instead"
         )
-    args.model = args.model_tag or _base_of(revisions, args.adapters)
+    args.model = args.model_tag or args.model or _base_of(revisions, args.adapters)
     chosen: dict[str, tuple[Any, str]] = {}
 
     def choose(option: str, value: Any, why: str) -> None:
