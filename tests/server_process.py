@@ -34,7 +34,7 @@ class ServerProcess:
         self._wait_until = wait_until
         self.outside: set[str] = set()
         # The real thing: engine and worker in processes of their own, which the in-process tests turn off.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -107,6 +108,29 @@ def test_the_user_overrides_every_choice(parser, root, capsys):
 def test_command_lines_that_are_refused(parser, root, arguments, message):
     with pytest.raises(settings.UsageError, match=message):
         resolve(parser, *(argument.format(root=root) for argument in arguments))
+
+
+def test_vllms_own_loading_routes_are_refused(parser, root, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    with pytest.raises(settings.UsageError, match="unset it"):
+        resolve(parser, "--adapters", root / "adapters")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offline"),
+    [
+        (["--adapters", "x"], True),
+        (["{root}", "--port", "1"], True),
+        (["org/model"], False),
+        (["{root}", "--tokenizer", "org/tok"], False),
+    ],
+)
+def test_the_hub_is_shut_out_where_nothing_names_it(root, monkeypatch, arguments, offline):
+    environment = {"PATH": ""}
+    monkeypatch.setattr(os, "environ", environment)
+    settings.prepare_environment([argument.format(root=root) for argument in arguments])
+    assert ("HF_HUB_OFFLINE" in environment) == offline
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
 
 
 @pytest.mark.parametrize(

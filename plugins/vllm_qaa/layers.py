@@ -73,7 +73,7 @@ class SlotStack:
 class QAALayerMixin(BaseLayerWithLoRA):
     """What every QAA layer adds to the vLLM layer it is mixed into."""
 
-    _plans: PlanHolder
+    _plans: PlanHolder | None = None  # None: not bound, and vLLM's own branch is taken
     _qaa_name: str
 
     def bind(self, name: str, plans: PlanHolder) -> None:
@@ -136,6 +136,8 @@ class QAALayerMixin(BaseLayerWithLoRA):
         return base.input_size, (base.output_size,)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if self._plans is None:
+            return super()._apply_lora_to_output(x, output)
         # Models of the transformers backend carry a batch axis of one.
         flat_x, flat_output = x.flatten(0, -2), output.flatten(0, -2)
         if torch.compiler.is_compiling():
@@ -151,6 +153,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             x: (tokens, d_in) the layer's input (this rank's part of it for row-parallel layers).
             output: (tokens, sum of the slices' d_out on this rank), changed in place.
         """
+        assert self._plans is not None  # only bound layers come here
         plan = self._plans.plan
         if plan.empty:
             return
@@ -175,7 +178,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             rows = _take(x, group)
             for i, columns in enumerate(self._columns()):
                 a, b = self.lora_a_stacked[i][slot, 0], self.lora_b_stacked[i][slot, 0]
-                _add(output[:, columns], group, rows @ a.T @ b.T)
+                _add(output[:, columns], group, rows.to(a.dtype) @ a.T @ b.T)
         for group, stack, z in self._readouts(plan, x):
             if not self._adds_b_z():
                 continue

@@ -88,6 +88,11 @@ SEAMS = (
             "LRUCacheWorkerLoRAManager._load_adapter": ("self", "lora_request"),
             "LRUCacheWorkerLoRAManager.create_lora_manager": ("self", "model", "vllm_config"),
             "LRUCacheWorkerLoRAManager.add_adapter": ("self", "lora_request"),
+            "LRUCacheWorkerLoRAManager._manager_cls._set_adapter_mapping": ("self", "mapping"),
+            "LRUCacheWorkerLoRAManager._manager_cls.activate_adapter": ("self", "lora_id"),
+            "LRUCacheWorkerLoRAManager._manager_cls.register_module": ("self", "module_name", "module"),
+            "LRUCacheWorkerLoRAManager._manager_cls.remove_all_adapters": ("self",),
+            "LRUCacheWorkerLoRAManager._manager_cls._get_punica_wrapper": ("self", "module_name"),
         },
         why="its _load_adapter reads QAA directories, which vLLM's loader refuses, and checks every shape; its "
         "manager class works out, once a step, which tokens belong to which adapter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm import envs
@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -34,6 +34,30 @@ class QAAModel(LoRAModel):
         self.form = form
 
 
+class Place(NamedTuple):
+    """Where a module of the checkpoint is in vLLM's model.
+
+    Attributes:
+        layer: the wrapped layer that holds it.
+        part: its number among the modules packed in that layer; None if it is the whole layer.
+        parts: how many modules are packed there.
+    """
+
+    layer: Any
+    part: int | None = None
+    parts: int = 1
+
+    @property
+    def is_one_slice(self) -> bool:
+        """Whether the module is the whole layer, or one of the slices that the layer's output is cut into."""
+        return self.part is None or self.layer.n_slices == self.parts
+
+    def widths(self) -> tuple[int, int]:
+        """(d_in, d_out) of the module before tensor parallelism cuts it."""
+        d_in, d_out = self.layer.full_widths()
+        return d_in, sum(d_out) if self.part is None else d_out[self.part]
+
+
 class QAAModelManager(LRUCacheLoRAModelManager):
     """vLLM's slots and host cache, with a plan of each step's tokens."""
 
@@ -45,9 +69,14 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         _split_graphs_at_delta(vllm_config, self.device)
 
     def register_module(self, module_name: str, module: Any) -> None:
-        """As vLLM's, and gives a QAA layer its name and the plan."""
+        """As vLLM's, and gives a layer of the language model its name and the plan.
+
+        Towers of multimodal models run on other tokens than those the plan is for; they keep vLLM's branch.
+        """
         super().register_module(module_name, module)
-        if isinstance(module, QAALayerMixin):
+        language = self.mm_mapping.language_model[0] if self.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
+        in_language_model = self._get_punica_wrapper(module_name) is self.punica_wrapper_mapping[language]
+        if isinstance(module, QAALayerMixin) and in_language_model:
             name = f"{module_name}.qaa"
             module.bind(name, self._plans)
             self._context_layers[name] = module
@@ -56,6 +85,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once."""
         activated = super().activate_adapter(lora_id)
         if activated:
+            self._last_mapping = None  # a slot has changed: the next step makes a new plan
             slot = self.lora_index_to_id.index(lora_id)
             adapter = self._registered_adapters[lora_id]
             form = adapter.form if isinstance(adapter, QAAModel) else None
@@ -78,25 +108,17 @@ class QAAModelManager(LRUCacheLoRAModelManager):
                 mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
             )
 
-    def find_layer(self, module: str) -> tuple[Any, int | None] | None:
-        """The layer that holds a module of the checkpoint, and its slice if the layer is packed.
-
-        None if the module is on another pipeline stage.
+    def find(self, module: str) -> Place | None:
+        """Where a module of the checkpoint is; None if it is on another pipeline stage.
 
         Raises:
             AdapterError: if the model has no such module, or it cannot be adapted.
         """
         if module in self.modules:
-            return self.modules[module], None
+            return Place(self.modules[module])
         for packed, parts in self.packed_modules.items():
             if module in parts:
-                layer = self.modules[packed]
-                if isinstance(layer, QAALayerMixin) and layer.n_slices != len(parts):
-                    raise AdapterError(
-                        f"{module!r} is part of {packed!r}, which vLLM packs in {layer.n_slices} slices for "
-                        f"{len(parts)} modules; such layers cannot take QAA adapters"
-                    )
-                return layer, parts.index(module)
+                return Place(self.modules[packed], parts.index(module), len(parts))
         if self._on_other_stage(module):
             return None
         known = sorted({name.rpartition(".")[2] for parts in self.packed_modules.values() for name in parts})
@@ -135,17 +157,15 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         if adapter.rank > self.lora_config.max_lora_rank:
             raise AdapterError(
                 f"the adapter has rank {adapter.rank} (heads x qubits) and the server takes ranks up to "
-                f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank"
+                f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank (vLLM's limit is 512)"
             )
         config = adapter.config
         loras = {}
         for name, weights in adapter.modules.items():
             module = self._served_name(name)
-            found = self._adapter_manager.find_layer(module)
-            if found is None:
-                continue
-            layer, part = found
-            self._check_qaa(name, weights, layer, part)
+            # Modules of other pipeline stages are kept too; vLLM takes what is here.
+            if (place := self._adapter_manager.find(module)) is not None:
+                _check_qaa(name, weights, place)
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
@@ -155,8 +175,6 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 lora_b=b.to(self.lora_config.lora_dtype),
                 scaling=1.0,
             )
-        if not loras:
-            raise AdapterError("none of the adapter's modules is on this worker")
         return QAAModel(request.lora_int_id, adapter.rank, loras, (config.ansatz, config.layers, config.heads))
 
     def _refuse_settings(self, request: LoRARequest) -> None:
@@ -187,46 +205,52 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             raise AdapterError(f"vLLM does not load {name!r} of this model, so it cannot be adapted")
         return mapped.removesuffix(".weight")
 
-    def _check_qaa(self, name: str, weights: ModuleWeights, layer: Any, part: int | None) -> None:
-        if not isinstance(layer, QAALayerMixin):
-            raise AdapterError(
-                f"{name!r} is served by {type(layer).__name__}, which cannot take a QAA adapter: embeddings, "
-                "output heads, MoE experts and fully sharded layers are not supported"
-            )
-        d_in, d_out = layer.full_widths()
-        rows = sum(d_out) if part is None else d_out[part]
-        qubits = qubits_for(d_in)
-        if weights.qubits != qubits or weights.weight.shape[0] != rows:
-            raise AdapterError(
-                f"{name!r} is {d_in} -> {rows} in the served model, which needs {qubits} qubits and {rows} rows "
-                f"of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was made "
-                "for another base"
-            )
-
     def _check_lora(self, lora: LoRAModel) -> None:
         """Refuse LoRA weights whose shapes do not fit: vLLM copies what is there and says nothing."""
+        on_cpu = torch.device(self.device).type == "cpu"
         for name, weights in lora.loras.items():
             if ".experts" in name or not isinstance(weights.lora_a, torch.Tensor):
                 continue
-            found = self._adapter_manager.find_layer(name)
-            if found is None:
+            place = self._adapter_manager.find(name)
+            if place is None or not place.is_one_slice:
                 continue
-            layer, part = found
-            if not isinstance(layer, QAALayerMixin):
-                if torch.device(self.device).type == "cpu":
+            if not isinstance(place.layer, QAALayerMixin):
+                if on_cpu:
                     raise AdapterError(
                         f"LoRA on {name!r} cannot be served on a CPU: vLLM would apply it to requests for the "
                         "base model too. Leave it out of target_modules"
                     )
                 continue
-            d_in, d_out = layer.full_widths()
-            expected = (weights.rank, d_in), (sum(d_out) if part is None else d_out[part], weights.rank)
+            d_in, d_out = place.widths()
+            expected = (weights.rank, d_in), (d_out, weights.rank)
             actual = tuple(weights.lora_a.shape), tuple(weights.lora_b.shape)
             if actual != expected:
                 raise AdapterError(
-                    f"{name!r}: lora_A and lora_B have shapes {actual[0]} and {actual[1]}; the served model "
-                    f"needs {expected[0]} and {expected[1]}: the adapter was made for another base"
+                    f"{name!r}: lora_A and lora_B have shapes {actual[0]} and {actual[1]}; the served model needs "
+                    f"{expected[0]} and {expected[1]}: the adapter was made for another base"
                 )
+
+
+def _check_qaa(name: str, weights: ModuleWeights, place: Place) -> None:
+    """Refuse QAA weights that the layer cannot take."""
+    if not isinstance(place.layer, QAALayerMixin):
+        raise AdapterError(
+            f"{name!r} is served by {type(place.layer).__name__}, which cannot take a QAA adapter: embeddings, "
+            "output heads, MoE experts and fully sharded layers are not supported"
+        )
+    if not place.is_one_slice:
+        raise AdapterError(
+            f"{name!r} is one of {place.parts} modules that vLLM packs in a layer of {place.layer.n_slices} "
+            "slices; such layers cannot take QAA adapters. Leave it out of target_modules"
+        )
+    d_in, d_out = place.widths()
+    qubits = qubits_for(d_in)
+    if weights.qubits != qubits or weights.weight.shape[0] != d_out:
+        raise AdapterError(
+            f"{name!r} is {d_in} -> {d_out} in the served model, which needs {qubits} qubits and {d_out} rows of "
+            f"qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was made for another "
+            "base"
+        )
 
 
 def _split_graphs_at_delta(vllm_config: VllmConfig, device: Any) -> None:

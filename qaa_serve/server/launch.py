@@ -39,7 +39,7 @@ async def serve(args: argparse.Namespace, revisions: list[Revision], rejections:
                 await app_state.init_app_state(engine, app.state, args, tasks)
             models: ServedModels = app.state.openai_serving_models
             await models.publish_all(revisions, rejections, _widths(args))
-            announcement = asyncio.create_task(_announce(app.state, address, models))
+            announcement = asyncio.create_task(_announce(app.state, args, address, models))
             shutdown = await serve_http(app, sock=sock, **_uvicorn_options(args))
             announcement.cancel()
             # After a signal serve_http hands back the HTTP server's shutdown; if the server stopped by itself, a
@@ -92,7 +92,7 @@ def _uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
     return options if log_config is None else {**options, "log_config": log_config}
 
 
-async def _announce(state: Any, address: str, models: ServedModels) -> None:
+async def _announce(state: Any, args: argparse.Namespace, address: str, models: ServedModels) -> None:
     """Once HTTP is up, say so, and how to try it."""
     while not getattr(getattr(state, "server", None), "started", False):
         await asyncio.sleep(0.05)
@@ -105,6 +105,9 @@ async def _announce(state: Any, address: str, models: ServedModels) -> None:
     console.print(f"\n[bold green]Ready[/bold green] on {address}   base: {base}   adapters: {adapters}")
     for rejection in models.rejections.values():
         console.print(f"[yellow]Not served:[/yellow] {rejection.name}: {rejection.reason}")
+    url = f"--unix-socket {args.uds} http://localhost" if args.uds else address
+    key = "-H 'Authorization: Bearer <your key>' " if args.api_key or envs.VLLM_API_KEY else ""
     console.print(
-        f"Try:  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        f"Try:  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n",
+        markup=False,
     )

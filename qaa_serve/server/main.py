@@ -28,13 +28,12 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 2
     cli_env_setup()
-    args = settings.make_parser().parse_args(list(arguments))
     try:
+        args = settings.make_parser().parse_args(list(arguments))
         revisions, rejections = settings.resolve(args)
-        settings.stay_offline(args.model)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
-    except (settings.UsageError, TypeError, ValueError) as error:
+    except (settings.UsageError, AssertionError, OSError, TypeError, ValueError) as error:
         print(f"qaa-serve: {error}", file=sys.stderr)
         return 2
 

@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPe
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from qaa_serve.adapters import AdapterError, LinearWidths, check_fit, load_adapter
+from qaa_serve.adapters import AdapterError, LinearWidths, check_fit, digest_of, load_adapter
 from qaa_serve.registry import Rejection, Revision
 
 logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
@@ -95,6 +95,9 @@ class ServedModels(OpenAIServingModels):
         except Exception as error:
             # The engine's process sends any failure as a plain exception with this prefix; it goes on serving.
             raise AdapterError(str(error).removeprefix("Call to add_lora method failed: ")) from error
+        if digest_of(revision.path) != revision.digest:
+            await self.engine_client.remove_lora(revision.int_id)
+            raise AdapterError("its files changed while it was loaded: start again when they are complete")
         self._public_names[revision.revision] = revision.name
         self.revisions[revision.name] = revision
         self.lora_requests[revision.name] = request

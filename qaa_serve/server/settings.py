@@ -44,7 +44,7 @@ class UsageError(ValueError):
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
-    """Keep the server to itself: no usage statistics, no look-up of an outside address.
+    """Keep the server to itself: no usage statistics, no look-up of an outside address, no hub for local models.
 
     Variables that the user has set stay as they are. Must be called before vLLM is imported.
     """
@@ -52,14 +52,17 @@ def prepare_environment(arguments: Sequence[str]) -> None:
     if not any("parallel" in argument or "master" in argument for argument in arguments):
         # vLLM finds its own address by way of a public one; a single process needs none but this.
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    if _names_no_hub(arguments):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Engine and workers end with the server, however it ends (vllm_qaa.register).
     os.environ["QAA_SERVE"] = "1"
 
 
-def stay_offline(model: str) -> None:
-    """With a local model the hub is never asked for anything."""
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _names_no_hub(arguments: Sequence[str]) -> bool:
+    """Whether nothing on the command line can name a repository of the Hugging Face hub."""
+    options = ("--model", "--tokenizer", "--speculative", "--config", "--hf-config", "--revision")
+    model_is_local = not arguments or arguments[0].startswith("-") or Path(arguments[0]).is_dir()
+    return model_is_local and not any(argument.startswith(options) for argument in arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,6 +105,13 @@ def resolve(args: argparse.Namespace) -> tuple[list[Revision], list[Rejection]]:
         raise UsageError(
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "
             "--headless, and start several servers behind a load balancer instead"
+        )
+    if args.lora_modules:
+        raise UsageError("--lora-modules: put the adapters' directories into --adapters DIR instead")
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
+        raise UsageError(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING: vLLM's own routes would change weights under running requests and "
+            "under old names in its caches; unset it"
         )
     args.model = args.model_tag or args.model or _base_of(revisions, args.adapters)
     chosen: dict[str, tuple[Any, str]] = {}
