@@ -1,0 +1,116 @@
+"""Names, revisions and the scan of an adapters directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, digest_of, save_adapter
+from qaa_serve.registry import check_name, read_revision, scan
+
+
+def make(directory, seed=0, **settings):
+    config = AdapterConfig(base_model_name_or_path="../../base", target_modules=("q_proj",), **settings)
+    theta = torch.randn(
+        config.heads, *config.circuit(4).theta_shape, generator=torch.Generator().manual_seed(seed)
+    )
+    weights = ModuleWeights(theta, torch.ones(16, config.rank(4)))
+    save_adapter(directory, config, {"model.layers.0.self_attn.q_proj": weights}, overwrite=True)
+    return directory
+
+
+def make_lora(directory, **settings):
+    directory.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base", **settings}
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    (directory / "adapter_model.safetensors").write_bytes(b"content")
+    return directory
+
+
+def test_a_revision_is_named_by_its_content(tmp_path):
+    revision = read_revision(make(tmp_path / "support"))
+    assert revision.name == "support"
+    assert revision.revision == f"support@{digest_of(tmp_path / 'support')[:12]}"
+    assert revision.kind == "QAA"
+    assert revision.rank == 4
+    assert revision.details["ansatz"] == "ryrz_ring_ry"
+
+
+def test_the_same_content_elsewhere_has_the_same_name_and_id(tmp_path):
+    """Replicas agree without talking to each other."""
+    here, there = make(tmp_path / "a" / "support"), tmp_path / "b" / "support"
+    shutil.copytree(here, there)
+    assert read_revision(here).revision == read_revision(there).revision
+    assert read_revision(here).int_id == read_revision(there).int_id
+
+
+def test_other_content_has_another_name_and_id(tmp_path):
+    before = read_revision(make(tmp_path / "support", seed=1))
+    after = read_revision(make(tmp_path / "support", seed=2))
+    assert before.name == after.name
+    assert before.revision != after.revision
+    assert before.int_id != after.int_id
+
+
+def test_the_same_content_under_another_name_is_another_adapter(tmp_path):
+    make(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = read_revision(tmp_path / "one"), read_revision(tmp_path / "two")
+    assert one.digest == two.digest
+    assert one.int_id != two.int_id
+
+
+def test_ids_fit_in_32_bits_and_leave_vllms_own_alone(tmp_path):
+    ids = {read_revision(make(tmp_path / f"n{i}", seed=i)).int_id for i in range(50)}
+    assert len(ids) == 50
+    assert all(1 << 16 <= number < 1 << 31 for number in ids)
+
+
+@pytest.mark.parametrize("name", ["a", "support-v2", "0.5_x", "A" * 128])
+def test_names_that_are_taken(name):
+    check_name(name)
+    assert name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "-x", "a b", "a/b", "a@b", "ä", "a\n", "a\x00", "A" * 129, "..", "а"]
+)
+def test_names_that_are_refused(name):
+    with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+        check_name(name)
+
+
+def test_lora_rank_is_the_largest_of_its_patterns(tmp_path):
+    revision = read_revision(make_lora(tmp_path / "lora", rank_pattern={"q_proj": 16}))
+    assert (revision.kind, revision.rank, revision.base) == ("LORA", 16, "org/base")
+
+
+@pytest.mark.parametrize("settings", [{"r": 0}, {"r": "8"}, {"peft_type": "IA3"}])
+def test_what_cannot_be_served_is_refused(tmp_path, settings):
+    with pytest.raises(AdapterError, match=r"positive integer r|QAA and LORA adapters can be served"):
+        read_revision(make_lora(tmp_path / "x", **settings))
+
+
+def test_scan_takes_adapters_and_says_why_it_rejects(tmp_path):
+    make(tmp_path / "b")
+    make(tmp_path / "a")
+    make(tmp_path / ".half-written")
+    make_lora(tmp_path / "odd", peft_type="IA3")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "empty-config").mkdir()
+    (tmp_path / "empty-config" / CONFIG_FILE).write_text("")
+    revisions, rejections = scan(tmp_path)
+    assert [revision.name for revision in revisions] == ["a", "b"]
+    assert {rejection.name: rejection.reason[:25] for rejection in rejections} == {
+        "odd": "adapter_config.json has p",
+        "empty-config": "adapter_config.json is no",
+    }
+
+
+def test_the_base_is_found_beside_the_adapter(tmp_path):
+    (tmp_path / "base").mkdir()
+    assert read_revision(make(tmp_path / "adapters" / "a")).base == str(tmp_path / "base")
