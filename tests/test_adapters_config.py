@@ -82,3 +82,10 @@ def test_the_circuit_has_the_config_s_form() -> None:
 )
 def test_targets_are_matched_by_peft_s_rule(module: str, target: str, taken: bool) -> None:
     assert matches(module, ("none", target)) is taken
+
+
+def test_exclude_modules_is_refused_rather_than_ignored():
+    raw = AdapterConfig(base_model_name_or_path="base", target_modules=("q_proj",)).to_json()
+    assert AdapterConfig.parse(raw | {"exclude_modules": None}).target_modules == ("q_proj",)
+    with pytest.raises(AdapterError, match="list the layers to adapt in target_modules"):
+        AdapterConfig.parse(raw | {"exclude_modules": ["k_proj"]})

@@ -82,6 +82,11 @@ class AdapterConfig(BaseModel):
                 f"adapter_config.json has qaa_format {_shown(found)}; this version reads qaa_format "
                 f"{QAA_FORMAT}. Save the adapter again with a matching qaa-serve, or update qaa-serve"
             )
+        if raw.get("exclude_modules"):
+            raise AdapterError(
+                f"adapter_config.json has exclude_modules {_shown(raw['exclude_modules'])}, which QAA adapters do not "
+                "have: list the layers to adapt in target_modules; full names are taken too"
+            )
         try:
             return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS}, strict=True)
         except ValidationError as error:
