@@ -84,8 +84,8 @@ class AdapterConfig(BaseModel):
             )
         if raw.get("exclude_modules"):
             raise AdapterError(
-                f"adapter_config.json has exclude_modules {_shown(raw['exclude_modules'])}, which QAA adapters do not "
-                "have: list the layers to adapt in target_modules; full names are taken too"
+                f"adapter_config.json has exclude_modules {_shown(raw['exclude_modules'])}, which QAA adapters do "
+                "not have: list the layers to adapt in target_modules; full names are taken too"
             )
         try:
             return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS}, strict=True)
