@@ -20,11 +20,11 @@ from test_training_data import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qaa_serve.adapters import linear_widths, load_adapter, resolve_base
+from qaa_serve.adapters.staging import staged
 from qaa_serve.training import TrainingError, TrainOptions, train
 from qaa_serve.training import cli as training_cli
 from qaa_serve.training.loop import base_reference
 from qaa_serve.training.methods import METHODS, get_method
-from qaa_serve.training.staging import staged
 
 ROWS = [
     {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "arr " + c}]}

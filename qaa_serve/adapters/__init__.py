@@ -16,6 +16,7 @@ from qaa_serve.adapters.files import (
     resolve_base,
     save_adapter,
 )
+from qaa_serve.adapters.staging import staged
 
 __all__ = [
     "CONFIG_FILE",
@@ -34,4 +35,5 @@ __all__ = [
     "read_config",
     "resolve_base",
     "save_adapter",
+    "staged",
 ]

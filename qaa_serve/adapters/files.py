@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from qaa_serve.adapters.base import LinearWidths
 from qaa_serve.adapters.config import AdapterConfig
 from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.adapters.staging import staged
 from qaa_serve.circuits import qubits_for
 
 CONFIG_FILE = "adapter_config.json"
@@ -177,28 +176,10 @@ def save_adapter(
         raise FileExistsError(f"{directory} is not a directory; choose another output")
     if directory.exists() and not overwrite and any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists; choose another output or allow overwriting")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        staging.chmod(0o755)
+    with staged(directory) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        (staging / WEIGHTS_FILE).chmod(0o644)  # safetensors leaves it to its owner; a server may be another user
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
-        if directory.exists():
-            old = staging.with_name(staging.name + ".old")
-            directory.rename(old)
-            try:
-                staging.rename(directory)
-            except BaseException:
-                old.rename(directory)
-                raise
-            shutil.rmtree(old, ignore_errors=True)  # the new one is in place; a leftover is no failure
-        else:
-            staging.rename(directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def resolve_base(directory: Path, name_or_path: str) -> str:

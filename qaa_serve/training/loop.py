@@ -25,12 +25,12 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from qaa_serve.adapters import CONFIG_FILE
+from qaa_serve.adapters.staging import staged
 from qaa_serve.training.card import model_card
 from qaa_serve.training.data import Answers, Examples, collator, read_examples
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.methods import get_method
 from qaa_serve.training.progress import Progress
-from qaa_serve.training.staging import staged
 from qaa_serve.training.targets import resolve_targets
 
 _DEFAULT_MAX_LENGTH = 1024
