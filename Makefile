@@ -26,7 +26,7 @@ SERVE_ARGS_cpu := --distributed-executor-backend uni
 check: lint types quick
 
 serve: venv
-	$(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
+	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 test: lint types
 	$(BIN)/python -m pytest
