@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # In-process engines: no second process, no binding to one core, no usage statistics.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,3 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from training_support import make_chat_base
+
+    return make_chat_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def base(chat_base: Path) -> Path:
+    """A tiny random Llama with a chat template. Modules that need others have a fixture of the same name."""
+    return chat_base
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Eight rows to train on."""
+    from training_support import write_rows
+
+    return write_rows(tmp_path / "rows.jsonl")

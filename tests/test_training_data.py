@@ -242,3 +242,106 @@ def test_batch_is_padded_to_its_longest_row() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+class TestSources:
+    PAIRS = ({"prompt": "a", "completion": "b"}, {"prompt": "5", "completion": "10"})
+
+    def write(self, path: Path) -> Path:
+        if path.suffix == ".csv":
+            path.write_text('prompt,completion,note\n"a",b,\n5,10,x\n')
+        elif path.suffix == ".parquet":
+            import pandas
+
+            pandas.DataFrame(self.PAIRS).to_parquet(path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(self.PAIRS, indent=1))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.PAIRS))
+        return path
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+    def test_all_kinds_of_files_give_the_same_rows(self, tmp_path: Path, suffix: str) -> None:
+        path = self.write(tmp_path / f"rows{suffix}")
+        examples = read_examples(path, tokenizer(), max_length=20)
+        expected = [encode_row(row, tokenizer()) for row in self.PAIRS]
+        assert [(row["input_ids"], row["labels"]) for row in examples.rows] == expected
+        assert examples.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def test_directory_is_a_data_set_and_a_split_may_follow(self, tmp_path: Path) -> None:
+        """As a name on the hub would be read: through ``datasets``."""
+        directory = tmp_path / "set"
+        directory.mkdir()
+        self.write(directory / "train.parquet")
+        (directory / "test.parquet").write_bytes((directory / "train.parquet").read_bytes())
+        assert len(read_examples(directory, tokenizer(), max_length=20)) == 2
+        half = read_examples(f"{directory}:test[:1]", tokenizer(), max_length=20)
+        assert half.rows[0]["input_ids"] == encode_row(self.PAIRS[0], tokenizer())[0]
+        assert len(half) == 1
+        assert half.digest != read_examples(directory, tokenizer(), max_length=20).digest
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("rows.csv", "prompt,completion\na,b\nc\n", "line 3: the first line names 2 columns, this row"),
+            ("rows.csv", 'prompt,completion\n"a\nb",c\n,d\n', "line 4: no known keys"),
+            ("rows.csv", b"prompt,completion\na,\xff\n", "it is not UTF-8: see line 2"),
+            ("rows.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: a JSON object is needed"),
+            ("rows.parquet", "no parquet", "rows.parquet' cannot be read: "),
+        ],
+    )  # fmt: skip
+    def test_bad_rows_are_named_by_their_place(
+        self, tmp_path: Path, name: str, content: str | bytes, said: str
+    ) -> None:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(TrainingError) as caught:
+            read_examples(path, tokenizer(), max_length=20)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["/nowhere/rows", "./rows", "a/b/c", "rows.txt"])
+    def test_what_is_no_file_and_no_name_on_the_hub(self, name: str) -> None:
+        with pytest.raises(TrainingError, match="there is no such file"):
+            read_examples(name, tokenizer(), max_length=20)
+
+    def test_data_set_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=r"data 'owner/name:train' cannot be read: "):
+            read_examples("owner/name:train", tokenizer(), max_length=20)
+        (tmp_path / "set").mkdir()
+        self.write(tmp_path / "set" / "train.parquet")
+        with pytest.raises(TrainingError, match=r"cannot be read: .*nope"):
+            read_examples(f"{tmp_path / 'set'}:nope", tokenizer(), max_length=20)
+
+
+class TestPacking:
+    def test_rows_fill_packs_in_order_of_length_and_keep_their_positions(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        rows = [{"prompt": "x" * n, "completion": "y" * n} for n in (1, 2, 3, 1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plain = read_examples(path, tokenizer(), max_length=12)
+        packed = plain.packed(12)
+        sizes = sorted(len(row["input_ids"]) for row in plain.rows)
+        assert sizes == [4, 4, 6, 8]
+        assert [len(row["input_ids"]) for row in packed.rows] == [12, 10]
+        assert packed.rows[0]["position_ids"] == [*range(8), *range(4)]
+        assert packed.source_rows == 4
+        assert packed.tokens == plain.tokens
+        assert packed.answer_tokens == plain.answer_tokens
+
+    def test_no_row_is_asked_for_the_next_ones_first_token(self, tmp_path: Path) -> None:
+        """Without a start token the first token of an answer can be the first of its row."""
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"prompt": "", "completion": "ab"}\n' * 2)
+        packed = read_examples(path, tokenizer(bos=False), max_length=12).packed(12)
+        assert packed.rows[0]["labels"][3] == IGNORED
+
+    def test_padding_is_a_row_of_its_own(self) -> None:
+        rows = [
+            {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "position_ids": [0, 1, 0]},
+            {"input_ids": [8], "labels": [8], "position_ids": [0]},
+        ]
+        batch = collator(9)(rows)
+        assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+        assert batch["position_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+        assert batch["labels"].tolist() == [[5, 6, 7], [8, IGNORED, IGNORED]]
+        assert "attention_mask" not in batch

@@ -17,55 +17,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_training_data import tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from training_support import ROWS, files, options, weights
+from transformers import AutoModelForCausalLM
 
 from qaa_serve.adapters import linear_widths, load_adapter, resolve_base
 from qaa_serve.adapters.staging import staged
-from qaa_serve.training import TrainingError, TrainOptions, train
+from qaa_serve.training import TrainingError, train
 from qaa_serve.training import cli as training_cli
 from qaa_serve.training.loop import base_reference
 from qaa_serve.training.methods import METHODS, get_method
-
-ROWS = [
-    {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "arr " + c}]}
-    for c in "abcdefgh"
-]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in a directory, with a tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def options(base: Path, data: Path, **changed: Any) -> TrainOptions:
-    given = {"output": data.parent / "adapters" / "new", "lr": 3e-2, "max_steps": 4, "batch_size": 4, **changed}
-    return TrainOptions(model=str(base), data=data, **given)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 class TestTrain:
@@ -101,7 +61,7 @@ class TestTrain:
         train(options(base, data, method=method, seed=3))
         assert files(output) == first
         train(options(base, data, method=method, seed=4, overwrite=True))
-        assert files(output)["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+        assert method == "full" or weights(output) != next(first[name] for name in first if "safetensors" in name)
 
     def test_lora_is_an_ordinary_peft_adapter(self, base: Path, data: Path) -> None:
         result = train(options(base, data, method="lora", method_options={"rank": 3}, max_steps=10))
@@ -173,11 +133,9 @@ class TestTrain:
         monkeypatch.setattr(target, fail)
         with pytest.raises(type(error)):
             train(options(base, data))
-        assert list(data.parent.glob("**/*")) in (
-            [data],
-            [data.parent / "adapters", data],
-            [data, data.parent / "adapters"],
-        )
+        left = {path.name for path in data.parent.glob("**/*")} - {"adapters", data.name}
+        assert not left if where == "training" else ".new.checkpoints" in left  # what was trained is not lost
+        assert "new" not in left
 
     def test_failure_leaves_what_was_there(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         output = train(options(base, data)).output
@@ -186,7 +144,6 @@ class TestTrain:
         with pytest.raises(ZeroDivisionError):
             train(options(base, data, seed=5, overwrite=True))
         assert files(output) == before
-        assert list(output.parent.iterdir()) == [output]
 
     def test_failed_replacement_is_undone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         output = tmp_path / "adapter"
@@ -274,7 +231,7 @@ class TestCommand:
     def run(self, base: Path, data: Path, *more: str) -> int:
         output = str(data.parent / "out")
         arguments = ["--model", str(base), "--data", str(data), "--output", output, "--max-steps", "2", *more]
-        return training_cli.run(parser().parse_args(arguments))
+        return training_cli.run(training_cli.parse(parser(), arguments))
 
     def test_trains_and_says_what_to_do_next(
         self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
@@ -349,7 +306,8 @@ class TestCommand:
         self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setitem(sys.modules, "peft", None)
-        monkeypatch.delitem(sys.modules, "qaa_serve.training.loop")
+        for name in [name for name in sys.modules if name.startswith("qaa_serve.training.")]:
+            monkeypatch.delitem(sys.modules, name)
         assert self.run(base, data) == 2
         assert 'peft is not installed; training needs the extra: pip install "qaa-serve[train]"' in (
             capsys.readouterr().err

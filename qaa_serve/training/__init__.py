@@ -15,9 +15,11 @@ from qaa_serve.training.errors import TrainingError
 if TYPE_CHECKING:
     from qaa_serve.training.config import QAAConfig
     from qaa_serve.training.layer import QAALinear
-    from qaa_serve.training.loop import TrainOptions, TrainResult, train
+    from qaa_serve.training.loop import train
     from qaa_serve.training.model import QAAModel
+    from qaa_serve.training.options import TrainOptions
     from qaa_serve.training.registration import register
+    from qaa_serve.training.result import TrainResult
 
 __all__ = [
     "QAAConfig",
@@ -34,8 +36,8 @@ _HOMES = {
     "QAAConfig": "config",
     "QAALinear": "layer",
     "QAAModel": "model",
-    "TrainOptions": "loop",
-    "TrainResult": "loop",
+    "TrainOptions": "options",
+    "TrainResult": "result",
     "register": "registration",
     "train": "loop",
 }

@@ -1,4 +1,4 @@
-"""Rows of JSON lines -> token ids and labels, with the loss on the answer only.
+"""Rows -> token ids and labels, with the loss on the answer only.
 
 Every prompt is tokenised as vLLM does when it serves the same request: a chat through the chat template with
 no special tokens added to its text, a plain prompt with the special tokens the tokenizer adds.
@@ -6,18 +6,18 @@ no special tokens added to its text, a plain prompt with the special tokens the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.options import Answers
+from qaa_serve.training.sources import RowError, read_source
 
 #: The label of a token that the loss leaves out.
 IGNORED = -100
@@ -25,32 +25,30 @@ IGNORED = -100
 #: Token ids and labels of one row, of equal length.
 Encoded: TypeAlias = tuple[list[int], list[int]]
 
-#: Which of a conversation's assistant messages the loss is on.
-Answers: TypeAlias = Literal["all", "last"]
 
 _SHOWN_PROBLEMS = 5
 _FORMATS = "messages; prompt and completion; instruction, output and optionally input"
 
 
-class RowError(ValueError):
-    """A row cannot be used; the message says why."""
-
-
 @dataclass(frozen=True)
 class Examples(Dataset[dict[str, list[int]]]):
-    """A file's usable rows.
+    """The usable rows of a source.
 
     Attributes:
-        rows: one dictionary a row: ``input_ids`` and ``labels``.
-        digest: SHA-256 of the file, in hex.
-        problems: one line a row that was left out, each with its line number.
+        name: the source, as it was given.
+        rows: one dictionary a row: ``input_ids`` and ``labels``; ``position_ids`` too where rows are packed.
+        digest: SHA-256 of the source, in hex.
+        problems: one line a row that was left out, each with its place.
         shortened: how many rows were cut to ``max_length`` tokens.
+        source_rows: number of usable rows of the source: more than ``rows`` if they are packed.
     """
 
+    name: str
     rows: Sequence[dict[str, list[int]]]
     digest: str
     problems: tuple[str, ...]
     shortened: int
+    source_rows: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,43 +56,78 @@ class Examples(Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.rows[index]
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens the loss is on."""
+        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+
+    def packed(self, max_length: int) -> Examples:
+        """Rows put together, each pack of at most ``max_length`` tokens: long rows first, each into the first
+        pack that has room.
+
+        ``position_ids`` begin anew with each row, by which transformers' attention masks keep them apart.
+        """
+        packs: list[list[dict[str, list[int]]]] = []
+        room: list[int] = []
+        for row in sorted(self.rows, key=lambda row: -len(row["input_ids"])):
+            size = len(row["input_ids"])
+            number = next((i for i, free in enumerate(room) if free >= size), len(packs))
+            if number == len(packs):
+                packs.append([])
+                room.append(max_length)
+            packs[number].append(row)
+            room[number] -= size
+        return replace(self, rows=[_joined(pack) for pack in packs])
+
+
+def _joined(pack: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+    return {
+        "input_ids": [token for row in pack for token in row["input_ids"]],
+        # The row before must not be asked for the first token of the next.
+        "labels": [label for row in pack for label in [IGNORED, *row["labels"][1:]]],
+        "position_ids": [position for row in pack for position in range(len(row["input_ids"]))],
+    }
+
 
 def read_examples(
-    path: Path,
+    source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     answers: Answers = "all",
     skip_bad_rows: bool = False,
 ) -> Examples:
-    """Read and tokenise a file of JSON lines; empty lines are no rows.
+    """Read and tokenise a source.
 
     Args:
-        path: the file.
+        source: a file or a data set, see ``read_source``.
         tokenizer: the base model's.
         max_length: tokens; longer rows are cut at their end, and unusable if no answer token is left.
         answers: which assistant messages of a conversation the loss is on.
         skip_bad_rows: leave unusable rows out and list them in ``problems``; otherwise they are an error.
 
     Raises:
-        TrainingError: if the file cannot be read, has unusable rows, or no usable one.
+        TrainingError: if the source cannot be read, has unusable rows, or no usable one.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"data file {path} cannot be read: {error.strerror}") from error
+    name = str(source)
+    found = read_source(name)
     rows: list[dict[str, list[int]]] = []
     problems: list[str] = []
     shortened = 0
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for row in found.rows:
         try:
-            ids, labels = encode_row(_parse(line), tokenizer, answers)
+            if isinstance(row.value, RowError):
+                raise row.value
+            ids, labels = encode_row(row.value, tokenizer, answers)
             if all(label == IGNORED for label in labels[:max_length]):
                 raise RowError(f"its {len(ids)} tokens cut to {max_length} leave nothing of the answer")
         except RowError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{row.place}: {error}")
             continue
         shortened += len(ids) > max_length
         rows.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
@@ -103,10 +136,10 @@ def read_examples(
         listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         more = f"\n  ... and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         remedy = "Correct them, or leave them out with --skip-bad-rows" if rows else "There is no usable row"
-        raise TrainingError(f"{path}: {len(problems)} of {total} rows cannot be used:{listed}{more}\n{remedy}")
+        raise TrainingError(f"{name}: {len(problems)} of {total} rows cannot be used:{listed}{more}\n{remedy}")
     if not rows:
-        raise TrainingError(f"data file {path} has no rows")
-    return Examples(rows, hashlib.sha256(content).hexdigest(), tuple(problems), shortened)
+        raise TrainingError(f"data file {name} has no rows")
+    return Examples(name, rows, found.digest, tuple(problems), shortened, len(rows))
 
 
 def encode_row(row: object, tokenizer: PreTrainedTokenizerBase, answers: Answers = "all") -> Encoded:
@@ -124,13 +157,6 @@ def encode_row(row: object, tokenizer: PreTrainedTokenizerBase, answers: Answers
     if "instruction" in row and "output" in row:
         return _encode_instruction(row, tokenizer)
     raise RowError(f"no known keys; known are {_FORMATS}; found {', '.join(map(str, row)) or 'none'}")
-
-
-def _parse(line: bytes) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"no JSON: {error}") from error
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -243,7 +269,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens
 
 
 def collator(pad_token_id: int) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
-    """A function that makes a batch of rows: padded at the end to the longest, int64 (rows, tokens)."""
+    """A function that makes a batch of rows: padded at the end to the longest, int64 (rows, tokens).
+
+    Packed rows get no attention mask: transformers makes it from their position ids. Their padding counts on from
+    0 and so is a row of its own.
+    """
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -251,11 +281,11 @@ def collator(pad_token_id: int) -> Callable[[list[dict[str, list[int]]]], dict[s
         def padded(key: str, padding: int) -> torch.Tensor:
             return torch.tensor([row[key] + [padding] * (longest - len(row[key])) for row in rows])
 
+        batch = {"input_ids": padded("input_ids", pad_token_id), "labels": padded("labels", IGNORED)}
+        if "position_ids" in rows[0]:
+            positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+            return batch | {"position_ids": torch.tensor(positions)}
         lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
-        return {
-            "input_ids": padded("input_ids", pad_token_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": (torch.arange(longest) < lengths).long(),
-        }
+        return batch | {"attention_mask": (torch.arange(longest) < lengths).long()}
 
     return collate

@@ -1,24 +1,24 @@
-"""Training from the options to a saved adapter."""
+"""Training from the options to what is saved."""
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -27,184 +27,185 @@ from transformers.trainer_callback import PrinterCallback
 from qaa_serve.adapters import CONFIG_FILE
 from qaa_serve.adapters.staging import staged
 from qaa_serve.training.card import model_card
-from qaa_serve.training.data import Answers, Examples, collator, read_examples
-from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.methods import get_method
+from qaa_serve.training.data import Examples, collator, read_examples
+from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError
+from qaa_serve.training.methods import Method, get_method
+from qaa_serve.training.options import SCHEDULES, TrainOptions
 from qaa_serve.training.progress import Progress
+from qaa_serve.training.record import RECORD_FILE, training_record
+from qaa_serve.training.result import TrainResult
 from qaa_serve.training.targets import resolve_targets
+from qaa_serve.training.trainer import (
+    AdapterTrainer,
+    Flow,
+    Memory,
+    PeakMemory,
+    SavedBytes,
+    drop_incomplete,
+    is_main_process,
+    last_checkpoint,
+    world_size,
+)
 
 _DEFAULT_MAX_LENGTH = 1024
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What to train, on what, and how.
-
-    Attributes:
-        model: the base: a directory, or a name on the Hugging Face hub.
-        data: JSON lines, see ``qaa_serve.training.data``.
-        output: directory of the adapter.
-        method: name of the method.
-        method_options: the method's own options, such as ``{"layers": 3}``.
-        target_modules: the layers to adapt; empty: the linear layers of the attention blocks.
-        epochs: passes over the data; may be a fraction.
-        max_steps: optimiser steps after which to stop, in place of ``epochs``.
-        lr: peak learning rate; None: the method's default.
-        schedule: what the learning rate does after the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_ratio: part of the steps in which the learning rate rises from 0.
-        batch_size: rows a step on the device.
-        grad_accum: how many such batches make one optimiser step.
-        max_grad_norm: gradients are scaled down to this norm; 0: never.
-        max_length: tokens a row; None: 1024, or what the base can take if that is less.
-        answers: whether the loss is on all assistant messages of a conversation or on the last one.
-        eval_data: rows for the evaluation before the first and after every epoch.
-        skip_bad_rows: leave unusable rows out instead of refusing the file.
-        seed: of the initial angles and weights, the order of the rows, and dropout.
-        bf16: keep the frozen base in bfloat16; the adapter is float32 in any case.
-        gradient_checkpointing: recompute activations in the backward pass, which saves memory and costs time.
-        threads: CPU threads; None: torch's choice.
-        overwrite: replace an adapter that is at ``output``.
-        trust_remote_code: run code that comes with the base model.
-
-    Raises:
-        TrainingError: for a value out of range.
-    """
-
-    model: str
-    data: Path
-    output: Path
-    method: str = "qaa"
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    target_modules: tuple[str, ...] = ()
-    epochs: float = 3.0
-    max_steps: int | None = None
-    lr: float | None = None
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.05
-    batch_size: int = 8
-    grad_accum: int = 1
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
-    answers: Answers = "all"
-    eval_data: Path | None = None
-    skip_bad_rows: bool = False
-    seed: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    threads: int | None = None
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "max_steps", "lr", "batch_size", "grad_accum", "max_length", "threads")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainingError(f"--{name.replace('_', '-')} must be above 0, found {value}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise TrainingError(f"--warmup-ratio must be at least 0 and below 1, found {self.warmup_ratio}")
-        if self.max_grad_norm < 0:
-            raise TrainingError(f"--max-grad-norm must not be below 0, found {self.max_grad_norm}")
-        if self.schedule not in SCHEDULES:
-            raise TrainingError(f"--schedule must be one of {', '.join(SCHEDULES)}, found {self.schedule!r}")
-        if not 0 <= self.seed < 2**32:
-            raise TrainingError(f"--seed must be from 0 to 2**32 - 1, found {self.seed}")
+#: Options that may differ between a training and its resumption, since the result does not depend on them.
+_FREE_ON_RESUME = ("overwrite", "resume", "threads")
 
 
-#: Name -> what transformers calls the schedule.
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+@dataclass
+class _Run:
+    """Everything that is known before the first step."""
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out.
-
-    Attributes:
-        output: the adapter's directory.
-        target_modules: the layers it adapts.
-        trainable: number of trained parameters.
-        total: number of parameters of the base.
-        rows: number of rows trained on.
-        steps: optimiser steps.
-        seconds: duration of the training loop.
-        first_loss: mean loss over the first twentieth of the steps, in nats a token.
-        train_loss: the same over the last twentieth.
-        base_eval_loss: loss on the evaluation rows before training, None without such rows.
-        eval_loss: loss on them after training.
-        notes: lines about rows that were left out or cut.
-    """
-
-    output: Path
-    target_modules: tuple[str, ...]
-    trainable: int
+    options: TrainOptions
+    method: Method
+    method_options: dict[str, Any]
+    learning_rate: float
+    max_length: int
     total: int
-    rows: int
-    steps: int
-    seconds: float
-    first_loss: float
-    train_loss: float
-    base_eval_loss: float | None
-    eval_loss: float | None
-    notes: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    rows: Examples
+    eval_rows: Examples | None
+    targets: list[str]
+    model: nn.Module
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """Options with the values that stood for None or were the method's defaults."""
+        return {"lr": self.learning_rate, "max_length": self.max_length, **self.method_options}
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 def train(options: TrainOptions) -> TrainResult:
-    """Train an adapter and save it.
+    """Train and save.
 
     Nothing is at ``options.output`` before all of it is: an error or an interrupt leaves what was there.
 
     Raises:
         TrainingError: for anything wrong with the options, the base or the data, and if the loss diverges.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
+    run = _prepare(options)
+    checkpoints = _checkpoints(options.output)
+    resume_from = _resume_point(run, checkpoints)
+    try:
+        result = _fit(run, checkpoints, resume_from)
+        if is_main_process():
+            _save(run, result)
+    except BaseException as error:
+        if isinstance(error, DivergedError) or last_checkpoint(checkpoints) is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        raise
+    if is_main_process():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training would be: see ``plan``.
+
+    Attributes:
+        target_modules: the layers that would be adapted.
+        trainable: number of parameters that would be trained.
+        total: number of parameters of the base.
+        rows: number of rows, of the source and as they are trained on.
+        tokens: of all rows.
+        answer_tokens: those that the loss is on.
+        steps: optimiser steps.
+        memory: what the bytes are for -> bytes; activations are measured on the longest batch.
+        example: (text, whether the loss is on it): the first row in parts.
+        notes: lines about rows that would be left out or cut.
+    """
+
+    target_modules: tuple[str, ...]
+    trainable: int
+    total: int
+    rows: tuple[int, int]
+    tokens: int
+    answer_tokens: int
+    steps: int
+    memory: dict[str, int]
+    example: tuple[tuple[str, bool], ...]
+    notes: tuple[str, ...]
+
+
+def plan(options: TrainOptions) -> Plan:
+    """Do all that ``train`` does before its first step, and say what it found. Nothing is written.
+
+    Raises:
+        TrainingError: as ``train``.
+    """
+    run = _prepare(options)
+    return Plan(
+        target_modules=tuple(run.targets),
+        trainable=run.trainable,
+        total=run.total,
+        rows=(run.rows.source_rows, len(run.rows)),
+        tokens=run.rows.tokens,
+        answer_tokens=run.rows.answer_tokens,
+        steps=_steps(run),
+        memory={
+            "weights": sum(p.nbytes for p in run.model.parameters()),
+            "gradients": 4 * run.trainable,
+            "AdamW's two moments": 8 * run.trainable,
+            "activations kept for the backward pass": _measure_saved(run),
+        },
+        example=tuple(_spans(run.rows[0], run.tokenizer)),
+        notes=tuple(_notes(run)),
+    )
+
+
+def _prepare(options: TrainOptions) -> _Run:
     method = get_method(options.method)
     method_options = method.with_defaults(options.method_options)
-    learning_rate = method.learning_rate if options.lr is None else options.lr
+    method.check(options)
     _check_output(options)
     _check_devices()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     set_seed(options.seed)
-
-    base, tokenizer = _load_base(options)
+    base, tokenizer = _load_base(options, method)
     total = base.num_parameters()
     max_length = _max_length(options, base)
 
-    def read(path: Path) -> Examples:
-        return read_examples(
-            path,
+    def read(source: str | Path) -> Examples:
+        rows = read_examples(
+            source,
             tokenizer,
             max_length=max_length,
             answers=options.answers,
             skip_bad_rows=options.skip_bad_rows,
         )
+        return rows.packed(max_length) if options.packing else rows
 
     rows = read(options.data)
     eval_rows = None if options.eval_data is None else read(options.eval_data)
-    targets = resolve_targets(base, options.target_modules)
-    model = method.build(base, targets, method_options)
-    groups = method.groups(model, learning_rate, method_options)
-    progress = Progress()
-    started = time.perf_counter()
-    _fit(options, model, groups, tokenizer, rows, eval_rows, progress)
-    result = TrainResult(
-        output=options.output,
-        target_modules=tuple(targets),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=total,
-        rows=len(rows),
-        steps=progress.steps,
-        seconds=time.perf_counter() - started,
-        first_loss=progress.first_loss(),
-        train_loss=progress.last_loss(),
-        base_eval_loss=progress.eval_losses[0] if eval_rows else None,
-        eval_loss=progress.eval_losses[-1] if eval_rows else None,
-        notes=tuple(_notes(options, tokenizer, max_length, rows, eval_rows)),
+    if options.packing:
+        _check_packing(base)
+    adapts = "target_modules" not in method.refuses
+    targets = resolve_targets(base, options.target_modules) if adapts else []
+    try:
+        model = method.build(base, targets, method_options)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error) from error
+    learning_rate = method.learning_rate if options.lr is None else options.lr
+    return _Run(
+        options,
+        method,
+        method_options,
+        learning_rate,
+        max_length,
+        total,
+        tokenizer,
+        rows,
+        eval_rows,
+        targets,
+        model,
     )
-    with staged(options.output) as directory:
-        method.save(model, directory, base_reference(options.model, options.output))
-        card = model_card(options, method_options, learning_rate, max_length, rows, eval_rows, result)
-        (directory / "README.md").write_text(card, encoding="utf-8")
-    return result
 
 
 def base_reference(model: str, output: Path) -> str:
@@ -220,10 +221,12 @@ def base_reference(model: str, output: Path) -> str:
 def _check_output(options: TrainOptions) -> None:
     """Fail now on what would make saving fail later."""
     output = options.output
+    if not is_main_process():
+        return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not options.overwrite:
             raise TrainingError(f"output {output} exists; choose another --output, or replace it with --overwrite")
-        if not (output / CONFIG_FILE).is_file():
+        if not any((output / name).is_file() for name in (CONFIG_FILE, RECORD_FILE)):
             raise TrainingError(
                 f"output {output} is no adapter (it has no {CONFIG_FILE}) and --overwrite would delete it: "
                 "choose another --output"
@@ -236,20 +239,21 @@ def _check_output(options: TrainOptions) -> None:
 
 
 def _check_devices() -> None:
-    if torch.cuda.device_count() > 1:
+    count = torch.cuda.device_count()
+    if count > 1 and world_size() == 1:
         raise TrainingError(
-            f"{torch.cuda.device_count()} GPUs are visible and one is used: choose it, "
-            "for example CUDA_VISIBLE_DEVICES=0"
+            f"{count} GPUs are visible. Use them all with `torchrun --nproc-per-node {count} -m qaa_serve.cli "
+            "train ...`, or choose one, for example with CUDA_VISIBLE_DEVICES=0"
         )
 
 
-def _load_base(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_base(options: TrainOptions, method: Method) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name, trust = options.model, options.trust_remote_code
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise TrainingError(f"model {name!r}: there is no such directory")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise TrainingError(f"model {name!r} has no config.json: it is no directory of a transformers model")
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    dtype = torch.bfloat16 if options.bf16 and not method.trains_base else torch.float32
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -268,76 +272,248 @@ def _max_length(options: TrainOptions, base: PreTrainedModel) -> int:
     return options.max_length
 
 
-def _fit(
-    options: TrainOptions,
-    model: PeftModel,
-    groups: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Examples,
-    eval_rows: Examples | None,
-    progress: Progress,
-) -> None:
-    on_gpu = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as scratch:  # Trainer insists on a directory; nothing is kept in it
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=options.epochs,
-                max_steps=options.max_steps or -1,
-                per_device_train_batch_size=options.batch_size,
-                per_device_eval_batch_size=options.batch_size,
-                gradient_accumulation_steps=options.grad_accum,
-                gradient_checkpointing=options.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-                lr_scheduler_type=SCHEDULES[options.schedule],
-                warmup_steps=options.warmup_ratio,
-                max_grad_norm=options.max_grad_norm,
-                train_sampling_strategy="group_by_length",
-                eval_strategy="epoch" if eval_rows else "no",
-                eval_on_start=eval_rows is not None,
-                prediction_loss_only=True,
-                logging_strategy="steps",
-                logging_steps=1,
-                logging_nan_inf_filter=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                label_names=["labels"],
-                dataloader_pin_memory=on_gpu,
-                use_cpu=not on_gpu,
-                seed=options.seed,
-            ),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            data_collator=collator(tokenizer.pad_token_id or 0),
-            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-            callbacks=[progress],
+def _check_packing(base: PreTrainedModel) -> None:
+    """Packing rests on the base's attention keeping rows apart by their positions; not every one does."""
+    first, second = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[6, 5, 4]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    base.eval()
+    try:
+        with torch.no_grad():
+            packed = base(
+                input_ids=torch.cat([first, second], 1).to(base.device),
+                position_ids=positions.to(base.device),
+                use_cache=False,
+            ).logits[:, 4:]
+            alone = base(input_ids=second.to(base.device), use_cache=False).logits
+    except TypeError as error:
+        raise TrainingError(f"--packing: the base model takes no position_ids ({error})") from error
+    spread = alone.float().std().item()
+    if (packed - alone).abs().max().item() > 0.05 * spread:
+        raise TrainingError("--packing: the base model's attention does not keep packed rows apart; train without")
+
+
+def _checkpoints(output: Path) -> Path:
+    """Where checkpoints go: beside the output, hidden from servers that watch the directory."""
+    return output.absolute().parent / f".{output.name}.checkpoints"
+
+
+def _resume_point(run: _Run, checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from; makes the directory and notes there what it belongs to."""
+    options = run.options
+    used = options.to_json() | run.used
+    identity = {name: value for name, value in used.items() if name not in _FREE_ON_RESUME}
+    identity |= {"data SHA-256": run.rows.digest, "processes": world_size()}
+    if run.eval_rows is not None:
+        identity["eval data SHA-256"] = run.eval_rows.digest
+    described = checkpoints / "options.json"
+    found = last_checkpoint(checkpoints)
+    if found is not None and options.resume:
+        before = json.loads(described.read_text(encoding="utf-8"))
+        changed = [name for name in sorted(before.keys() | identity) if before.get(name) != identity.get(name)]
+        if changed:
+            differences = "; ".join(
+                f"{name} was {before.get(name)!r}, is {identity.get(name)!r}" for name in changed
+            )
+            raise TrainingError(
+                f"--resume: the training interrupted at {found.name} had other options ({differences}). "
+                f"Give the same ones, or remove {checkpoints} to begin anew"
+            )
+        if is_main_process():
+            drop_incomplete(checkpoints)
+        return found
+    if not is_main_process():
+        return None
+    if found is not None and not options.overwrite:
+        raise TrainingError(
+            f"an interrupted training left {found}: go on with --resume, or begin anew with --overwrite"
         )
-        trainer.remove_callback(PrinterCallback)
-        with progress:
-            trainer.train()
-            if eval_rows and progress.evaluated_at != progress.steps:  # stopped within an epoch
-                trainer.evaluate()
+    try:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir(parents=True)
+        described.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"checkpoints cannot be written to {checkpoints}: {error.strerror}") from error
+    return None
 
 
-def _notes(
-    options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    rows: Examples,
-    eval_rows: Examples | None,
-) -> list[str]:
+def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
+    options = run.options
+    on_gpu = torch.cuda.is_available()
+    evaluates = run.eval_rows is not None
+    every = options.eval_steps if evaluates else options.save_steps
+    interval = {"strategy": "epoch" if every is None else "steps", "steps": every or 500}
+    cache = _without_cache(run.model)  # before Trainer, which sets the same option
+    progress = Progress(quiet=not is_main_process(), patience=options.patience)
+    trainer = AdapterTrainer(
+        lengths=[len(row["input_ids"]) for row in run.rows.rows],
+        model=run.model,
+        args=TrainingArguments(
+            output_dir=str(checkpoints),
+            num_train_epochs=options.epochs,
+            max_steps=options.max_steps or -1,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.grad_accum,
+            gradient_checkpointing=options.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            lr_scheduler_type=SCHEDULES[options.schedule],
+            warmup_steps=options.warmup_ratio,
+            max_grad_norm=options.max_grad_norm,
+            eval_strategy=interval["strategy"] if evaluates else "no",
+            eval_steps=interval["steps"],
+            eval_on_start=evaluates and resume_from is None,
+            prediction_loss_only=True,
+            save_strategy=interval["strategy"],
+            save_steps=interval["steps"],
+            save_total_limit=1,
+            load_best_model_at_end=evaluates,
+            metric_for_best_model="eval_loss" if evaluates else None,
+            greater_is_better=False if evaluates else None,
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=on_gpu,
+            use_cpu=not on_gpu,
+            ddp_backend=("nccl" if on_gpu else "gloo") if world_size() > 1 else None,
+            ddp_find_unused_parameters=False,
+            bf16=options.bf16 and run.method.trains_base,
+            seed=options.seed,
+        ),
+        train_dataset=run.rows,
+        eval_dataset=run.eval_rows,
+        data_collator=collator(run.tokenizer.pad_token_id or 0),
+        optimizers=(
+            torch.optim.AdamW(
+                run.method.groups(run.model, run.learning_rate, run.method_options),
+                weight_decay=options.weight_decay,
+            ),
+            None,
+        ),
+        callbacks=[progress, *run.method.callbacks(run.method_options)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    flow = Flow(trainer, evaluates, handles_signals=world_size() == 1)
+    trainer.add_callback(flow)
+    memory = PeakMemory()
+    started = time.perf_counter()
+    with progress, flow, cache:
+        try:
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(error) from error
+    state = trainer.state
+    if flow.stopped_by is not None and state.global_step < state.max_steps and not progress.stopped_early:
+        raise Interrupted(state.global_step, state.max_steps, flow.stopped_by)
+    history = state.log_history
+    evaluations = tuple((entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry)
+    return TrainResult(
+        output=options.output,
+        target_modules=tuple(run.targets),
+        trainable=run.trainable,
+        total=run.total,
+        rows=run.rows.source_rows,
+        steps=state.global_step,
+        best_step=state.best_global_step if evaluates else None,
+        losses=tuple(entry["loss"] for entry in history if "loss" in entry),
+        evaluations=evaluations,
+        seconds=time.perf_counter() - started,
+        seconds_per_step=flow.seconds_per_step,
+        memory=Memory(memory.start, memory.peak(), trainer.saved_for_backward or 0, memory.cuda()),
+        notes=tuple(_notes(run)),
+    )
+
+
+class _without_cache:  # noqa: N801 - reads as a verb where it is used
+    """While training, no keys and values are kept for a next token; the setting is not to reach a saved model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._config = model.config
+        self._before = model.config.use_cache
+
+    def __enter__(self) -> None:
+        self._config.use_cache = False
+
+    def __exit__(self, *_: object) -> None:
+        self._config.use_cache = self._before
+
+
+def _save(run: _Run, result: TrainResult) -> None:
+    options = run.options
+    try:
+        with staged(options.output) as directory:
+            run.method.save(run.model, directory, base_reference(options.model, options.output))
+            if run.method.trains_base:
+                run.tokenizer.save_pretrained(directory)
+            record = training_record(options, run.used, run.rows, run.eval_rows, result, directory)
+            (directory / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (directory / "README.md").write_text(model_card(run.method, record), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{options.output} cannot be written: {error}. What was trained is in the checkpoints: "
+            "make room and go on with --resume"
+        ) from error
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
+    return TrainingError(
+        f"the GPU's memory is full ({str(error).splitlines()[0]}): try a smaller --batch-size with more "
+        "--grad-accum, a shorter --max-length, --gradient-checkpointing or --bf16"
+    )
+
+
+def _steps(run: _Run) -> int:
+    options = run.options
+    if options.max_steps is not None:
+        return options.max_steps
+    batches = -(-len(run.rows) // (options.batch_size * world_size()))
+    return max(1, int(-(-(batches * options.epochs) // options.grad_accum)))
+
+
+def _measure_saved(run: _Run) -> int:
+    """Bytes that a forward pass over the longest batch keeps for the backward pass."""
+    longest = sorted(run.rows.rows, key=lambda row: -len(row["input_ids"]))[: run.options.batch_size]
+    device = next(run.model.parameters()).device
+    batch = {
+        name: tensor.to(device) for name, tensor in collator(run.tokenizer.pad_token_id or 0)(longest).items()
+    }
+    if run.options.gradient_checkpointing:
+        base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    run.model.train()
+    with _without_cache(run.model), SavedBytes(run.model) as saved:
+        run.model(**batch)
+    return saved.total
+
+
+def _spans(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """A row's text in parts, each with whether the loss is on it."""
+    spans: list[tuple[list[int], bool]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if not spans or spans[-1][1] != (label >= 0):
+            spans.append(([], label >= 0))
+        spans[-1][0].append(token)
+    return [(tokenizer.decode(ids), learnt) for ids, learnt in spans]
+
+
+def _notes(run: _Run) -> list[str]:
     notes = []
-    for path, read in ((options.data, rows), (options.eval_data, eval_rows)):
+    for read in (run.rows, run.eval_rows):
         if read is not None:
-            notes += [f"{path}: left out {problem}" for problem in read.problems]
+            notes += [f"{read.name}: left out {problem}" for problem in read.problems]
             if read.shortened:
-                notes.append(f"{path}: {read.shortened} of {len(read)} rows were cut to {max_length} tokens")
-    if not any(tokenizer.eos_token_id in row["labels"] for row in rows.rows):
+                notes.append(
+                    f"{read.name}: {read.shortened} of {read.source_rows} rows were cut to {run.max_length} tokens"
+                )
+    if not any(run.tokenizer.eos_token_id in row["labels"] for row in run.rows.rows):
         notes.append(
-            f"{options.data}: no answer ends with {tokenizer.eos_token!r}, the model's end token, "
+            f"{run.rows.name}: no answer ends with {run.tokenizer.eos_token!r}, the model's end token, "
             "so that the adapter learns no end"
         )
     return notes
+
+
+__all__ = ["Plan", "TrainOptions", "TrainResult", "base_reference", "plan", "train"]

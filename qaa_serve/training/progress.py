@@ -11,28 +11,30 @@ import rich.progress
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.errors import DivergedError
 
 _LINES = 20  # where there is no terminal
 _SMOOTHING = 0.9
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Shows and keeps the losses; stops the training when they are no numbers any more.
+    """Shows the losses; stops the training when they are no numbers any more, or do not get better.
 
     Use it as a context around the training, so that the bar is closed in any case.
 
     Attributes:
-        losses: loss of every step, in nats a token.
-        eval_losses: loss of every evaluation, the first one before training.
-        evaluated_at: step of the last evaluation, -1 for none.
+        stopped_early: whether ``patience`` ran out.
+
+    Args:
+        stream: where to write; None: stderr.
+        quiet: write nothing.
+        patience: stop after so many evaluations without a lower loss; None: never.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.losses: list[float] = []
-        self.eval_losses: list[float] = []
-        self.evaluated_at = -1
-        self._console = Console(file=stream or sys.stderr)
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False, patience: int | None = None) -> None:
+        self.stopped_early = False
+        self._patience = patience
+        self._console = Console(file=stream or sys.stderr, quiet=quiet)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("training"),
             rich.progress.BarColumn(),
@@ -56,27 +58,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._bar.stop()
 
-    @property
-    def steps(self) -> int:
-        """Number of steps done."""
-        return len(self.losses)
-
-    def first_loss(self) -> float:
-        """Mean loss over the first twentieth of the steps."""
-        return self._mean(self.losses[: self._twentieth])
-
-    def last_loss(self) -> float:
-        """Mean loss over the last twentieth of the steps."""
-        return self._mean(self.losses[-self._twentieth :])
-
-    @property
-    def _twentieth(self) -> int:
-        return max(1, self.steps // 20)
-
-    @staticmethod
-    def _mean(losses: list[float]) -> float:
-        return math.fsum(losses) / len(losses)
-
     def on_log(
         self,
         args: TrainingArguments,
@@ -90,12 +71,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss) or not math.isfinite(float(logs.get("grad_norm", 0.0))):
-            raise TrainingError(
+            raise DivergedError(
                 f"training diverged at step {state.global_step} of {state.max_steps} (loss {loss}): "
                 "try a lower --lr or --alpha. Nothing was saved"
             )
-        self.losses.append(loss)
-        self._smooth = loss if self.steps == 1 else _SMOOTHING * self._smooth + (1 - _SMOOTHING) * loss
+        before = loss if math.isnan(self._smooth) else self._smooth
+        self._smooth = _SMOOTHING * before + (1 - _SMOOTHING) * loss
         text = f"loss {self._smooth:.3f}"
         self._bar.update(self._task, completed=state.global_step, total=state.max_steps, description=text)
         if not self._console.is_terminal and self._is_line_due(state):
@@ -109,9 +90,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Takes the loss of an evaluation."""
-        self.eval_losses.append(metrics["eval_loss"])
-        self.evaluated_at = state.global_step
+        """Takes the loss of an evaluation. Patience is counted from the history, which checkpoints keep."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]]
+        if self._patience is not None and losses and len(losses) - 1 - losses.index(min(losses)) >= self._patience:
+            self.stopped_early = control.should_training_stop = True
         self._bar.console.print(
             f"step {state.global_step}, evaluation loss {metrics['eval_loss']:.3f}", highlight=False
         )

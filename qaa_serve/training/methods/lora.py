@@ -15,7 +15,8 @@ from qaa_serve.adapters import CONFIG_FILE
 from qaa_serve.training.methods.base import Method, one_group
 
 
-def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any]) -> PeftModel:
+def build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any]) -> PeftModel:
+    """The base with LoRA layers."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=targets,
@@ -27,20 +28,23 @@ def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any
     return get_peft_model(model, config)
 
 
-def _save(model: PeftModel, directory: Path, base: str) -> None:
+def save(model: PeftModel, directory: Path, base: str) -> None:
+    """Write a PEFT model's adapter, with a config whose bytes do not depend on the order of a set."""
     model.save_pretrained(directory)
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in any order
+    if config.get("target_modules"):
+        config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
 
 
 METHOD = Method(
     name="lora",
     learning_rate=1e-3,
     options={"rank": 8, "alpha": 16.0},
-    build=_build,
+    build=build,
     groups=one_group,
-    save=_save,
+    save=save,
 )

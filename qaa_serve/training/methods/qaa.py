@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qaa_serve.adapters import AdapterConfig, ModuleWeights, save_adapter
 from qaa_serve.training.config import QAAConfig
 from qaa_serve.training.layer import QAALinear
-from qaa_serve.training.methods.base import Method, ParameterGroups
+from qaa_serve.training.methods.base import Method, ParameterGroups, two_groups
 
 _ADAPTER = "default"
 
@@ -28,13 +28,7 @@ def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any
 
 
 def _groups(model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> ParameterGroups:
-    angles: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (angles if ".qaa_theta." in name else others).append(parameter)
-    theta_rate = learning_rate if options["theta_lr"] is None else options["theta_lr"]
-    return [{"params": others, "lr": learning_rate}, {"params": angles, "lr": theta_rate}]
+    return two_groups(model, learning_rate, ".qaa_theta.", options["theta_lr"])
 
 
 def _save(model: PeftModel, directory: Path, base: str) -> None:

@@ -1,0 +1,67 @@
+"""What a training gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qaa_serve.training.trainer import Memory
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out.
+
+    Attributes:
+        output: directory of the adapter, or of the model.
+        target_modules: the layers it adapts; empty for methods that adapt none.
+        trainable: number of trained parameters.
+        total: number of parameters of the base.
+        rows: number of rows trained on.
+        steps: optimiser steps.
+        best_step: step whose state was kept, the one with the lowest evaluation loss; None without evaluation.
+        losses: loss of every step, in nats a token.
+        evaluations: (step, loss) of every evaluation, the first one before training.
+        seconds: duration of the training loop; after a resumption that of its last part.
+        seconds_per_step: median duration of a step, evaluation left out.
+        memory: bytes.
+        notes: lines about rows that were left out or cut.
+    """
+
+    output: Path
+    target_modules: tuple[str, ...]
+    trainable: int
+    total: int
+    rows: int
+    steps: int
+    best_step: int | None
+    losses: tuple[float, ...]
+    evaluations: tuple[tuple[int, float], ...]
+    seconds: float
+    seconds_per_step: float
+    memory: Memory
+    notes: tuple[str, ...]
+
+    @property
+    def first_loss(self) -> float:
+        """Mean loss over the first twentieth of the steps, in nats a token."""
+        return _mean(self.losses[: max(1, len(self.losses) // 20)])
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the last twentieth of the steps."""
+        return _mean(self.losses[-max(1, len(self.losses) // 20) :])
+
+    @property
+    def base_eval_loss(self) -> float | None:
+        """Loss on the evaluation rows before training."""
+        return self.evaluations[0][1] if self.evaluations else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Loss on them of the state that was kept."""
+        return dict(self.evaluations)[self.best_step] if self.best_step is not None else None
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)

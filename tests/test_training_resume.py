@@ -1,0 +1,200 @@
+"""Trainings that end before their time: what is left, and that going on gives the result of an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from training_support import ROWS, files, options, weights
+from transformers import Trainer
+
+from qaa_serve.training import TrainingError, TrainOptions, train
+from qaa_serve.training.methods import METHODS
+
+
+class KilledError(RuntimeError):
+    """Stands for a process that is gone at once."""
+
+
+def kill_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = Trainer.training_step
+
+    def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+def changed(base: Path, data: Path, **more: Any) -> TrainOptions:
+    """Three epochs of four steps, so that a resumption falls into the middle of one."""
+    return options(base, data, max_steps=None, epochs=3.0, batch_size=2, **more)
+
+
+def record(output: Path) -> dict[str, Any]:
+    return json.loads((output / "training.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_resumed_training_ends_as_an_unbroken_one(
+    base: Path, data: Path, method: str, evaluates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more: dict[str, Any] = {"eval_data": data, "eval_steps": 3} if evaluates else {"save_steps": 3}
+    whole = train(changed(base, data, method=method, **more)).output
+    broken = whole.with_name("broken")
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 8)
+        with pytest.raises(KilledError):
+            train(changed(base, data, method=method, output=broken, **more))
+    assert not broken.exists()
+    train(changed(base, data, method=method, output=broken, resume=True, **more))
+    assert weights(broken) == weights(whole)
+    for key in ("losses", "evaluations", "best_step", "eval_loss", "steps"):
+        assert record(broken)[key] == record(whole)[key]
+    assert sorted(path.name for path in whole.parent.iterdir()) == ["broken", "new"]
+
+
+def test_checkpoints_hold_only_what_is_trained(base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_at_step(monkeypatch, 5)
+    with pytest.raises(KilledError):
+        train(changed(base, data))
+    checkpoints = data.parent / "adapters" / ".new.checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "options.json"]
+    tensors = load_file(checkpoints / "checkpoint-4" / "trained.safetensors")
+    assert all("qaa_" in name for name in tensors)
+
+
+def test_half_written_checkpoint_is_passed_over(base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(changed(base, data, save_steps=2)).output
+    broken = whole.with_name("broken")
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 7)
+        with pytest.raises(KilledError):
+            train(changed(base, data, output=broken, save_steps=2))
+    half = broken.with_name(".broken.checkpoints") / "checkpoint-8"
+    half.mkdir()
+    (half / "trained.safetensors").write_bytes(b"half")
+    train(changed(base, data, output=broken, save_steps=2, resume=True))
+    assert weights(broken) == weights(whole)
+
+
+def test_interrupted_training_is_not_begun_anew_unasked(
+    base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 5)
+        with pytest.raises(KilledError):
+            train(changed(base, data))
+    with pytest.raises(TrainingError, match=r"left .*checkpoint-4: go on with --resume, or begin anew with"):
+        train(changed(base, data))
+    with pytest.raises(TrainingError, match=r"had other options \(seed was 0, is 1\)"):
+        train(changed(base, data, seed=1, resume=True))
+    rows = data.read_text()
+    data.write_text(rows + json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(TrainingError, match=r"data SHA-256 was"):
+        train(changed(base, data, resume=True))
+    train(changed(base, data, overwrite=True))
+    assert [path.name for path in (data.parent / "adapters").iterdir()] == ["new"]
+
+
+def test_resume_without_a_checkpoint_begins(base: Path, data: Path) -> None:
+    first = train(changed(base, data)).output
+    again = train(changed(base, data, resume=True, output=first.with_name("again"))).output
+    assert weights(again) == weights(first)
+
+
+def test_early_stop_keeps_the_best(base: Path, data: Path) -> None:
+    """Evaluated on answers that contradict the training data: the loss on them soon rises."""
+    other = data.with_name("other.jsonl")
+    other.write_text(data.read_text().replace("arr", "zzz"))
+    result = train(changed(base, data, eval_data=other, eval_steps=1, patience=2, lr=0.1))
+    losses = [loss for _, loss in result.evaluations[1:]]
+    assert result.steps < 12
+    assert result.best_step == 1 + losses.index(min(losses))
+    assert len(losses) == result.steps == result.best_step + 2
+    assert result.eval_loss == min(losses)
+
+
+# ---------------------------------------------------------------------------------- the command, in a process
+
+
+def start(base: Path, data: Path, *more: str, **popen: Any) -> subprocess.Popen[str]:
+    arguments = ["--model", base, "--data", data, "--output", data.parent / "out", "--batch-size", "2", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "qaa_serve.cli", "train", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if text in process.stderr.readline():
+            return
+    raise AssertionError(f"{text!r} was not printed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_after_a_checkpoint(base: Path, data: Path, number: signal.Signals) -> None:
+    process = start(base, data, "--epochs", "500")
+    wait_for(process, "step 100/")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "interrupted at step" in err
+    assert "the same command with --resume goes on from there" in err
+    assert "Traceback" not in err
+    assert not out
+    left = {path.name for path in data.parent.iterdir()}
+    assert left == {data.name, ".out.checkpoints"}
+    step = int(err.rpartition("at step ")[2].split()[0])
+    assert (data.parent / ".out.checkpoints" / f"checkpoint-{step}" / "complete").exists()
+
+
+@pytest.mark.slow
+def test_full_disk_is_one_message_and_nothing_half_written(base: Path, data: Path) -> None:
+    """A file may grow to 2 KiB and no further, which is what a full disk looks like to a writer."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+    process = start(base, data, "--epochs", "1", preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "cannot be written" in err
+    assert "Traceback" not in err
+    assert not (data.parent / "out").exists()
+    assert not list(data.parent.glob(".out.*[!s]"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base: Path, data: Path) -> None:
+    """torchrun with two processes of two rows a step: the gradients of one process with four."""
+    one = train(options(base, data, max_steps=6, batch_size=4, lr=1e-2, output=data.parent / "one"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "qaa_serve.cli", "train",
+        "--model", base, "--data", data, "--output", data.parent / "two", "--batch-size", "2", "--max-steps", "6",
+        "--lr", "0.01",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved in") == 1
+    two = record(data.parent / "two")
+    assert two["losses"] == pytest.approx(one.losses, abs=2e-3)
+    assert sorted(files(data.parent / "two")) == sorted(files(data.parent / "one"))
