@@ -1,4 +1,4 @@
-"""The command `qaa-serve`: `serve` (the default) and `train`. Each imports only what it needs."""
+"""The command `qaa-serve`: `serve` (the default), `train`, `compare` and `inspect`; each imports what it needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
 
   qaa-serve [serve] [MODEL] --adapters DIR [any option of vllm serve]
       serve a model and every adapter directory in DIR with an OpenAI-compatible API
-  qaa-serve train --model MODEL --data FILE.jsonl --output DIR [options]
-      train a QAA (or LoRA) adapter
+  qaa-serve train --model MODEL --data FILE --output DIR [options]
+      train a QAA adapter (or LoRA, SoRA, prefix tuning, or the whole model)
+  qaa-serve compare --model MODEL --data FILE --eval-data FILE --output DIR [options]
+      train several ways under the same budget and write a report: quality, size, memory, time
+  qaa-serve inspect DIR [options]
+      say what an adapter is, draw or export its circuits, try them on imperfect quantum hardware
 
   qaa-serve COMMAND --help explains a command, qaa-serve --version prints the version.
 """
@@ -26,16 +30,29 @@ def _serve(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    import argparse
+    from qaa_serve.training.cli import main as train
 
-    from qaa_serve.training import cli
-
-    parser = argparse.ArgumentParser(prog="qaa-serve train", formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(arguments))
+    return train(arguments)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": _serve, "train": _train}
+def _compare(arguments: Sequence[str]) -> int:
+    from qaa_serve.training.compare.cli import main as compare
+
+    return compare(arguments)
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from qaa_serve.inspection.cli import main as inspect
+
+    return inspect(arguments)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": _serve,
+    "train": _train,
+    "compare": _compare,
+    "inspect": _inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
