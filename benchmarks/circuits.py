@@ -64,7 +64,7 @@ def compare(qubits: int, tokens: int, runs: int) -> dict[str, float]:
     fused = fuse(theta, ansatz)  # made once, when an adapter is activated
 
     def ours() -> torch.Tensor:
-        return run(embed(x, qubits).unsqueeze(0), fused)[0]
+        return run(embed(x, ansatz).unsqueeze(0), fused)[0]
 
     reference = get_backend("reference")(x[:4], theta, ansatz, None)[:, 0]
     for name, z in (("torch", ours()), ("PennyLane", pennylane(x, theta[0]))):

@@ -102,6 +102,16 @@ def open_backend(name: str) -> Backend:
 # ------------------------------------------------------------------------------------------------ inputs
 
 
+#: The options of a circuit beside its gates, alone and together.
+OPTIONS: dict[str, dict[str, object]] = {
+    "constant": {"constant": True},
+    "length": {"length": True},
+    "fewer": {"readouts": 2},
+    "pairs": {"readouts": 8},
+    "all": {"constant": True, "length": True, "readouts": 10},
+}
+
+
 def width_for(qubits: int) -> int:
     """A width that needs so many qubits and, where there is one, is not a power of two."""
     return 2 if qubits == 1 else 2 ** (qubits - 1) + 2 ** (qubits - 1) // 3 + 1
@@ -167,15 +177,18 @@ def operations(ansatz: Ansatz, theta: torch.Tensor) -> list[Operation]:
     return gates
 
 
-def pennylane_z(x: torch.Tensor, gates: Sequence[Operation], qubits: int) -> torch.Tensor:
-    """(tokens, width) float64 -> (tokens, n), by PennyLane's default.qubit and its AmplitudeEmbedding."""
+def pennylane_z(
+    x: torch.Tensor, gates: Sequence[Operation], qubits: int, observables: Sequence[object] | None = None
+) -> torch.Tensor:
+    """(tokens, width) float64 -> (tokens, readouts), by PennyLane's default.qubit and its AmplitudeEmbedding."""
+    observables = observables or [qml.PauliZ(k) for k in range(qubits)]
 
     @qml.qnode(_device(qubits), interface="torch", diff_method="backprop")
     def circuit() -> list[object]:
         qml.AmplitudeEmbedding(x, wires=range(qubits), pad_with=0.0, normalize=True)
         for operator, arguments in gates:
             operator(*arguments)
-        return [qml.expval(qml.PauliZ(k)) for k in range(qubits)]
+        return [qml.expval(observable) for observable in observables]
 
     return torch.stack([z.reshape(len(x)) for z in circuit()], dim=-1)
 
@@ -185,15 +198,34 @@ def _device(qubits: int) -> object:
     return qml.device("default.qubit", wires=qubits)
 
 
+def pauli_strings(n: int, readouts: int) -> list[object]:
+    """Z on each wire, then on pairs in lexical order, written from the docs."""
+    singles = [qml.PauliZ(k) for k in range(n)]
+    pairs = [qml.PauliZ(i) @ qml.PauliZ(j) for i in range(n) for j in range(i + 1, n)]
+    return (singles + pairs)[: readouts or n]
+
+
+def with_options(x: torch.Tensor, angles: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """One circuit, its options written from the docs: a constant beside x, z times the length of x."""
+    norm = x.norm(dim=-1, keepdim=True)
+    if ansatz.constant:
+        embedded = torch.cat([x / torch.where(norm > 0, norm, 1), torch.ones_like(norm)], dim=-1)
+    else:
+        embedded = x
+    readouts = pauli_strings(ansatz.qubits, ansatz.readouts)
+    z = pennylane_z(embedded, operations(ansatz, angles), ansatz.qubits, readouts)
+    return z * norm / x.shape[-1] ** 0.5 if ansatz.length else z
+
+
 def judge(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None) -> torch.Tensor:
     """What a backend must return, in float64: PennyLane where x is not zero, 0 elsewhere and at index -1."""
     x, theta = x.double(), theta.double()
-    nonzero = x.detach().abs().amax(dim=-1) > 0
-    columns = [torch.zeros(len(x), ansatz.qubits, dtype=torch.float64)]  # what index -1 picks: the last
+    nonzero = (x.detach().abs().amax(dim=-1) > 0) | ansatz.constant
+    columns = [torch.zeros(len(x), ansatz.columns, dtype=torch.float64)]  # what index -1 picks: the last
     for angles in theta:
-        z = torch.zeros(len(x), ansatz.qubits, dtype=torch.float64)
+        z = torch.zeros(len(x), ansatz.columns, dtype=torch.float64)
         if nonzero.any():
-            values = pennylane_z(x[nonzero], operations(ansatz, angles), ansatz.qubits)
+            values = with_options(x[nonzero], angles, ansatz)
             z = z.index_put((nonzero.nonzero().squeeze(1),), values)
         columns.insert(-1, z)
     table = torch.stack(columns, dim=1)  # (tokens, circuits + 1, n)

@@ -55,7 +55,7 @@ def test_gradcheck_of_mixed_batches(index: list[list[int]], generator: torch.Gen
 
 def test_embedding_pads_and_normalises(generator: torch.Generator) -> None:
     x = random_x(generator, 3, 5)
-    psi = embed(x, 3)
+    psi = embed(x, Ansatz("ry_ring", 3, 1))
     assert_close(psi[:, :5], x / x.norm(dim=-1, keepdim=True), DOUBLE)
     assert (psi[:, 5:] == 0).all()
 
@@ -63,11 +63,11 @@ def test_embedding_pads_and_normalises(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-20, 1.0, 1e20, 3e38])
 def test_embedding_of_any_finite_float32_has_norm_one(size: float, generator: torch.Generator) -> None:
     x = random_x(generator, 3, 5, torch.float32).sign() * size
-    assert_close(embed(x, 3).norm(dim=-1), torch.ones(3), SINGLE)
+    assert_close(embed(x, Ansatz("ry_ring", 3, 1)).norm(dim=-1), torch.ones(3), SINGLE)
 
 
 def test_embedding_keeps_a_zero_row_zero() -> None:
-    assert (embed(torch.zeros(2, 5), 3) == 0).all()
+    assert (embed(torch.zeros(2, 5), Ansatz("ry_ring", 3, 1)) == 0).all()
 
 
 # ------------------------------------------------------------------------------------------- fused circuits
@@ -75,7 +75,7 @@ def test_embedding_keeps_a_zero_row_zero() -> None:
 
 def test_select_with_repeats_equals_separate_runs(ansatz: Ansatz, generator: torch.Generator) -> None:
     theta = random_theta(generator, 3, ansatz)
-    psi = embed(random_x(generator, 5, 13), 4)
+    psi = embed(random_x(generator, 5, 13), Ansatz("ry_ring", 4, 1))
     order = torch.tensor([2, 0, 2, 2, 1])
     together = run(psi.unsqueeze(0), fuse(theta, ansatz).select(order))
     apart = [run(psi.unsqueeze(0), fuse(theta[k : k + 1], ansatz))[0] for k in order]
@@ -85,7 +85,7 @@ def test_select_with_repeats_equals_separate_runs(ansatz: Ansatz, generator: tor
 def test_each_circuit_may_have_states_of_its_own(ansatz: Ansatz, generator: torch.Generator) -> None:
     theta = random_theta(generator, 3, ansatz)
     x = random_x(generator, 6, 13)
-    z = run(embed(x, 4).reshape(3, 2, 16), fuse(theta, ansatz))
+    z = run(embed(x, ansatz).reshape(3, 2, 16), fuse(theta, ansatz))
     index = torch.tensor([[0], [0], [1], [1], [2], [2]])
     assert_close(z.reshape(6, 1, 4), judge(x, theta, ansatz, index), DOUBLE)
 
@@ -100,10 +100,10 @@ def test_room_for_circuits_is_only_read_where_it_was_written(ansatz: Ansatz, gen
         tensor.fill_(torch.nan)
     for slots, circuits in zip(room.tensors(), fused.tensors(), strict=True):
         slots[4], slots[1] = circuits[0], circuits[1]
-    z = run(embed(x, 4).unsqueeze(0), room.select(torch.tensor([4, 1, 4])))
+    z = run(embed(x, ansatz).unsqueeze(0), room.select(torch.tensor([4, 1, 4])))
     expected = judge(x, theta, ansatz)
     assert_close(z, expected[:, [0, 1, 0]].transpose(0, 1), SINGLE)
-    assert run(embed(x, 4).unsqueeze(0), room.select(torch.tensor([0]))).isnan().all()
+    assert run(embed(x, ansatz).unsqueeze(0), room.select(torch.tensor([0]))).isnan().all()
 
 
 def test_room_has_the_shape_and_size_of_its_circuits(ansatz: Ansatz, generator: torch.Generator) -> None:

@@ -70,7 +70,7 @@ def set_weights(model: torch.nn.Module, adapter: str = "default") -> None:
 def by_definition(layer: QAALinear, x: torch.Tensor, heads: int, alpha: float) -> torch.Tensor:
     """W x + b + scale * B z as DESIGN.md has it, with the reference circuit, in float64."""
     form = layer.qaa_form["default"]
-    n = layer.qubits
+    n = form.ansatz.qubits
     theta = layer.qaa_theta["default"].reshape(heads, *form.ansatz.theta_shape)
     flat = x.reshape(-1, x.shape[-1])
     z = expectation_values(flat, theta, form.ansatz).reshape(len(flat), heads * n)

@@ -214,9 +214,10 @@ class TestMethods:
         for method in map(get_method, METHODS):
             assert f"{method.learning_rate:g} for {method.name}" in text
             for name, value in method.options.items():
-                default = "as --lr" if value is None else f"{value:g}" if isinstance(value, float) else value
+                special = {"theta_lr": "as --lr", "readouts": "one a qubit", "constant": "no", "length": "no"}
+                default = special[name] if name in special else f"{value:g}" if isinstance(value, float) else value
                 flag = f"--{name.replace('_', '-')} "
-                assert f"(default: {default})" in text[text.rindex(flag) :][:120], name
+                assert f"(default: {default})" in text[text.rindex(flag) :][:150], name
 
 
 def parser() -> Any:
@@ -242,7 +243,7 @@ class TestCommand:
         assert "step 2/2, loss" in err
         assert f"{data}: left out line 9: no JSON" in out
         assert "% of the base) on 8 rows: 2 steps" in out
-        assert re.search(r"evaluation loss \d\.\d+ \(base\) -> \d", out)
+        assert re.search(r"evaluation loss \d\.\d+ \(before\) -> \d", out)
         assert f"qaa-serve {base} --adapters {data.parent}" in out
         load_adapter(data.parent / "out")
 

@@ -20,7 +20,7 @@ from qaa_serve.adapters import (
     matches,
     save_adapter,
 )
-from qaa_serve.circuits import get_backend, qubits_for
+from qaa_serve.circuits import get_backend
 
 VOCAB = 160
 
@@ -95,7 +95,7 @@ def make_qaa(
     modules = {}
     for name, (d_in, d_out) in linear_widths(base).items():
         if matches(name, settings.target_modules):
-            n = qubits_for(d_in)
+            n = settings.qubits(d_in)
             theta = torch.randn(settings.heads, *settings.circuit(n).theta_shape, generator=generator) * 2
             weight = torch.randn(d_out, settings.rank(n), generator=generator) * size
             modules[name] = ModuleWeights(theta, weight.to(weight_dtype))

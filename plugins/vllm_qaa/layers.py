@@ -27,8 +27,7 @@ from vllm.lora.layers import (
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from qaa_serve.circuits import Ansatz
-from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, run
+from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, lengths, run
 from vllm_qaa.plan import NOTHING, CircuitForm, StepPlan, TokenGroup
 
 #: One tensor, or one per slice of a packed layer (None: slice not adapted); vLLM's own convention.
@@ -61,7 +60,7 @@ class SlotStack:
         slices: the slices of the packed layer that any of the slots adapts.
         heads: circuits a slice.
         fused: G * len(slices) * heads circuits, slot by slot, slice by slice.
-        weights: B of each of the slices, (G, d_out, heads * n).
+        weights: B of each of the slices, (G, d_out, heads * columns).
     """
 
     slices: tuple[int, ...]
@@ -118,10 +117,9 @@ class QAALayerMixin(BaseLayerWithLoRA):
         angles = self._theta[index]
         if angles is None:
             return
-        name, layers, heads = form
         qubits = next(iter(angles.values())).shape[-1]
         theta = torch.cat(list(angles.values())).to(self.device, torch.float32)
-        self._slots[index] = SlotCircuits(tuple(angles), heads, fuse(theta, Ansatz(name, qubits, layers)))
+        self._slots[index] = SlotCircuits(tuple(angles), form.heads, fuse(theta, form.ansatz(qubits)))
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
@@ -183,7 +181,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             if not self._adds_b_z():
                 continue
             for position, i in enumerate(stack.slices):
-                b = stack.weights[position]  # (G, d_out, heads * n)
+                b = stack.weights[position]  # (G, d_out, heads * columns)
                 update = z[:, position].to(b.dtype) @ b.transpose(1, 2)  # (G, T, d_out)
                 _add(output[:, self._columns()[i]], group, update.flatten(0, 1))
 
@@ -201,7 +199,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
         self.punica_wrapper.add_expand(output, z_all, self.lora_b_stacked, self.output_slices, add_inputs=True)
 
     def _readouts(self, plan: StepPlan, x: torch.Tensor) -> list[tuple[TokenGroup, SlotStack, torch.Tensor]]:
-        """(group, its slots' circuits, z) for every group with circuits here; z is (G, slices, T, heads * n)."""
+        """(group, its slots' circuits, z (G, slices, T, heads * columns)) for every group with circuits here."""
         groups = [g for g in plan.qaa if any(self._slots[slot] is not None for slot in g.slots)]
         if groups and self._input_is_sharded():
             # z is a function of the whole x, unlike A x, which is a sum over its parts.
@@ -209,13 +207,15 @@ class QAALayerMixin(BaseLayerWithLoRA):
         results = []
         for group in groups:
             stack = self._stack_of(group.slots)
-            psi = embed(_take(x, group), stack.fused.ansatz.qubits)
-            psi = psi.view(*group.tokens.shape, -1)  # (G, T, 2**n)
+            ansatz, rows = stack.fused.ansatz, _take(x, group)
+            psi = embed(rows, ansatz).view(*group.tokens.shape, -1)  # (G, T, 2**n)
             if len(group.slots) > 1:
                 psi = psi.repeat_interleave(len(stack.slices) * stack.heads, dim=0)
             z = run(psi, stack.fused)  # (G * slices * heads, T, n)
-            z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:])
-            results.append((group, stack, z.transpose(2, 3).flatten(3)))
+            z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:]).transpose(2, 3).flatten(3)
+            if ansatz.length:
+                z = z * lengths(rows).view(len(group.slots), 1, -1, 1)
+            results.append((group, stack, z))
         return results
 
     def _stack_of(self, slots: tuple[int, ...]) -> SlotStack:
@@ -226,7 +226,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
 
     def _stack(self, slots: tuple[int, ...]) -> SlotStack:
         present = [circuits for slot in slots if (circuits := self._slots[slot]) is not None]
-        heads, rank = present[0].heads, present[0].heads * present[0].fused.ansatz.qubits
+        heads, rank = present[0].heads, present[0].heads * present[0].fused.ansatz.columns
         if len(slots) == 1:
             slices, fused = present[0].slices, present[0].fused
         else:

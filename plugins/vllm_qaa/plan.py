@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-#: What adapters must share to be evaluated in one batch: (ansatz name, layers, heads).
-CircuitForm: TypeAlias = tuple[str, int, int]
+from qaa_serve.circuits import Ansatz
+
+
+class CircuitForm(NamedTuple):
+    """What adapters must share to be evaluated in one batch.
+
+    Attributes:
+        circuit: the circuits' form by the number of qubits, as a config gives it; of 16 here, the most there are.
+        heads: circuits a module.
+    """
+
+    circuit: Ansatz
+    heads: int
+
+    def ansatz(self, qubits: int) -> Ansatz:
+        """The circuits' form in a layer that needs so many qubits."""
+        return replace(self.circuit, qubits=qubits)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from qaa_serve.adapters import CONFIG_FILE, AdapterError, ModuleWeights, load_adapter, read_config
-from qaa_serve.circuits import qubits_for
+from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, load_adapter, read_config
+from qaa_serve.circuits import MAX_QUBITS
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
 
@@ -156,7 +156,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         adapter = load_adapter(directory)
         if adapter.rank > self.lora_config.max_lora_rank:
             raise AdapterError(
-                f"the adapter has rank {adapter.rank} (heads x qubits) and the server takes ranks up to "
+                f"the adapter has rank {adapter.rank} (heads x readouts) and the server takes ranks up to "
                 f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank (vLLM's limit is 512)"
             )
         config = adapter.config
@@ -165,7 +165,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             module = self._served_name(name)
             # Modules of other pipeline stages are kept too; vLLM takes what is here.
             if (place := self._adapter_manager.find(module)) is not None:
-                _check_qaa(name, weights, place)
+                _check_qaa(name, config, weights, place)
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
@@ -175,7 +175,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 lora_b=b.to(self.lora_config.lora_dtype),
                 scaling=1.0,
             )
-        return QAAModel(request.lora_int_id, adapter.rank, loras, (config.ansatz, config.layers, config.heads))
+        form = CircuitForm(config.circuit(MAX_QUBITS), config.heads)
+        return QAAModel(request.lora_int_id, adapter.rank, loras, form)
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""
@@ -231,7 +232,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 )
 
 
-def _check_qaa(name: str, weights: ModuleWeights, place: Place) -> None:
+def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: Place) -> None:
     """Refuse QAA weights that the layer cannot take."""
     if not isinstance(place.layer, QAALayerMixin):
         raise AdapterError(
@@ -244,7 +245,7 @@ def _check_qaa(name: str, weights: ModuleWeights, place: Place) -> None:
             "slices; such layers cannot take QAA adapters. Leave it out of target_modules"
         )
     d_in, d_out = place.widths()
-    qubits = qubits_for(d_in)
+    qubits = config.qubits(d_in)
     if weights.qubits != qubits or weights.weight.shape[0] != d_out:
         raise AdapterError(
             f"{name!r} is {d_in} -> {d_out} in the served model, which needs {qubits} qubits and {d_out} rows of "

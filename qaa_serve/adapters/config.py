@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qaa_serve.adapters.errors import AdapterError
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, qubits_for
 
 QAA_FORMAT: Literal[1] = 1
 
@@ -16,6 +16,10 @@ _PEFT_KEYS = {"auto_mapping", "inference_mode", "peft_version", "revision", "exc
 
 #: Far beyond any use; keeps ``scale`` finite in float32.
 _MAX_ALPHA = 1e6
+
+
+#: Fields that older readers do not know, with their defaults.
+_LATER = {"readouts": None, "constant": False, "length": False}
 
 
 class AdapterConfig(BaseModel):
@@ -32,6 +36,11 @@ class AdapterConfig(BaseModel):
     layers: int = Field(default=2, ge=1, le=64)
     alpha: float = Field(default=16.0, ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False)
     heads: int = Field(default=1, ge=1, le=64)
+    #: Added to qaa_format 1 later: written only where they are not the default, so that older readers take what
+    #: they can read and refuse what they cannot.
+    readouts: int | None = Field(default=None, ge=1)
+    constant: bool = False
+    length: bool = False
 
     @field_validator("ansatz")
     @classmethod
@@ -47,21 +56,33 @@ class AdapterConfig(BaseModel):
             return tuple(sorted(set(names)))
         raise ValueError('a list of module names is needed, such as ["q_proj", "v_proj"]')
 
+    def qubits(self, width: int) -> int:
+        """Number of qubits n for a layer input of that width.
+
+        Raises:
+            ValueError: for a width that cannot be embedded.
+        """
+        return qubits_for(width, self.constant)
+
     def circuit(self, qubits: int) -> Ansatz:
-        """The circuit's form for a layer input that is embedded in ``qubits`` qubits."""
-        return Ansatz(self.ansatz, qubits, self.layers)
+        """The circuit's form for a layer input that is embedded in ``qubits`` qubits.
+
+        Raises:
+            ValueError: for more readouts than so many qubits have.
+        """
+        return Ansatz(self.ansatz, qubits, self.layers, self.readouts or 0, self.constant, self.length)
 
     def scale(self, qubits: int) -> float:
-        """Factor on B z: alpha * 2**(n/2) / (heads * n).
+        """Factor on B z: alpha * 2**(n/2) / (heads * m) for m readouts a circuit, n by default.
 
         The spread of z falls with the number of qubits n like 2**(-n/2); the factor keeps the update's size
         comparable over widths.
         """
-        return float(self.alpha * 2 ** (qubits / 2) / (self.heads * qubits))
+        return float(self.alpha * 2 ** (qubits / 2) / self.rank(qubits))
 
     def rank(self, qubits: int) -> int:
-        """Number of columns of B: what the rank is to a LoRA adapter."""
-        return self.heads * qubits
+        """Number of columns of B, heads * readouts: what the rank is to a LoRA adapter."""
+        return self.heads * (self.readouts or qubits)
 
     @classmethod
     def parse(cls, raw: object) -> AdapterConfig:
@@ -99,7 +120,8 @@ class AdapterConfig(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """The object to write to adapter_config.json."""
-        return self.model_dump(mode="json")
+        fields = self.model_dump(mode="json")
+        return {k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}
 
 
 def _shown(value: object) -> str:

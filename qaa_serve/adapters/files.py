@@ -23,7 +23,6 @@ from qaa_serve.adapters.base import LinearWidths
 from qaa_serve.adapters.config import AdapterConfig
 from qaa_serve.adapters.errors import AdapterError
 from qaa_serve.adapters.staging import staged
-from qaa_serve.circuits import qubits_for
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -321,7 +320,7 @@ def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base:
             )
         d_in, d_out = base[module]
         try:
-            qubits = qubits_for(d_in)
+            qubits = config.qubits(d_in)
         except ValueError as error:
             raise AdapterError(f"{module!r} of the base model cannot be adapted: {error}") from error
         if weights.qubits != qubits or weights.weight.shape[0] != d_out:

@@ -1,4 +1,4 @@
-"""The parameterised circuits: which gates act, in which order, on which angles.
+"""The parameterised circuits: what is embedded, which gates act on which angles, what is read out.
 
 Wire 0 is the most significant bit of a basis state's index, as in PennyLane.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from itertools import chain, combinations, islice
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 #: A state of more qubits than this no longer fits the backends' tables; 2**16 is wider than any layer in use.
 MAX_QUBITS = 16
@@ -31,22 +35,34 @@ class Cnots:
 Gate: TypeAlias = Rotation | Cnots
 
 
-def qubits_for(width: int) -> int:
+def qubits_for(width: int, constant: bool = False) -> int:
     """Number of qubits whose amplitudes hold a vector of ``width`` numbers: ceil(log2(width)).
+
+    Args:
+        width: of the layer's input.
+        constant: whether a constant is embedded behind it, see ``Ansatz``; it takes one more amplitude.
 
     Raises:
         ValueError: if ``width`` is below 2 (no qubit) or needs more than ``MAX_QUBITS``.
     """
-    if not 2 <= width <= 2**MAX_QUBITS:
-        raise ValueError(
-            f"a layer input of width {width} cannot be embedded: widths from 2 to {2**MAX_QUBITS} can"
-        )
-    return (width - 1).bit_length()
+    most = 2**MAX_QUBITS - constant
+    if not 2 <= width <= most:
+        raise ValueError(f"a layer input of width {width} cannot be embedded: widths from 2 to {most} can")
+    return (width + constant - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Ansatz:
-    """A circuit's form: its name, number of qubits and number of layers; the angles are kept apart.
+    """A circuit's form; the angles are kept apart.
+
+    Attributes:
+        name: of the arrangement of gates.
+        qubits: n.
+        layers: of gates.
+        readouts: number of expectation values: Z_0 ... Z_{n-1}, then Z_i Z_j, i < j, in lexical order. 0: n.
+        constant: psi = (x / ||x||, 1) / sqrt(2) in place of x / ||x||: z then has terms that are linear in x,
+            whose sign a quadratic form alone cannot see. For x = 0, psi = (0, 1).
+        length: z is multiplied by ||x|| / sqrt(width of x), which an embedding of norm 1 does not keep.
 
     Raises:
         ValueError: for an unknown name, or sizes out of range.
@@ -55,6 +71,9 @@ class Ansatz:
     name: str
     qubits: int
     layers: int
+    readouts: int = 0
+    constant: bool = False
+    length: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ANSATZ_NAMES:
@@ -63,6 +82,9 @@ class Ansatz:
             raise ValueError(f"an ansatz takes 1 to {MAX_QUBITS} qubits, not {self.qubits}")
         if self.layers < 1:
             raise ValueError(f"an ansatz takes at least one layer, not {self.layers}")
+        most = self.qubits * (self.qubits + 1) // 2
+        if not 0 <= self.readouts <= most:
+            raise ValueError(f"{self.qubits} qubits have 1 to {most} readouts, not {self.readouts}")
 
     @property
     def rows(self) -> int:
@@ -74,9 +96,32 @@ class Ansatz:
         """Shape of one circuit's angles: (rows, qubits)."""
         return self.rows, self.qubits
 
+    @property
+    def columns(self) -> int:
+        """Number of expectation values."""
+        return self.readouts or self.qubits
+
+    @property
+    def observables(self) -> tuple[tuple[int, ...], ...]:
+        """The wires of each readout: those whose Pauli-Z are multiplied."""
+        wires = range(self.qubits)
+        return tuple(islice(chain(((k,) for k in wires), combinations(wires, 2)), self.columns))
+
     def gates(self) -> Iterator[Gate]:
         """The gates in the order in which they act; theta's rows are counted in that order."""
         return _GATES[self.name](self.qubits, self.layers)
+
+
+def check_width(x: torch.Tensor, ansatz: Ansatz) -> None:
+    """Refuse an x, (tokens, width), that the state cannot hold.
+
+    Raises:
+        ValueError: names both sizes.
+    """
+    most = 2**ansatz.qubits - ansatz.constant
+    if x.shape[-1] > most:
+        beside = " beside the constant" if ansatz.constant else ""
+        raise ValueError(f"x is {x.shape[-1]} wide; {ansatz.qubits} qubits hold at most {most} numbers{beside}")
 
 
 def _ring(qubits: int, reach: int = 1) -> Iterator[Cnots]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation, check_width
 
 
 def expectation_values(
@@ -12,7 +12,8 @@ def expectation_values(
 ) -> torch.Tensor:
     """Pauli-Z expectation values of a batch of circuits, by the definition.
 
-    psi = pad(x, 2**n) / ||x||,  z_k = <psi| U(theta)^dagger Z_k U(theta) |psi>;  x = 0 gives z = 0.
+    psi = pad(x, 2**n) / ||x||,  z_k = <psi| U(theta)^dagger Z_k U(theta) |psi>;  x = 0 gives z = 0. ``Ansatz`` has
+    the options: a constant in psi, z times the length of x, products of two Z.
 
     Args:
         x: (tokens, width), real; width at most 2**n.
@@ -22,21 +23,20 @@ def expectation_values(
             None stands for every circuit on every token.
 
     Returns:
-        (tokens, readouts, n) float64. Differentiable in x and theta.
+        (tokens, readouts, ansatz.columns) float64. Differentiable in x and theta.
 
     Raises:
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
         IndexError: if index names a circuit that is not there.
     """
-    if x.shape[1] > 2**ansatz.qubits:
-        raise ValueError(f"x is {x.shape[1]} wide; {ansatz.qubits} qubits hold at most {2**ansatz.qubits} numbers")
+    check_width(x, ansatz)
     if theta.shape[1:] != ansatz.theta_shape:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     if index is None:
         index = torch.arange(theta.shape[0]).expand(x.shape[0], -1)
     if index.numel() and int(index.max()) >= theta.shape[0]:
         raise IndexError(f"index names circuit {int(index.max())}; there are {theta.shape[0]}, counted from 0")
-    z = torch.zeros(*index.shape, ansatz.qubits, dtype=torch.float64)
+    z = torch.zeros(*index.shape, ansatz.columns, dtype=torch.float64)
     for circuit in range(theta.shape[0]):
         token, readout = (index == circuit).nonzero(as_tuple=True)
         if len(token):
@@ -45,11 +45,15 @@ def expectation_values(
 
 
 def _one_circuit(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
-    """One circuit on some tokens: (tokens, width), (rows, n) -> (tokens, n)."""
+    """One circuit on some tokens: (tokens, width), (rows, n) -> (tokens, ansatz.columns)."""
     n = ansatz.qubits
     x, theta = x.double(), theta.double()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    psi = torch.nn.functional.pad(x / torch.where(norm > 0, norm, 1), (0, 2**n - x.shape[1]))
+    psi = x / torch.where(norm > 0, norm, 1)
+    if ansatz.constant:
+        psi = torch.cat([psi, torch.ones_like(norm)], dim=1)
+        psi = psi / torch.linalg.vector_norm(psi, dim=1, keepdim=True)
+    psi = torch.nn.functional.pad(psi, (0, 2**n - psi.shape[1]))
     psi = psi.T.reshape(*(2,) * n, -1).to(torch.complex128)  # axis k is wire k, the last one the token
     for gate in ansatz.gates():
         if isinstance(gate, Rotation):
@@ -61,10 +65,13 @@ def _one_circuit(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.
             psi = _apply_cnots(psi, gate)
     probabilities = psi.abs() ** 2
     z = []
-    for wire in range(n):
-        zero, one = probabilities.movedim(wire, 0).reshape(2, -1, len(x)).sum(1)
-        z.append(zero - one)
-    return torch.stack(z, dim=1)
+    for wires in ansatz.observables:
+        signed = probabilities
+        for wire in wires:  # the wires' signs are multiplied; each takes its axis along
+            signed = signed * torch.tensor([1.0, -1.0]).reshape(2, *(1,) * (n - wire))
+        z.append(signed.reshape(-1, len(x)).sum(0))
+    result = torch.stack(z, dim=1)
+    return result * norm / x.shape[1] ** 0.5 if ansatz.length else result
 
 
 def _ry(half_angle: torch.Tensor) -> torch.Tensor:

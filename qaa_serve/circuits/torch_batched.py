@@ -1,4 +1,6 @@
-"""Batched circuits in plain torch, on any device, differentiable: the backend of training and of CPU serving.
+"""Batched circuits in plain torch, on any device, differentiable: the backend of CPU serving.
+
+Training runs the same schedule through ``adjoint``, which keeps less for the backward pass.
 
 Three identities turn a circuit of many small gates into a few large operations (``_schedule``):
 
@@ -13,6 +15,7 @@ The state stays real up to the first diagonal and is then kept as real and imagi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, check_width
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class _Stretch:
     """What lies between two RY layers: psi[j] <- phase[j] * psi[gather[j]], phase from rows of theta."""
 
     gather: torch.Tensor | None  # (2**n,) int64; None: as it is
+    ungather: torch.Tensor | None  # the inverse permutation
     phases: tuple[tuple[int, torch.Tensor], ...]  # (row of theta, signs (2**n, n))
     ry_row: int  # the RY layer that follows
 
@@ -35,7 +39,7 @@ class _Stretch:
 @dataclass(frozen=True)
 class _Schedule:
     stretches: tuple[_Stretch, ...]
-    readout: torch.Tensor  # (2**n, n) signs
+    readout: torch.Tensor  # (2**n, columns) signs
 
 
 @lru_cache(maxsize=256)
@@ -54,12 +58,13 @@ def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
         elif gate.axis == "Z":
             phases.append((gate.row, signs))
         else:
-            moved = None if torch.equal(gather, basis) else gather.to(device)
+            moves = not torch.equal(gather, basis)
+            there, back = (gather.to(device), gather.argsort().to(device)) if moves else (None, None)
             tables = tuple((row, table.float().to(device)) for row, table in phases)
-            stretches.append(_Stretch(moved, tables, gate.row))
+            stretches.append(_Stretch(there, back, tables, gate.row))
             gather, phases = basis, []
-    readout = torch.empty_like(signs)
-    readout[gather] = signs
+    readout = torch.empty(2**n, ansatz.columns, dtype=signs.dtype)
+    readout[gather] = torch.stack([signs[:, wires].prod(-1) for wires in ansatz.observables], dim=-1)
     return _Schedule(tuple(stretches), readout.float().to(device))
 
 
@@ -143,25 +148,28 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
 
 
 def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
-    """Kronecker product of RY(2a) over the last axis: (..., m) -> (..., 2**m, 2**m)."""
-    c, s = torch.cos(half_angles), torch.sin(half_angles)
-    gates = torch.stack([c, -s, s, c], dim=-1).reshape(*c.shape, 2, 2)  # (..., m, 2, 2)
-    factors: list[torch.Tensor] = [gates.new_ones(*half_angles.shape[:-1], 1, 1), *gates.unbind(-3)]
-    while len(factors) > 1:  # neighbours in pairs: few steps, and the small ones first
-        pairs = zip(factors[::2], factors[1::2], strict=False)
-        rest = factors[-1:] if len(factors) % 2 else []
-        factors = [_kron(left, right) for left, right in pairs] + rest
-    return factors[0]
+    """Kronecker product of RY(2a) over the last axis: (..., m) -> (..., 2**m, 2**m).
+
+    RY(2a) = [[cos a, -sin a], [sin a, cos a]]: up to its sign an entry depends only on the bits in which row and
+    column differ, so that 2**m products make the whole matrix.
+    """
+    differ, bits, sign = _kron_tables(half_angles.shape[-1], half_angles.device)
+    cos, sin = torch.cos(half_angles).unsqueeze(-2), torch.sin(half_angles).unsqueeze(-2)
+    products = torch.where(bits, sin, cos).prod(-1)  # (..., 2**m)
+    return products[..., differ] * sign.to(products.dtype)
 
 
-def _kron(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Kronecker product of square matrices in the last two axes."""
-    product = left[..., :, None, :, None] * right[..., None, :, None, :]
-    return product.flatten(-4, -3).flatten(-2, -1)
+@lru_cache(maxsize=64)
+def _kron_tables(m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """row ^ column (2**m, 2**m); the bits of a number (2**m, m); the sign of an entry (2**m, 2**m)."""
+    basis = torch.arange(2**m)
+    bits = ((basis[:, None] >> torch.arange(m - 1, -1, -1)) & 1).bool()
+    minuses = (~bits[:, None] & bits[None, :]).sum(-1)  # -sin: the row's bit is 0, the column's is 1
+    return (basis[:, None] ^ basis).to(device), bits.to(device), (1.0 - 2.0 * (minuses % 2)).float().to(device)
 
 
-def embed(x: torch.Tensor, qubits: int) -> torch.Tensor:
-    """Amplitude embedding: (tokens, width) -> (tokens, 2**qubits) of norm 1; a zero row stays zero.
+def embed(x: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """Amplitude embedding: (tokens, width) -> (tokens, 2**n) of norm 1; without a constant a zero row stays zero.
 
     Computed in float32, or float64 for a float64 x. Rows are divided by their largest magnitude first, so
     that squares neither overflow nor vanish.
@@ -169,14 +177,28 @@ def embed(x: torch.Tensor, qubits: int) -> torch.Tensor:
     Raises:
         ValueError: if ``x`` is wider than the state.
     """
-    if x.shape[-1] > 2**qubits:
-        raise ValueError(f"x is {x.shape[-1]} wide; {qubits} qubits hold at most {2**qubits} numbers")
+    check_width(x, ansatz)
+    x, peak = _scaled(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    psi = x / torch.where(peak > 0, norm, 1)
+    if ansatz.constant:
+        share = torch.full_like(peak, math.sqrt(0.5)).masked_fill(peak == 0, 1)
+        psi = torch.cat([psi * math.sqrt(0.5), share], dim=-1)
+    return pad(psi, (0, 2**ansatz.qubits - psi.shape[-1]))
+
+
+def lengths(x: torch.Tensor) -> torch.Tensor:
+    """||x|| / sqrt(width), what ``Ansatz.length`` multiplies z by: (tokens, width) -> (tokens,), as ``embed``."""
+    x, peak = _scaled(x)
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm * peak.squeeze(-1) / math.sqrt(x.shape[-1])
+
+
+def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x over its rows' largest magnitudes, and those: (tokens, width), (tokens, 1); zero rows stay zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = x.detach().abs().amax(dim=-1, keepdim=True)
-    nonzero = peak > 0
-    x = x / torch.where(nonzero, peak, 1)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return pad(x / torch.where(nonzero, norm, 1), (0, 2**qubits - x.shape[-1]))
+    return x / torch.where(peak > 0, peak, 1), peak
 
 
 def run(psi: torch.Tensor, circuits: FusedCircuits) -> torch.Tensor:
@@ -187,7 +209,7 @@ def run(psi: torch.Tensor, circuits: FusedCircuits) -> torch.Tensor:
         circuits: G circuits.
 
     Returns:
-        (G, T, n) expectation values of Pauli-Z.
+        (G, T, columns) expectation values of the ansatz's observables, without the factor of ``Ansatz.length``.
     """
     schedule = _schedule(circuits.ansatz, psi.device)
     groups, tokens = circuits.low[0].shape[0], psi.shape[1]
@@ -230,13 +252,20 @@ def expectation_values(
         index: (tokens, readouts) int64, -1 for none; None: every circuit on every token.
 
     Returns:
-        (tokens, readouts, n) in float32 (float64 if x is). Differentiable in x and theta.
+        (tokens, readouts, columns) in float32 (float64 if x is). Differentiable in x and theta.
     """
-    psi = embed(x, ansatz.qubits)
+    z = _expectation_values(x, theta, ansatz, index)
+    return z * lengths(x)[:, None, None] if ansatz.length else z
+
+
+def _expectation_values(
+    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
+) -> torch.Tensor:
+    psi = embed(x, ansatz)
     fused = fuse(theta.to(psi.dtype), ansatz)
     if index is None:
         return run(psi.unsqueeze(0), fused).transpose(0, 1)
-    z = psi.new_zeros(*index.shape, ansatz.qubits)
+    z = psi.new_zeros(*index.shape, ansatz.columns)
     used, counts = torch.unique(index[index >= 0], return_counts=True)
     if 2 * len(used) > int(counts.sum()):  # hardly two rows share a circuit: one batch, a circuit a row
         token, readout = (index >= 0).nonzero(as_tuple=True)

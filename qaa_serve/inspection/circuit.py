@@ -100,6 +100,14 @@ def apply_gates(
                     after_gate(list(pair))
 
 
+def readouts(ansatz: Ansatz) -> list[object]:
+    """PennyLane's measurements of a circuit's observables."""
+    import pennylane as qml
+
+    strings = [[qml.Z(wire) for wire in wires] for wires in ansatz.observables]
+    return [qml.expval(qml.prod(*string) if len(string) > 1 else string[0]) for string in strings]
+
+
 def check_image(path: Path) -> None:
     """Raise InspectionError unless the file's suffix is one that drawings can have."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -122,7 +130,7 @@ def draw(circuit: Circuit, suffix: str) -> bytes:
     def whole() -> list[object]:
         qml.AmplitudeEmbedding(torch.ones(2**n), wires=range(n), normalize=True)
         apply_gates(circuit.theta, circuit.ansatz)
-        return [qml.expval(qml.Z(wire)) for wire in range(n)]
+        return readouts(circuit.ansatz)
 
     node = qml.QNode(whole, qml.device("default.qubit", wires=n), diff_method=None)
     figure, axes = qml.draw_mpl(node, decimals=2, level="top", style="black_white", fontsize=12)()
@@ -150,9 +158,9 @@ def to_qasm(circuit: Circuit) -> str:
         "OPENQASM 2.0;",
         f"// {circuit.title}",
         f"// {circuit.ansatz.name}, {circuit.ansatz.layers} layers, {n} qubits",
-        "// Prepare the state x / ||x||, padded with zeros, before the first gate: amplitude i belongs to the",
-        f"// basis state whose bits are q[0] q[1] ... q[{n - 1}], q[0] the most significant one.",
-        "// z_k is P(c[k] = 0) - P(c[k] = 1).",
+        f"// Prepare the state {_prepared(circuit.ansatz)}, padded with zeros, before the first gate: amplitude i",
+        f"// belongs to the basis state whose bits are q[0] q[1] ... q[{n - 1}], q[0] the most significant one.",
+        f"// {_read_out(circuit.ansatz)}",
         'include "qelib1.inc";',
         f"qreg q[{n}];",
         f"creg c[{n}];",
@@ -166,6 +174,20 @@ def to_qasm(circuit: Circuit) -> str:
             lines += [f"cx q[{control}],q[{target}];" for control, target in gate.pairs]
     lines += [f"measure q[{wire}] -> c[{wire}];" for wire in range(n)]
     return "\n".join(lines) + "\n"
+
+
+def _prepared(ansatz: Ansatz) -> str:
+    return "(x / ||x||, 1) / sqrt(2)" if ansatz.constant else "x / ||x||"
+
+
+def _read_out(ansatz: Ansatz) -> str:
+    means = "z_k is the mean of (-1)^c[k]"
+    if ansatz.columns > ansatz.qubits:
+        pairs = ", ".join(f"{i} {j}" for i, j in ansatz.observables[ansatz.qubits :])
+        means += f", then of (-1)^(c[i] + c[j]) for i j = {pairs}"
+    elif ansatz.columns < ansatz.qubits:
+        means += f" for k < {ansatz.columns}"
+    return means + (", times ||x|| / sqrt(width of x)." if ansatz.length else ".")
 
 
 def _decimal(angle: float) -> str:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 
 from qaa_serve.adapters import Adapter, ModuleWeights
 from qaa_serve.circuits import Ansatz, get_backend
-from qaa_serve.inspection.circuit import apply_gates
+from qaa_serve.circuits.torch_batched import embed, lengths
+from qaa_serve.inspection.circuit import apply_gates, readouts
 from qaa_serve.inspection.errors import InspectionError
 
 #: name -> (PennyLane's channel, what it stands for). "readout" acts before the measurement, the others after
@@ -209,21 +210,22 @@ class QuantumDevice:
             advance: called with the number of circuits done.
 
         Returns:
-            (tokens, heads, n) float64; a row of zeros gives z = 0 and runs nothing.
+            (tokens, heads, columns) float64; a row without a state gives z = 0 and runs nothing.
 
         Raises:
             InspectionError: if the device cannot run the circuit.
         """
-        z = torch.zeros(len(x), len(theta), ansatz.qubits, dtype=torch.float64)
-        alive = (x != 0).any(dim=1).nonzero().squeeze(1)
+        z = torch.zeros(len(x), len(theta), ansatz.columns, dtype=torch.float64)
+        psi = embed(x.double(), ansatz)
+        alive = (psi != 0).any(dim=1).nonzero().squeeze(1)
         for head, angles in enumerate(theta.double()):
             for rows in torch.split(alive, self.chunk(ansatz.qubits)):
-                z[rows, head] = self._run(x[rows].double(), angles, ansatz)
+                z[rows, head] = self._run(psi[rows], angles, ansatz)
                 advance(len(rows))
             advance(len(x) - len(alive))
-        return z
+        return z * lengths(x.double())[:, None, None] if ansatz.length else z
 
-    def _run(self, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    def _run(self, psi: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
         import pennylane as qml
 
         n, noise = ansatz.qubits, dict(self._options.noise)
@@ -236,12 +238,12 @@ class QuantumDevice:
                     channel(probability, wires=wire)
 
         def circuit() -> list[Any]:
-            qml.AmplitudeEmbedding(x, wires=range(n), pad_with=0.0, normalize=True)
+            qml.AmplitudeEmbedding(psi, wires=range(n), normalize=True)
             apply_gates(theta, ansatz, after_gate)
             if readout is not None:
                 for wire in range(n):
                     qml.BitFlip(readout, wires=wire)
-            return [qml.expval(qml.Z(wire)) for wire in range(n)]
+            return readouts(ansatz)
 
         node = qml.QNode(circuit, self._device(n), interface="torch", diff_method=None)
         if self._options.shots is not None:
@@ -251,7 +253,7 @@ class QuantumDevice:
         except Exception as error:  # each device raises what it likes
             raise InspectionError(f"--device {self.name} cannot run the circuit: {_in_one_line(error)}") from error
         # One state in a batch comes back without its axis from some devices.
-        return torch.stack([torch.as_tensor(value).double().reshape(len(x)) for value in values], dim=1)
+        return torch.stack([torch.as_tensor(value).double().reshape(len(psi)) for value in values], dim=1)
 
     def _device(self, qubits: int) -> Any:
         import pennylane as qml
@@ -335,8 +337,10 @@ class HardwareCheck:
         total = 0.0
         for qubits in {self._adapter.modules[name].qubits for name in self._names}:
             tried = min(qubits, _TRIED_QUBITS) if self._device.is_mixed else qubits
-            ansatz = self._adapter.config.circuit(tried)
-            x = torch.ones(min(self._device.chunk(tried), 2 if self._device.is_mixed else 16), 2**tried)
+            ansatz = replace(self._adapter.config.circuit(qubits), qubits=tried, readouts=0)
+            x = torch.ones(
+                min(self._device.chunk(tried), 2 if self._device.is_mixed else 16), 2**tried - ansatz.constant
+            )
             start = time.perf_counter()
             self._device.expectation_values(x, torch.zeros(1, *ansatz.theta_shape), ansatz)
             each = (time.perf_counter() - start) / len(x) * qubits / tried * 4 ** (qubits - tried)

@@ -38,7 +38,10 @@ example:
 _EXTRA = ("accelerate", "datasets", "peft", "transformers", "yaml")
 
 #: Arguments that belong to methods and not to the training as such.
-_METHOD_OPTIONS = ("ansatz", "layers", "alpha", "heads", "theta_lr", "rank", "sparsity", "prefix_tokens")
+_METHOD_OPTIONS = (
+    "ansatz", "layers", "alpha", "heads", "readouts", "constant", "length", "theta_lr", "rank", "sparsity",
+    "prefix_tokens",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +112,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="qaa: circuits a layer, which multiply B's columns (default: 1)",
+    )
+    method.add_argument(
+        "--readouts",
+        type=int,
+        metavar="N",
+        help="qaa: expectation values a circuit, Z on each qubit and then on pairs (default: one a qubit)",
+    )
+    method.add_argument(
+        "--constant",
+        action="store_true",
+        default=None,
+        help="qaa: embed a constant beside the input, so that the circuit sees the input's sign (default: no)",
+    )
+    method.add_argument(
+        "--length",
+        action="store_true",
+        default=None,
+        help="qaa: multiply what is read out by the input's length (default: no)",
     )
     method.add_argument("--rank", type=int, metavar="N", help="lora, sora: rank of the update (default: 8)")
     method.add_argument(
@@ -307,7 +328,7 @@ def _summary(args: argparse.Namespace) -> str:
     ]
     if result.eval_loss is not None:
         lines.append(
-            f"evaluation loss {result.base_eval_loss:.3f} (base) -> {result.eval_loss:.3f} "
+            f"evaluation loss {result.base_eval_loss:.3f} (before) -> {result.eval_loss:.3f} "
             f"(best, at step {result.best_step:,})"
         )
     lines += [f"saved in {result.output}", usage(get_method(options.method), options.to_json())]

@@ -8,6 +8,9 @@ from peft import PeftConfig
 
 from qaa_serve.adapters import QAA_FORMAT, AdapterConfig
 
+#: The fields that say what the circuits are.
+CIRCUIT_OPTIONS = ("ansatz", "layers", "alpha", "heads", "readouts", "constant", "length")
+
 #: Stands for every linear layer but the output head, as in PEFT.
 ALL_LINEAR = "all-linear"
 
@@ -21,8 +24,11 @@ class QAAConfig(PeftConfig):  # type: ignore[misc]
             None stands for every linear layer of the attention blocks.
         ansatz: the circuit's form; ``qaa_serve.circuits.ANSATZ_NAMES`` lists the known ones.
         layers: number of the circuit's layers.
-        alpha: the update's size; scale = alpha * 2**(n/2) / (heads * n) for n qubits.
+        alpha: the update's size; scale = alpha * 2**(n/2) / (heads * readouts) for n qubits.
         heads: number of circuits over one x, whose readouts stand side by side.
+        readouts: expectation values of a circuit: Z on each qubit, then Z Z on pairs; None: n.
+        constant: embed a constant beside x.
+        length: multiply z by ||x|| / sqrt(d_in).
         qaa_format: version of the format on disk.
 
     Raises:
@@ -34,6 +40,9 @@ class QAAConfig(PeftConfig):  # type: ignore[misc]
     layers: int = field(default=AdapterConfig.model_fields["layers"].default)
     alpha: float = field(default=AdapterConfig.model_fields["alpha"].default)
     heads: int = field(default=AdapterConfig.model_fields["heads"].default)
+    readouts: int | None = field(default=None)
+    constant: bool = field(default=False)
+    length: bool = field(default=False)
     qaa_format: int = field(default=QAA_FORMAT)
 
     def __post_init__(self) -> None:
@@ -62,9 +71,6 @@ class QAAConfig(PeftConfig):  # type: ignore[misc]
                 "task_type": self.task_type,
                 "base_model_name_or_path": base,
                 "target_modules": targets,
-                "ansatz": self.ansatz,
-                "layers": self.layers,
-                "alpha": self.alpha,
-                "heads": self.heads,
+                **{name: getattr(self, name) for name in CIRCUIT_OPTIONS},
             }
         )

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from qaa_serve.adapters import AdapterConfig
-from qaa_serve.circuits import Ansatz, qubits_for
-from qaa_serve.circuits.torch_batched import embed, fuse, run
+from qaa_serve.circuits import Ansatz
+from qaa_serve.circuits.adjoint import expectation_values
 
 _CANNOT_MERGE = (
     "a QAA adapter cannot be merged into the base weights: its update B z is not linear in x. "
@@ -49,7 +49,7 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     Attributes:
         qaa_theta: adapter name -> angles, (rows, n), or (heads, rows, n) for more than one head.
-        qaa_weight: adapter name -> B, (d_out, heads * n).
+        qaa_weight: adapter name -> B, (d_out, heads * readouts).
 
     Args:
         base_layer: nn.Linear or Conv1D.
@@ -78,7 +78,6 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if shape is None:
             raise TypeError(f"QAA adapts linear layers, not {type(base_layer).__name__}")
         self.in_features, self.out_features = shape
-        self.qubits = qubits_for(self.in_features)
         self.qaa_theta = nn.ParameterDict()
         self.qaa_weight = nn.ParameterDict()
         self.qaa_form: dict[str, _Form] = {}
@@ -88,13 +87,14 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add an adapter: angles uniform in (-pi, pi) from torch's random generator, B zero."""
-        ansatz = config.circuit(self.qubits)
+        qubits = config.qubits(self.in_features)
+        ansatz = config.circuit(qubits)
         shape = ansatz.theta_shape if config.heads == 1 else (config.heads, *ansatz.theta_shape)
         theta = torch.empty(shape, dtype=torch.float32).uniform_(-math.pi, math.pi)
-        weight = torch.zeros(self.out_features, config.rank(self.qubits), dtype=torch.float32)
+        weight = torch.zeros(self.out_features, config.rank(qubits), dtype=torch.float32)
         self.qaa_theta[adapter_name] = nn.Parameter(theta)
         self.qaa_weight[adapter_name] = nn.Parameter(weight)
-        self.qaa_form[adapter_name] = _Form(ansatz, config.heads, config.scale(self.qubits))
+        self.qaa_form[adapter_name] = _Form(ansatz, config.heads, config.scale(qubits))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -121,10 +121,10 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         theta = self.qaa_theta[adapter_name].float().reshape(form.heads, *form.ansatz.theta_shape)
         weight = self.qaa_weight[adapter_name].float()
         with torch.autocast(x.device.type, enabled=False):
-            psi = embed(x.reshape(-1, self.in_features), self.qubits)  # (tokens, 2**n)
-            z = run(psi.unsqueeze(0), fuse(theta, form.ansatz))  # (heads, tokens, n)
-            z = z.transpose(0, 1).reshape(*x.shape[:-1], form.heads * self.qubits)
-            return linear(z, weight * form.scale)
+            z = expectation_values(x.reshape(-1, self.in_features), theta, form.ansatz)  # (tokens, heads, columns)
+            z = z.reshape(*x.shape[:-1], form.heads * form.ansatz.columns)
+            # Scaling z, not B or the result: what is kept for the backward pass is then z and B itself.
+            return linear(form.scale * z, weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused: a circuit has no matrix that could be added to W."""

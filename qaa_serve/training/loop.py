@@ -430,7 +430,7 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
 class _without_cache:  # noqa: N801 - reads as a verb where it is used
     """While training, no keys and values are kept for a next token; the setting is not to reach a saved model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._config = model.config
         self._before = model.config.use_cache
 
@@ -475,13 +475,14 @@ def _steps(run: _Run) -> int:
 
 def _measure_saved(run: _Run) -> int:
     """Bytes that a forward pass over the longest batch keeps for the backward pass."""
+    model: Any = run.model
     longest = sorted(run.rows.rows, key=lambda row: -len(row["input_ids"]))[: run.options.batch_size]
     device = next(run.model.parameters()).device
     batch = {
         name: tensor.to(device) for name, tensor in collator(run.tokenizer.pad_token_id or 0)(longest).items()
     }
     if run.options.gradient_checkpointing:
-        base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.gradient_checkpointing_enable({"use_reentrant": False})
     run.model.train()
     with _without_cache(run.model), SavedBytes(run.model) as saved:

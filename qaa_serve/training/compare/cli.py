@@ -1,0 +1,361 @@
+"""``qaa-serve compare``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.methods import METHODS
+from qaa_serve.training.options import SCHEDULES
+
+if TYPE_CHECKING:
+    from qaa_serve.training.compare.study import Material, Settings
+
+DESCRIPTION = """\
+Train several ways on the same rows, under the same budget and with several seeds, and write a report: quality on a
+test set, trained parameters, memory, time, loss curves, and what each of them writes.
+
+Finished trainings are kept: the same command again goes on where it was stopped.
+"""
+
+EXAMPLE = """\
+example:
+  qaa-serve compare --model models/base --data train.jsonl --eval-data test.jsonl --output report \\
+      --methods qaa,lora,sora,prefix,full --seeds 3 --epochs 3
+
+a config file (--config) gives each method its own options, lists of them to choose from by validation loss, and
+several variants of one method:
+  common: {epochs: 3, batch_size: 16}
+  methods:
+    qaa: {lr: [0.003, 0.01], layers: [2, 4]}
+    lora: {lr: [0.0003, 0.001]}
+    lora r=4: {method: lora, rank: 4, lr: [0.0003, 0.001]}
+"""
+
+#: Packages, besides those of training, that only the extra `compare` brings.
+_EXTRA = ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "yaml", "peft", "transformers", "accelerate")
+
+#: Arguments that are options of every training.
+_COMMON = (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "grad_accum",
+    "schedule",
+    "target_modules",
+    "max_length",
+    "bf16",
+    "threads",
+    "trust_remote_code",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``qaa-serve compare``."""
+    parser.description = DESCRIPTION
+    parser.epilog = EXAMPLE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    main = parser.add_argument_group("what to compare, on what")
+    main.add_argument(
+        "--model",
+        required=True,
+        metavar="BASE",
+        help="base model: a directory, or a name on the Hugging Face hub",
+    )
+    main.add_argument("--data", required=True, metavar="FILE", help="training rows, as qaa-serve train takes them")
+    main.add_argument(
+        "--eval-data",
+        required=True,
+        metavar="FILE",
+        help="the test set: rows to score on, and used for nothing else; rows with the same prompt are several "
+        "references",
+    )
+    main.add_argument("--output", required=True, type=Path, metavar="DIR", help="where report and trainings go")
+    main.add_argument(
+        "--methods",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME",
+        help=f"methods, or variants of the config (default: the config's, else {','.join(METHODS)})",
+    )
+    main.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N",
+        help="number of trainings a variant, or a list of seeds such as 3,7 (default: 3)",
+    )
+    main.add_argument("--config", type=Path, metavar="FILE", help="YAML or TOML, see below")
+    main.add_argument(
+        "--validation",
+        type=_validation,
+        metavar="X",
+        help="part of the training prompts, or a file of rows, to choose options and stop early by (default: 0.1 "
+        "where a grid or early stopping needs it, else none)",
+    )
+
+    course = parser.add_argument_group("the course of every training (over the config's common options)")
+    course.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 3)")
+    course.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps, in place of --epochs")
+    course.add_argument("--batch-size", type=int, metavar="N", help="rows a batch (default: 8)")
+    course.add_argument("--grad-accum", type=int, metavar="N", help="batches an optimiser step (default: 1)")
+    course.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the learning rate (default: cosine)")
+    course.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: those of attention)"
+    )
+    course.add_argument("--max-length", type=int, metavar="N", help="tokens a row, longer ones are cut")
+    course.add_argument("--bf16", action="store_true", default=None, help="keep the base in bfloat16")
+    course.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    course.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model"
+    )
+
+    test = parser.add_argument_group("the test")
+    test.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer at most (default: 128)"
+    )
+    test.add_argument(
+        "--eval-batch-size", type=int, default=16, metavar="N", help="prompts or rows at once (default: 16)"
+    )
+    test.add_argument(
+        "--bertscore-model",
+        type=Path,
+        metavar="DIR",
+        help="an encoder in a directory, for BERTScore (needs the extra bertscore)",
+    )
+    test.add_argument(
+        "--bertscore-layers",
+        type=int,
+        metavar="N",
+        help="its layer to compare (default: bert_score's choice for a directory of that name, else the last)",
+    )
+    test.add_argument(
+        "--loss-target",
+        type=float,
+        metavar="X",
+        help='for "steps to loss" (default: the lowest smoothed loss that every training reached)',
+    )
+    test.add_argument("--examples", type=int, default=5, metavar="N", help="prompts shown in full (default: 5)")
+
+    again = parser.add_argument_group("going on")
+    again.add_argument("--retry-failed", action="store_true", help="train again what failed before")
+    again.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare as the arguments say.
+
+    Returns:
+        The exit status: 0; 1 if a training or evaluation failed, which the report says; 2 for bad input, with the
+        reason on stderr; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    missing = _missing(args)
+    if missing:
+        print(f"qaa-serve compare: {missing}", file=sys.stderr)
+        return 2
+    try:
+        with _terminated_as_interrupted():
+            return _compare(args)
+    except TrainingError as error:
+        print(f"qaa-serve compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(
+            f"qaa-serve compare: interrupted; what is finished is kept in {args.output}: the same command goes on "
+            "from there",
+            file=sys.stderr,
+        )
+        return 143 if interrupt.args == ("SIGTERM",) else 130
+
+
+def _missing(args: argparse.Namespace) -> str | None:
+    for extra, names in (("compare", _EXTRA), ("bertscore", ("bert_score",) if args.bertscore_model else ())):
+        for name in names:
+            try:
+                import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name != name:
+                    raise
+                needed = f"compare,{extra}" if extra != "compare" else extra
+                return f'{name} is not installed; comparing needs the extra: pip install "qaa-serve[{needed}]"'
+    return None
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the training under way in good order too, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: nobody sends signals here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from qaa_serve.training.compare.display import Display
+    from qaa_serve.training.compare.plan import make_plan, read_config
+    from qaa_serve.training.compare.report import write_report
+    from qaa_serve.training.compare.study import Settings, Study, prepare
+
+    logging.disable_progress_bar()
+    plan = make_plan(
+        read_config(args.config) if args.config else {},
+        methods=args.methods,
+        seeds=args.seeds,
+        validation=args.validation,
+        common={name: getattr(args, name) for name in _COMMON if getattr(args, name) is not None},
+    )
+    settings = Settings(
+        model=args.model,
+        data=args.data,
+        test=args.eval_data,
+        output=args.output,
+        plan=plan,
+        max_new_tokens=args.max_new_tokens,
+        eval_batch_size=args.eval_batch_size,
+        bertscore_model=args.bertscore_model,
+        bertscore_layers=args.bertscore_layers,
+        loss_target=args.loss_target,
+        examples=args.examples,
+        retry_failed=args.retry_failed,
+        command=["qaa-serve", "compare", *_command_line(args)],
+    )
+    material = prepare(settings)
+    for note in material.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.dry_run:
+        print(_planned(settings, material))
+        return 0
+    finals = len(plan.variants) * len(plan.seeds)
+    points = sum(len(variant.points) - 1 for variant in plan.variants)
+    with Display(points + 2 * finals + 1) as display:
+        results = Study(settings, material).execute(display)
+    reports = write_report(results, settings.output)
+    failed = [failure for variant in results["variants"] for failure in variant["failures"]]
+    for failure in failed:
+        log = settings.output / failure["log"]
+        print(f"failed: {failure['name']}: {failure['reason']} (log: {log})", file=sys.stderr)
+    if results["base"]["reason"]:
+        print(f"failed: the base: {results['base']['reason']}", file=sys.stderr)
+    if failed:
+        print("the same command with --retry-failed trains these again", file=sys.stderr)
+    print(_short_table(results))
+    print(f"report: {reports[1]} (also {reports[0].name}, results.json, figures/)")
+    return 1 if failed or results["base"]["reason"] else 0
+
+
+def _planned(settings: Settings, material: Material) -> str:
+    from qaa_serve.training.compare.plan import options_text
+    from qaa_serve.training.compare.runner import training_of
+    from qaa_serve.training.compare.study import Study, planned_parameters, planned_steps
+
+    plan, rows = settings.plan, len(material.train)
+    study = Study(settings, material)
+    lines = [
+        f"{rows:,} rows to train on, {len(material.validation or ()):,} to validate on, "
+        f"{len(material.test_set['prompts']):,} prompts to test on; seeds {', '.join(map(str, plan.seeds))}"
+    ]
+    total = 0
+    for variant in plan.variants:
+        lines.append(f"{variant.name} ({variant.method})")
+        for point, run in zip(variant.points, study.point_runs(variant), strict=True):
+            steps = planned_steps(point, rows)
+            parameters = planned_parameters(settings.model, variant, point)
+            size = "?" if parameters is None else f"{parameters:,}"
+            own = {key: value for key, value in point.items() if key not in plan.common}
+            text = options_text(own)
+            done = " (finished already)" if training_of(run) else ""
+            lines.append(f"  {text}: {steps:,} steps, {size} parameters{done}")
+        trainings = len(variant.points) - 1 + len(plan.seeds)
+        total += trainings
+        chosen = f" of which {len(variant.points)} to choose by" if len(variant.points) > 1 else ""
+        lines.append(f"  {trainings} trainings{chosen}")
+    return "\n".join([*lines, f"{total} trainings in all, {len(plan.variants) * len(plan.seeds) + 1} evaluations"])
+
+
+def _short_table(results: dict[str, Any]) -> str:
+    width = max(len(variant["name"]) for variant in results["variants"])
+    lines = [f"{'':{width}}  {'parameters':>14}  {'test loss':>9}  {'BLEU':>6}  {'ROUGE-L':>7}"]
+    base = results["base"]["scores"]
+    if base:
+        lines.append(
+            f"{'base':{width}}  {0:>14}  {base['test_loss']:>9.3f}  {base['bleu']:>6.2f}  {base['rouge_l']:>7.2f}"
+        )
+    for variant in results["variants"]:
+        means = {name: found["mean"] for name, found in variant["summary"].items()}
+        if "bleu" in means:
+            lines.append(
+                f"{variant['name']:{width}}  {means['trainable']:>14,.0f}  {means['test_loss']:>9.3f}  "
+                f"{means['bleu']:>6.2f}  {means['rouge_l']:>7.2f}"
+            )
+        else:
+            lines.append(f"{variant['name']:{width}}  failed")
+    return "\n".join(lines)
+
+
+def _command_line(args: argparse.Namespace) -> list[str]:
+    """The arguments again, those that were given or are not their default."""
+    line: list[str] = []
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in ("help", "dry_run", "retry_failed") or value is None or value == action.default:
+            continue
+        line.append(action.option_strings[0])
+        if action.dest in ("methods", "seeds"):
+            line.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        elif action.nargs == "+":
+            line += map(str, value)
+        elif value is not True:
+            line.append(str(value))
+    return line
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",") if part.strip()]
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or numbers with commas are needed, found {text!r}") from None
+
+
+def _validation(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command itself; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="qaa-serve compare")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

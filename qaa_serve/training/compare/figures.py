@@ -1,0 +1,254 @@
+"""The report's figures, each in colours for light and for dark paper."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qaa_serve.training.compare.plan import BASE
+from qaa_serve.training.compare.study import smoothed
+
+#: Told apart by people who see few colours too; readable on white and on black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
+_BASE_COLOUR = "#888888"
+_MARKERS = "os^Dv<>P"
+
+_PAPER = {
+    "light": {"ink": "#222222", "paper": "#ffffff", "grid": "#dddddd"},
+    "dark": {"ink": "#dddddd", "paper": "#1b1d20", "grid": "#3a3d42"},
+}
+
+_QUALITY = (
+    ("bleu", "BLEU", "more is better"),
+    ("rouge_l", "ROUGE-L (F1, %)", "more is better"),
+    ("exact_match", "exact match (%)", "more is better"),
+    ("bertscore", "BERTScore (F1, %)", "more is better"),
+    ("test_loss", "test loss (nats a token)", "less is better"),
+)
+
+
+def draw(results: Mapping[str, Any], paper: str = "light") -> dict[str, bytes]:
+    """All figures that the results have something for.
+
+    Args:
+        results: as in results.json.
+        paper: ``light`` or ``dark``.
+
+    Returns:
+        PNG files by name: ``loss``, ``parameters``, ``quality``, ``memory``, ``seconds``.
+    """
+    look = _PAPER[paper]
+    drawn = {}
+    makers: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
+        "loss": _loss,
+        "parameters": _parameters,
+        "quality": _quality,
+        "memory": _memory,
+        "seconds": _seconds,
+    }
+    style: Any = {
+        "font.size": 9,
+        "figure.facecolor": look["paper"],
+        "axes.facecolor": look["paper"],
+        "axes.edgecolor": look["grid"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 9,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": look["grid"],
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+    } | dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look["ink"])
+    with mpl.rc_context(style):
+        for name, maker in makers.items():
+            figure = maker(results)
+            if figure is not None:
+                file = io.BytesIO()
+                # No date and no version of matplotlib: the same results draw the same file.
+                figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+                drawn[name] = file.getvalue()
+    return drawn
+
+
+def _colours(results: Mapping[str, Any]) -> dict[str, str]:
+    names = [variant["name"] for variant in results["variants"]]
+    return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)} | {BASE: _BASE_COLOUR}
+
+
+def _markers(results: Mapping[str, Any]) -> dict[str, str]:
+    return {variant["name"]: _MARKERS[i % len(_MARKERS)] for i, variant in enumerate(results["variants"])}
+
+
+def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _loss(results: Mapping[str, Any]) -> Figure | None:
+    figure, (axes,) = _new(7, 3.6)
+    colours = _colours(results)
+    starts: list[float] = []
+    highest = 0.0
+    for variant in results["variants"]:
+        curves = [
+            smoothed(run["training"]["losses"])
+            for run in results["runs"]
+            if run["variant"] == variant["name"] and run["role"] == "final" and run["training"]
+        ]
+        if not curves:
+            continue
+        starts += [curve[0] for curve in curves]
+        highest = max(highest, *map(max, curves))
+        steps = min(map(len, curves))  # early stopping ends them at different steps
+        columns = [[curve[step] for curve in curves] for step in range(steps)]
+        numbers = range(1, steps + 1)
+        colour = colours[variant["name"]]
+        axes.plot(
+            numbers, [sum(column) / len(column) for column in columns], color=colour, lw=1.6, label=variant["name"]
+        )
+        if len(curves) > 1:
+            axes.fill_between(
+                numbers, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, lw=0
+            )
+    if not starts:
+        return None
+    if highest > 1.5 * max(starts):  # one that went astray would press the others flat
+        axes.set_ylim(0, 1.5 * max(starts))
+    axes.axhline(results["loss_target"]["value"], color=_BASE_COLOUR, lw=0.8, ls="--")
+    axes.set(xlabel="step", ylabel="training loss (nats a token)")
+    axes.set_xlim(left=1)
+    axes.legend(ncols=2)
+    return figure
+
+
+def _parameters(results: Mapping[str, Any]) -> Figure | None:
+    figure, (axes,) = _new(7, 3.8)
+    colours, markers = _colours(results), _markers(results)
+    drawn = False
+    for variant in results["variants"]:
+        points = [
+            (run["training"]["trainable"], run["scores"]["test_loss"])
+            for run in results["runs"]
+            if run["variant"] == variant["name"] and run["role"] == "final" and run["training"] and run["scores"]
+        ]
+        if not points:
+            continue
+        drawn = True
+        colour, marker = colours[variant["name"]], markers[variant["name"]]
+        across, up = zip(*points, strict=True)
+        axes.scatter(across, up, color=colour, marker=marker, s=16, alpha=0.45, lw=0)
+        x, y = sum(across) / len(points), sum(up) / len(points)
+        axes.scatter([x], [y], color=colour, marker=marker, s=55, label=variant["name"])
+    if not drawn:
+        return None
+    scores = results["base"]["scores"]
+    if scores:
+        axes.axhline(scores["test_loss"], color=_BASE_COLOUR, lw=1, ls="--", label=BASE)
+    axes.set_xscale("log")
+    axes.set(xlabel="trained parameters", ylabel="test loss (nats a token)")
+    axes.margins(x=0.12, y=0.12)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _bars(
+    axes: Axes, results: Mapping[str, Any], bars: Sequence[tuple[str, float, float | None]], text: str
+) -> None:
+    colours = _colours(results)
+    widest = max(value + (sd or 0.0) for _, value, sd in bars) or 1.0
+    for place, (name, value, sd) in enumerate(bars):
+        axes.barh(place, value, height=0.62, color=colours[name])
+        if sd:
+            axes.errorbar(value, place, xerr=sd, color=mpl.rcParams["text.color"], lw=1, capsize=2)
+        axes.text(value + (sd or 0.0) + 0.015 * widest, place, f"{value:.4g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.set_xlim(0, 1.17 * widest)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(text)
+
+
+def _quality(results: Mapping[str, Any]) -> Figure | None:
+    base = results["base"]["scores"] or {}
+    shown = []
+    for key, title, direction in _QUALITY:
+        bars = [(BASE, base[key], None)] if key in base else []
+        bars += [
+            (variant["name"], variant["summary"][key]["mean"], variant["summary"][key]["sd"])
+            for variant in results["variants"]
+            if key in variant["summary"]
+        ]
+        if bars:
+            shown.append((title, direction, bars))
+    if not shown:
+        return None
+    rows = -(-len(shown) // 2)
+    most = max(len(bars) for _, _, bars in shown)
+    figure = Figure(figsize=(8, rows * (0.8 + 0.3 * most)), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
+    places = [axes for line in grid for axes in line]
+    for axes, (title, direction, bars) in zip(places, shown, strict=False):
+        _bars(axes, results, bars, "")
+        axes.set_title(f"{title}, {direction}", loc="left")
+    for axes in places[len(shown) :]:
+        axes.remove()
+    return figure
+
+
+def _one(results: Mapping[str, Any], key: str, unit: float, text: str) -> Figure | None:
+    bars = [
+        (
+            variant["name"],
+            variant["summary"][key]["mean"] / unit,
+            None if variant["summary"][key]["sd"] is None else variant["summary"][key]["sd"] / unit,
+        )
+        for variant in results["variants"]
+        if key in variant["summary"]
+    ]
+    if not bars:
+        return None
+    figure, (axes,) = _new(7, 0.8 + 0.34 * len(bars))
+    _bars(axes, results, bars, text)
+    return figure
+
+
+def _memory(results: Mapping[str, Any]) -> Figure | None:
+    cuda = any("peak_cuda_bytes" in variant["summary"] for variant in results["variants"])
+    if cuda:
+        return _one(results, "peak_cuda_bytes", 2**30, "peak of the CUDA allocator (GiB)")
+    parts = (
+        ("peak_rss_bytes", "peak resident memory of the process (MiB)"),
+        ("saved_for_backward_bytes", "kept for the backward pass, first step (MiB)"),
+    )
+    shown = []
+    for key, title in parts:
+        bars = [
+            (
+                variant["name"],
+                variant["summary"][key]["mean"] / 2**20,
+                (variant["summary"][key]["sd"] or 0.0) / 2**20,
+            )
+            for variant in results["variants"]
+            if key in variant["summary"]
+        ]
+        if bars:
+            shown.append((title, bars))
+    if not shown:
+        return None
+    figure, places = _new(8, 0.9 + 0.34 * len(shown[0][1]), len(shown))
+    for axes, (title, bars) in zip(places, shown, strict=True):
+        _bars(axes, results, bars, title)
+    return figure
+
+
+def _seconds(results: Mapping[str, Any]) -> Figure | None:
+    return _one(results, "seconds_per_step", 1.0, "seconds a step (median of a training, mean over seeds)")

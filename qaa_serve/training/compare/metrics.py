@@ -1,0 +1,114 @@
+"""Scores of generated texts against references; all of them in percent, more is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qaa_serve.training.errors import TrainingError
+
+_ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
+
+
+def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
+    """Corpus BLEU with all references of a prompt.
+
+    Args:
+        texts: one a prompt.
+        references: one or more a prompt; their number may differ.
+
+    Returns:
+        The score and sacrebleu's signature.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU()
+    most = max(map(len, references))
+    # sacrebleu wants the first references of all prompts, then the second ones ...; None where there is none.
+    streams = [[refs[place] if place < len(refs) else None for refs in references] for place in range(most)]
+    score = metric.corpus_score(texts, streams)
+    return float(score.score), str(metric.get_signature())
+
+
+def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L: F1 against the best reference, mean over prompts, without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(_ROUGE), use_stemmer=False)
+    scored = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
+    return {
+        name: 100 * sum(score[kind].fmeasure for score in scored) / len(scored) for kind, name in _ROUGE.items()
+    }
+
+
+def unseen_by_rouge(references: Sequence[Sequence[str]]) -> int:
+    """Number of prompts without any token to ROUGE, which knows a-z and 0-9 only."""
+    from rouge_score.tokenize import tokenize
+
+    return sum(not any(tokenize(ref, None) for ref in refs) for refs in references)
+
+
+def exact_match(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of texts that are one of their references, without space around either; case counts."""
+    hits = [text.strip() in {ref.strip() for ref in refs} for text, refs in zip(texts, references, strict=True)]
+    return 100 * sum(hits) / len(hits)
+
+
+def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[str, float], str]:
+    """All scores that need no model, by name, and BLEU's signature."""
+    score, signature = bleu(texts, references)
+    return {"bleu": score, **rouge(texts, references), "exact_match": exact_match(texts, references)}, signature
+
+
+class BertScore:
+    """BERTScore's F1 with a model from a directory; the best over a prompt's references, mean over prompts.
+
+    Args:
+        model: an encoder in a directory, with its tokenizer.
+        layers: which layer's output to compare; None: the one that bert_score lists for a model of the
+            directory's name, else the last.
+
+    Attributes:
+        layers: the one in use.
+        description: model, layer and version, for the report.
+
+    Raises:
+        TrainingError: if the model cannot be loaded.
+    """
+
+    def __init__(self, model: Path, layers: int | None = None) -> None:
+        import bert_score
+        from bert_score.utils import model2layers
+        from transformers import AutoConfig
+
+        if not (model / "config.json").is_file():
+            raise TrainingError(f"--bertscore-model {model} is no directory of a model (it has no config.json)")
+        try:
+            total = int(AutoConfig.from_pretrained(model).num_hidden_layers)
+        except Exception as error:  # whatever transformers meets in the directory
+            raise TrainingError(f"--bertscore-model {model} cannot be read: {error}") from error
+        listed = {name.rpartition("/")[2]: number for name, number in model2layers.items()}
+        self.layers = min(listed.get(model.resolve().name, total), total) if layers is None else layers
+        if not 0 < self.layers <= total:
+            raise TrainingError(f"--bertscore-layers must be from 1 to {total} for {model}, found {layers}")
+        self.description = (
+            f"{model.name}, layer {self.layers} of {total}, no idf, no rescaling, "
+            f"bert_score {bert_score.__version__}"
+        )
+        self._model = model
+        self._scorer: Any = None
+
+    def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """The score of the texts, one a prompt, against the references of each."""
+        if self._scorer is None:  # not before the trainings, which need the memory
+            import bert_score
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            try:
+                self._scorer = bert_score.BERTScorer(model_type=str(self._model), num_layers=self.layers)
+            except Exception as error:
+                raise TrainingError(f"--bertscore-model {self._model} cannot be loaded: {error}") from error
+        _, _, f1 = self._scorer.score(list(texts), [list(refs) for refs in references], batch_size=32)
+        return 100 * float(f1.mean())

@@ -1,0 +1,164 @@
+"""What is trained and tested on: prompts with their references, and a split of the training rows by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qaa_serve.training.data import IGNORED, encode_row
+from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.options import Answers
+from qaa_serve.training.sources import RowError, read_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable row.
+
+    Attributes:
+        value: the row as JSON has it.
+        prompt: tokens before the last answer, as serving would see them.
+        ids: tokens of the whole row.
+        labels: as long as ``ids``; the loss is on those that are not ``IGNORED``.
+        reference: text of the last answer, without space around it.
+        shown: the prompt's text for people: of a conversation, the last message before the answer.
+    """
+
+    value: dict[str, Any]
+    prompt: tuple[int, ...]
+    ids: list[int]
+    labels: list[int]
+    reference: str
+    shown: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source.
+
+    Attributes:
+        rows: the usable ones.
+        digest: SHA-256 of the source, in hex.
+        left_out: number of unusable rows.
+    """
+
+    rows: Sequence[Row]
+    digest: str
+    left_out: int
+
+    @property
+    def prompts(self) -> dict[tuple[int, ...], list[Row]]:
+        """The rows by prompt, in the source's order."""
+        grouped: dict[tuple[int, ...], list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.prompt, []).append(row)
+        return grouped
+
+
+def read_rows(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, answers: Answers = "all", skip_bad_rows: bool = False
+) -> Rows:
+    """Read rows in the forms that training takes.
+
+    Args:
+        source: a file or a data set, as ``sources.read_source`` takes them.
+        tokenizer: the base model's.
+        answers: which assistant messages of a conversation the loss is on.
+        skip_bad_rows: leave unusable rows out; otherwise they are an error.
+
+    Raises:
+        TrainingError: if the source cannot be read, has unusable rows, or no usable one.
+    """
+    found = read_source(source)
+    rows: list[Row] = []
+    problems: list[str] = []
+    for row in found.rows:
+        try:
+            if isinstance(row.value, RowError):
+                raise row.value
+            rows.append(_row(row.value, tokenizer, answers))
+        except RowError as error:
+            problems.append(f"{row.place}: {error}")
+    if problems and not skip_bad_rows:
+        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        more = f"\n  ... and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise TrainingError(
+            f"{source}: {len(problems)} of {len(problems) + len(rows)} rows cannot be used:{listed}{more}\n"
+            "Correct them, or leave them out with skip_bad_rows: true among the common options"
+        )
+    if not rows:
+        raise TrainingError(f"data {source} has no usable row")
+    return Rows(rows, found.digest, len(problems))
+
+
+def _row(row: Any, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Row:
+    ids, labels = encode_row(row, tokenizer, answers)
+    # The last answer alone: what comes before it is what a server would be asked.
+    whole, last = (ids, labels) if answers == "last" else encode_row(row, tokenizer, "last")
+    start = next((place for place, label in enumerate(last) if label != IGNORED), None)
+    if start is None:
+        raise RowError("the tokenizer leaves nothing of the answer")
+    answer = tokenizer.decode([label for label in last if label != IGNORED], skip_special_tokens=True)
+    shown, reference = _texts(row, answer)
+    return Row(row, tuple(whole[:start]), ids, labels, reference.strip(), shown)
+
+
+def _texts(row: dict[str, Any], decoded: str) -> tuple[str, str]:
+    if "messages" in row:
+        messages = row["messages"]
+        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        before = messages[last - 1].get("content") if last else ""
+        return str(before or ""), str(messages[last].get("content") or decoded)  # no content: a call of tools
+    if "prompt" in row and "completion" in row:
+        return row["prompt"], row["completion"]
+    extra = row.get("input")
+    return row["instruction"] + (f"\n\n{extra}" if extra else ""), row["output"]
+
+
+def split(rows: Rows, part: float) -> tuple[list[Row], list[Row]]:
+    """Part the rows by prompt, so that no prompt is on both sides.
+
+    The prompts with the smallest SHA-256 of their tokens go to the second side: the same ones whatever the
+    rows' order.
+
+    Args:
+        rows: the training rows.
+        part: of the prompts, above 0 and below 1; rounded, but at least one prompt and never all.
+
+    Returns:
+        The rows to train on and those to validate on, each in the source's order.
+
+    Raises:
+        TrainingError: if there are fewer than two prompts.
+    """
+    prompts = sorted(rows.prompts, key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
+    if len(prompts) < 2:
+        raise TrainingError("the training data has one prompt only: nothing can be split off to validate on")
+    held = set(prompts[: min(max(1, round(part * len(prompts))), len(prompts) - 1)])
+    return [row for row in rows.rows if row.prompt not in held], [row for row in rows.rows if row.prompt in held]
+
+
+def as_test_set(rows: Rows) -> dict[str, Any]:
+    """What the evaluating process reads.
+
+    Returns:
+        ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``ids`` and ``labels``.
+    """
+    return {
+        "prompts": [
+            {
+                "ids": list(prompt),
+                "references": list(dict.fromkeys(row.reference for row in group)),
+                "shown": group[0].shown,
+            }
+            for prompt, group in rows.prompts.items()
+        ],
+        "rows": [{"ids": row.ids, "labels": row.labels} for row in rows.rows],
+    }

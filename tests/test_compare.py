@@ -1,0 +1,460 @@
+"""What a comparison is made of: plan, rows, scores, reasons of failures, and what the command refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sacrebleu")
+
+from qaa_serve.training import TrainingError, TrainOptions, train
+from qaa_serve.training.compare import cli
+from qaa_serve.training.compare.evaluate import generate, mean_loss
+from qaa_serve.training.compare.files import model_digest, owned
+from qaa_serve.training.compare.metrics import BertScore, bleu, exact_match, rouge, unseen_by_rouge
+from qaa_serve.training.compare.plan import Variant, make_plan, read_config
+from qaa_serve.training.compare.rows import as_test_set, read_rows, split
+from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
+from qaa_serve.training.compare.study import best_point, smoothed, summarise
+from qaa_serve.training.methods import METHODS
+from qaa_serve.training.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "base", "llama")
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(prompt: str, completion: str) -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+class TestPlan:
+    def config(self, tmp_path: Path, text: str) -> dict[str, Any]:
+        path = tmp_path / "grid.yaml"
+        path.write_text(text)
+        return read_config(path)
+
+    def test_all_methods_by_default_without_validation(self) -> None:
+        plan = make_plan({})
+        assert [variant.name for variant in plan.variants] == list(METHODS)
+        assert plan.seeds == (0, 1, 2)
+        assert plan.validation is None
+        assert all(variant.points == ({},) for variant in plan.variants)
+
+    def test_grid_is_the_product_of_its_lists_over_the_common_options(self, tmp_path: Path) -> None:
+        config = self.config(
+            tmp_path,
+            """
+            common: {epochs: 2, target_modules: [q_proj, v_proj]}
+            seeds: [4, 9]
+            methods:
+              qaa: {lr: [1e-3, 0.1], layers: [2, 4]}
+              lora r=4: {method: lora, rank: 4}
+            """,
+        )
+        plan = make_plan(config)
+        qaa, lora = plan.variants
+        common = {"epochs": 2, "target_modules": ["q_proj", "v_proj"]}
+        assert [(p["lr"], p["layers"]) for p in qaa.points] == [(0.001, 2), (0.001, 4), (0.1, 2), (0.1, 4)]
+        assert all(common.items() <= point.items() for point in qaa.points)
+        assert (lora.name, lora.method, lora.points) == ("lora r=4", "lora", ({**common, "rank": 4},))
+        assert plan.seeds == (4, 9)
+        assert plan.validation == 0.1
+
+    def test_what_is_given_goes_before_the_config(self) -> None:
+        plan = make_plan(
+            {"common": {"epochs": 2}, "methods": {"mine": {"method": "qaa"}}, "seeds": 5, "validation": 0.2},
+            methods=["lora", "mine"],
+            seeds=[7],
+            validation="held.jsonl",
+            common={"epochs": 1},
+        )
+        assert [(variant.name, variant.method) for variant in plan.variants] == [("lora", "lora"), ("mine", "qaa")]
+        assert plan.variants[0].points == ({"epochs": 1},)
+        assert (plan.seeds, plan.validation) == ((7,), Path("held.jsonl"))
+
+    def test_common_option_that_a_method_cannot_have_is_not_asked_of_it(self) -> None:
+        plan = make_plan({}, methods=["full", "lora"], common={"target_modules": ["q_proj"]})
+        assert [variant.points for variant in plan.variants] == [({},), ({"target_modules": ["q_proj"]},)]
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"methods": {"lorra": {}}}, "'lorra' is of the unknown method 'lorra'; known are: qaa, lora"),
+            ({"methods": {"qaa": {"rank": 3}}}, r"'qaa' \(method qaa\): unknown key 'rank'; known are: .*layers"),
+            ({"common": {"lear": 1}}, "the common options: unknown key 'lear'; known are: .*epochs"),
+            ({"common": {"lr": [1, 2]}}, "common option 'lr' must be one value"),
+            ({"methods": {"qaa": {"lr": "fast"}}}, "'qaa': lr cannot be 'fast'"),
+            ({"methods": {"qaa": {"lr": -1}}}, "'qaa': --lr must be above 0, found -1"),
+            ({"methods": {"qaa": {"ansatz": "flat"}}}, "'qaa': ansatz must be one of ryrz_ring_ry"),
+            ({"methods": {"qaa": {"lr": []}}}, "the list of 'lr' is empty"),
+            ({"methods": {"qaa": 3}}, "'qaa' must be a table"),
+            ({"methods": {"base": {"method": "qaa"}}}, "'base' is the name of the untrained model's row"),
+            ({"seeds": 0}, "seeds: a number above 0"),
+            ({"seeds": [1, 1]}, "seeds: one is there twice"),
+            ({"validation": 1.5}, "validation: a part from 0"),
+            ({"validation": 0, "methods": {"qaa": {"lr": [0.1, 0.2]}}}, "the test set is not used"),
+            ({"methods": {"full": {"target_modules": ["q_proj"]}}}, "unknown key 'target_modules'"),
+        ],
+    )
+    def test_refused(self, config: dict[str, Any], message: str) -> None:
+        with pytest.raises(TrainingError, match=message):
+            make_plan(config)
+
+    def test_unknown_method_lists_the_known_ones_and_the_configs(self) -> None:
+        with pytest.raises(TrainingError, match=r"unknown method 'qlora'; known are: qaa, lora.*, mine"):
+            make_plan({"methods": {"mine": {"method": "qaa"}}}, methods=["qlora"])
+
+    def test_unknown_table_in_the_config(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="unknown key 'method'; known are: common, methods, seeds"):
+            self.config(tmp_path, "method: {qaa: {}}")
+
+
+class TestRows:
+    def test_prompts_with_several_references(self, base: Path, tmp_path: Path) -> None:
+        rows = [pair("t5 t6", "t7"), pair("t9", "t10 t11"), pair("t5 t6", "t8"), pair("t5 t6", "t7")]
+        read = read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), AutoTokenizer.from_pretrained(base))
+        test = as_test_set(read)
+        assert [(prompt["references"], prompt["shown"]) for prompt in test["prompts"]] == [
+            (["t7", "t8"], "t5 t6"),
+            (["t10 t11"], "t9"),
+        ]
+        assert len(test["rows"]) == 4
+        assert test["prompts"][0]["ids"] == test["rows"][0]["ids"][:-2]  # less the answer and the end token
+
+    def test_last_answer_of_a_conversation_is_asked_for(self, base: Path, tmp_path: Path) -> None:
+        turns = [("user", "t5"), ("assistant", "t3 t6"), ("user", "t7"), ("assistant", "t3 t8 t9")]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        (found,) = read_rows(str(write_rows(tmp_path / "rows.jsonl", [row])), tokenizer).rows
+        assert (found.shown, found.reference) == ("t7", "t3 t8 t9")
+        assert list(found.prompt) == [1, 5, 3, 6, 7, 3]
+        assert [label for label in found.labels if label != -100] == [6, 8, 9]  # the loss is on both answers
+
+    def test_split_is_by_prompt_and_does_not_depend_on_the_order(self, base: Path, tmp_path: Path) -> None:
+        rows = [pair(f"t{i % 10 + 5}", f"t{i + 20}") for i in range(30)]
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        train_rows, held = split(read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer), 0.2)
+        assert (len(train_rows), len(held)) == (24, 6)
+        assert not {row.prompt for row in train_rows} & {row.prompt for row in held}
+        _, again = split(read_rows(str(write_rows(tmp_path / "turned.jsonl", rows[::-1])), tokenizer), 0.2)
+        assert {row.prompt for row in again} == {row.prompt for row in held}
+        with pytest.raises(TrainingError, match="one prompt only"):
+            split(read_rows(str(write_rows(tmp_path / "one.jsonl", rows[:1])), tokenizer), 0.2)
+
+    def test_bad_rows_are_named(self, base: Path, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "rows.jsonl", [pair("t5", "t6"), {"prompt": "t5"}, pair("t5", " ")])
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        with pytest.raises(TrainingError, match=r"2 of 3 rows cannot be used:\n  line 2: no known.*\n  line 3"):
+            read_rows(str(path), tokenizer)
+        assert read_rows(str(path), tokenizer, skip_bad_rows=True).left_out == 2
+
+
+class TestScores:
+    def test_bleu_over_a_corpus_with_several_references(self) -> None:
+        texts = ["a b c d e", "f g h i"]
+        references = [["q", "a b c d x"], ["f g h i"]]
+        # n-grams that match, of all: 4 + 4 of 5 + 4; 3 + 3 of 4 + 3; 2 + 2 of 3 + 2; 1 + 1 of 2 + 1; no penalty,
+        # since the nearest reference is as long.
+        expected = 100 * (8 / 9 * 6 / 7 * 4 / 5 * 2 / 3) ** 0.25
+        score, signature = bleu(texts, references)
+        assert score == pytest.approx(expected)
+        assert "tok:13a" in signature
+        assert "nrefs:var" in signature
+        worse, _ = bleu(texts, [["q"], ["f g h i"]])
+        assert worse < score
+
+    def test_rouge_is_the_best_of_the_references_for_each_kind(self) -> None:
+        found = rouge(["a b c d"], [["a b x y", "a c d z w"]])
+        assert found == {
+            "rouge1": pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35),  # a, c, d of 4 and of 5
+            "rouge2": pytest.approx(100 / 3),  # ab of 3 and of 3, better than cd of 3 and of 4
+            "rouge_l": pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35),  # a c d
+        }
+        both = rouge(["a b c d", "x"], [["a b x y", "a c d z w"], ["y"]])
+        assert both["rouge2"] == pytest.approx(found["rouge2"] / 2)
+
+    def test_rouge_does_not_see_other_scripts(self) -> None:
+        assert unseen_by_rouge([["день"], ["день", "day"], ["1"]]) == 1
+
+    def test_exact_match(self) -> None:
+        texts, references = [" a b\n", "c", "D", "e"], [["x", "a b"], ["c d"], ["d"], ["e"]]
+        assert exact_match(texts, references) == 50.0
+
+    def test_bertscore_takes_the_best_reference(self, tmp_path: Path) -> None:
+        pytest.importorskip("bert_score")
+        score = BertScore(tiny_bert(tmp_path / "bert"))
+        assert score.layers == 2
+        assert score(["a b c"], [["x y", "a b c"]]) == pytest.approx(100, abs=1e-3)
+        apart = score(["a b c"], [["x y"]])
+        assert apart < 99
+        assert score(["a b c", "a b c"], [["a b c"], ["x y"]]) == pytest.approx((100 + apart) / 2, abs=1e-3)
+        with pytest.raises(TrainingError, match="must be from 1 to 2"):
+            BertScore(tmp_path / "bert", 3)
+        with pytest.raises(TrainingError, match=r"no directory of a model \(it has no config.json\)"):
+            BertScore(tmp_path / "none")
+
+    def test_smoothed(self) -> None:
+        assert smoothed([2.0, 1.0]) == pytest.approx([2.0, (0.9 * 0.2 + 0.1) / 0.19])
+
+    def test_summary_has_mean_spread_and_number(self) -> None:
+        record = dict.fromkeys(
+            ("trainable", "total", "steps", "train_loss", "seconds", "seconds_per_step", "adapter_bytes"), 1.0
+        )
+        entries = [
+            {
+                "training": {
+                    **record,
+                    "eval_loss": None,
+                    "memory": {"peak_rss_bytes": 1, "peak_cuda_bytes": None},
+                },
+                "scores": {"bleu": score},
+                "steps_to_loss": None,
+            }
+            for score in (1.0, 2.0, 6.0)
+        ]
+        found = summarise(entries)
+        assert found["bleu"] == {"mean": 3.0, "sd": pytest.approx(7**0.5), "n": 3}
+        assert summarise(entries[:1])["bleu"] == {"mean": 1.0, "sd": None, "n": 1}
+        assert "peak_cuda_bytes" not in found
+
+
+def tiny_bert(directory: Path) -> Path:
+    """A random encoder with two layers and a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgwxyz", *(f"t{i}" for i in range(60))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        model_max_length=64,
+    ).save_pretrained(directory)  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    ).save_pretrained(directory)
+    return directory
+
+
+class TestAnswers:
+    """Every method's result, read back: in batches padded on the left it must say what it says alone."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_batch_and_loss(self, base: Path, tmp_path: Path, method: str) -> None:
+        prompts = [" ".join(f"t{i + k}" for k in range(i % 5 + 1)) for i in range(3, 12)]
+        given = [pair(prompt, f"t{i} t{i + 1}") for i, prompt in enumerate(prompts, start=40)]
+        rows = write_rows(tmp_path / "rows.jsonl", given)
+        result = train(
+            TrainOptions(
+                str(base),
+                rows,
+                tmp_path / "made",
+                method=method,
+                lr=1e-2,
+                max_steps=3,
+                eval_data=rows,
+                batch_size=4,
+            )
+        )
+        model, tokenizer = load_trained(tmp_path / "made")
+        test = as_test_set(read_rows(str(rows), tokenizer))
+        loss, tokens = mean_loss(model, test["rows"], batch_size=4)
+        assert tokens == 9 * 3
+        assert loss == pytest.approx(result.eval_loss, abs=1e-4)
+        asked = [prompt["ids"] for prompt in test["prompts"]]
+        together = dict(generate(model, tokenizer, asked, batch_size=4, max_new_tokens=6))
+        alone = {
+            place: next(generate(model, tokenizer, [ids], batch_size=1, max_new_tokens=6))[1]
+            for place, ids in enumerate(asked)
+        }
+        assert together == alone
+        untrained, _ = mean_loss(load_trained(base)[0], test["rows"], batch_size=4)
+        assert loss != pytest.approx(untrained, abs=1e-4)
+
+    def test_greedy_whatever_the_base_prefers_and_up_to_its_end_tokens(self, base: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base).eval()
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        prompts = [[1, 5, 6], [1, 9]]
+        plain = dict(generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8))
+        model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
+        assert dict(generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8)) == plain
+        third = plain[0][2]
+        model.generation_config.eos_token_id = [2, third]
+        ended = dict(generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8))
+        assert ended[0] == plain[0][: plain[0].index(third)]
+
+    def test_nothing_to_load(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="holds neither an adapter"):
+            load_trained(tmp_path)
+
+
+class TestRuns:
+    DIGESTS = {"model": "m", "data": "d", "eval_data": None}  # noqa: RUF012
+
+    def run(self, tmp_path: Path, **changed: Any) -> Run:
+        options = {"model": "base", "data": "rows.jsonl", "lr": 0.1, **changed}
+        return make_run(tmp_path, "lora r=4", "lora r=4", options, 1, self.DIGESTS)
+
+    def test_known_by_what_it_depends_on_and_not_by_where_it_lies(self, tmp_path: Path) -> None:
+        run = self.run(tmp_path)
+        assert run.name == f"lora-r=4-seed1-{run.digest[:10]}"
+        assert self.run(tmp_path, data="elsewhere/rows.jsonl").digest == run.digest
+        assert self.run(tmp_path, lr=0.2).digest != run.digest
+        other = make_run(tmp_path, "x", "x", run.options, 1, {**self.DIGESTS, "data": "other"})
+        assert other.digest != run.digest
+
+    def test_model_digest_sees_contents(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        before = model_digest(tmp_path)
+        (tmp_path / "README.md").write_text("words")
+        assert model_digest(tmp_path) == before
+        (tmp_path / "config.json").write_text("[]")
+        assert model_digest(tmp_path) != before
+
+    def test_chosen_by_validation_loss(self, tmp_path: Path) -> None:
+        points = tuple({"lr": lr} for lr in (0.1, 0.2, 0.3))
+        runs = [self.run(tmp_path, **point) for point in points]
+        for run, loss in zip(runs[:2], (0.5, 0.4), strict=True):  # the third one failed
+            run.model.mkdir(parents=True)
+            (run.model / "training.json").write_text(json.dumps({"eval_loss": loss, "train_loss": -loss}))
+        assert best_point(Variant("v", "lora", points), runs) == {"lr": 0.2}
+        assert best_point(Variant("v", "lora", points[1:]), runs[2:] * 2) is None
+
+    @pytest.mark.parametrize(
+        ("status", "text", "reason"),
+        [
+            (2, "step 1\nqaa-serve train: rows are bad:\n  line 3: no JSON\n", "rows are bad: line 3: no JSON"),
+            (1, "Traceback\n  File\nRuntimeError: no such thing\n\n", "RuntimeError: no such thing"),
+            (-9, "step 3/9\n", "killed by SIGKILL, most likely for want of memory"),
+            (1, "", "nothing was written to the log"),
+        ],
+    )
+    def test_reason_of_a_failure(self, tmp_path: Path, status: int, text: str, reason: str) -> None:
+        (tmp_path / "log").write_text(text)
+        assert why(status, tmp_path / "log").startswith(reason)
+
+    def test_interrupt_ends_the_process_in_good_order(self, tmp_path: Path) -> None:
+        code = (
+            "import signal, sys, time\n"
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit('put away'))\n"
+            "print('step 1/9', flush=True); time.sleep(60)"
+        )
+
+        def interrupt(line: str) -> None:
+            assert line == "step 1/9"
+            raise KeyboardInterrupt
+
+        with owned(tmp_path / "out") as lock, pytest.raises(KeyboardInterrupt):
+            run_process([sys.executable, "-c", code], tmp_path / "log", interrupt, lock)
+        assert tail(tmp_path / "log") == ["step 1/9", "put away"]
+
+    def test_process_that_is_left_running_keeps_the_output_locked(self, tmp_path: Path) -> None:
+        import subprocess
+
+        with owned(tmp_path) as lock:
+            orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+        try:
+            with pytest.raises(TrainingError, match="in use by another comparison"), owned(tmp_path):
+                pass
+        finally:
+            orphan.send_signal(signal.SIGKILL)
+            orphan.wait()
+        with owned(tmp_path):
+            pass
+
+    def test_foreign_directory_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(TrainingError, match="is no comparison's"), owned(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+        (tmp_path / "file").write_text("")
+        with pytest.raises(TrainingError, match="cannot be written"), owned(tmp_path / "file" / "below"):
+            pass
+
+
+class TestCommand:
+    @pytest.fixture
+    def rows(self, tmp_path: Path) -> Path:
+        return write_rows(tmp_path / "rows.jsonl", [pair(f"t{i}", f"t{i + 1}") for i in range(5, 15)])
+
+    def run(self, base: Path | str, rows: Path, *arguments: str) -> int:
+        parser = argparse.ArgumentParser()
+        cli.add_arguments(parser)
+        given = ["--model", str(base), "--data", str(rows), "--eval-data", str(rows)]
+        given += ["--output", str(rows.parent / "report"), *arguments]
+        return cli.run(parser.parse_args(given))
+
+    def test_dry_run_writes_nothing(self, base: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = rows.parent / "grid.toml"
+        config.write_text("[methods]\nlora = {rank = [2, 4]}\nqaa = {}\n")
+        arguments = ("--config", str(config), "--epochs", "2", "--batch-size", "3", "--dry-run")
+        assert self.run(base, rows, *arguments) == 0
+        out = capsys.readouterr()
+        assert "9 rows to train on, 1 to validate on, 10 prompts to test on; seeds 0, 1, 2" in out.out
+        assert "  rank 2: 6 steps, 2,560 parameters\n  rank 4: 6 steps, 5,120 parameters" in out.out
+        assert "7 trainings in all, 7 evaluations" in out.out
+        assert "10 of the 10 test prompts are training prompts too" in out.err
+        assert not (rows.parent / "report").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--methods", "lora,qlora"), "unknown method 'qlora'; known are: qaa, lora"),
+            (("--max-new-tokens", "400"), "is more than the 256 that the base model takes"),
+            (("--max-new-tokens", "0"), "--max-new-tokens must be above 0"),
+            (("--config", "none.yaml"), "none.yaml cannot be read: No such file"),
+            (("--batch-size", "0"), "--batch-size must be above 0"),
+            (("--data", "none.jsonl"), "none.jsonl cannot be read"),
+            (("--bertscore-model", "none"), "--bertscore-model none is no directory of a model"),
+        ],
+    )
+    def test_bad_input(
+        self, base: Path, rows: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(base, rows, *arguments) == 2
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith("qaa-serve compare: ")
+        assert message in err
+        assert not (rows.parent / "report").exists()
+
+    def test_missing_model(self, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run("no/model", rows) == 2
+        assert "the base model 'no/model' cannot be read" in capsys.readouterr().err
+
+    def test_missing_packages(
+        self, base: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "bert_score", None)
+        assert self.run(base, rows, "--bertscore-model", "somewhere") == 2
+        assert 'bert_score is not installed; comparing needs the extra: pip install "qaa-serve[comp' in (
+            capsys.readouterr().err
+        )
+        monkeypatch.setitem(sys.modules, "sacrebleu", None)
+        assert self.run(base, rows) == 2
+        assert capsys.readouterr().err == (
+            "qaa-serve compare: sacrebleu is not installed; comparing needs the extra: "
+            'pip install "qaa-serve[compare]"\n'
+        )

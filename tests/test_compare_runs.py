@@ -1,0 +1,240 @@
+"""Whole comparisons with real trainings of a tiny model: what is chosen, kept, repeated, reported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_compare import pair, tiny_bert, write_rows
+from tiny_models import make_model
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sacrebleu")
+
+from qaa_serve.training.compare import cli
+
+pytestmark = pytest.mark.slow
+
+#: At the first rate qaa learns next to nothing; at lora's, its loss is no number after a step.
+CONFIG = """
+common: {max_steps: 4, batch_size: 4, threads: 1}
+seeds: 2
+validation: 0.25
+methods:
+  qaa: {lr: [1e-9, 3e-2]}
+  lora wild: {method: lora, lr: 1e30}
+"""
+
+
+class Comparison:
+    """A comparison in a directory of its own, to be run several times."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.report = directory / "report"
+        base = make_model(directory / "base", "llama")
+        train = [pair(f"t{i} t{i + 1}", f"t{i + 50}") for i in range(3, 23)]
+        # The same prompt with two answers: two references.
+        test = [pair(f"t{i} t{i + 2}", f"t{i + k}") for i in range(3, 8) for k in (50, 60)]
+        config = directory / "grid.yaml"
+        config.write_text(CONFIG)
+        self.arguments = ["--model", str(base), "--output", str(self.report), "--config", str(config)]
+        self.arguments += ["--data", str(write_rows(directory / "train.jsonl", train))]
+        self.arguments += ["--eval-data", str(write_rows(directory / "test.jsonl", test))]
+        self.arguments += ["--max-new-tokens", "5", "--bertscore-model", str(tiny_bert(directory / "bert"))]
+
+    def run(self, *more: str) -> int:
+        parser = argparse.ArgumentParser()
+        cli.add_arguments(parser)
+        return cli.run(parser.parse_args([*self.arguments, *more]))
+
+    @property
+    def results(self) -> Any:
+        return json.loads((self.report / "results.json").read_bytes())
+
+    def runs(self, variant: str) -> list[Any]:
+        return [run for run in self.results["runs"] if run["variant"] == variant]
+
+    def times(self) -> dict[str, int]:
+        """When the files of the runs were written."""
+        files = (self.report / "runs").rglob("*")
+        return {str(file.relative_to(self.report)): file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    made = Comparison(tmp_path_factory.mktemp("comparison"))
+    made.status = made.run()  # type: ignore[attr-defined]
+    return made
+
+
+def label(comparison: Comparison) -> str:
+    """Of the point that was chosen."""
+    return f"qaa (lr {comparison.results['variants'][0]['options']['lr']:g})"
+
+
+def test_failure_is_reported_and_the_others_are_there(comparison: Comparison) -> None:
+    assert comparison.status == 1  # type: ignore[attr-defined]
+    qaa, wild = comparison.results["variants"]
+    assert (qaa["finished"], qaa["failures"]) == (2, [])
+    assert (wild["finished"], len(wild["failures"])) == (0, 2)
+    assert "training diverged at step" in wild["failures"][0]["reason"]
+    assert (comparison.report / wild["failures"][0]["log"]).is_file()
+    for name in ("report.md", "report.html"):
+        text = (comparison.report / name).read_text()
+        assert "training diverged at step" in text
+        assert wild["failures"][0]["log"] in text
+
+
+def test_chosen_by_validation_loss_from_training_rows_alone(comparison: Comparison) -> None:
+    results = comparison.results
+    points = results["variants"][0]["points"]
+    assert [point["options"] for point in points] == [{"lr": 1e-9}, {"lr": 0.03}]
+    best = min(points, key=lambda point: point["eval_loss"])
+    assert [point["chosen"] for point in points] == [point is best for point in points]
+    assert results["variants"][0]["options"]["lr"] == best["options"]["lr"]
+    assert (results["data"]["train"]["rows"], results["data"]["validation"]["rows"]) == (15, 5)
+
+    def prompts(path: Path) -> set[str]:
+        return {json.loads(line)["prompt"] for line in path.read_text().splitlines()}
+
+    train, validation = (prompts(comparison.report / "data" / f"{name}.jsonl") for name in ("train", "validation"))
+    assert not train & validation
+    assert not (train | validation) & prompts(comparison.directory / "test.jsonl")
+    for run in comparison.runs("qaa"):
+        options = run["training"]["options"]
+        assert options["data"] == str(comparison.report / "data" / "train.jsonl")
+        assert options["eval_data"] == str(comparison.report / "data" / "validation.jsonl")
+    # The point's training with the first seed is the selection's: three trainings, not four.
+    assert sorted((run["role"], run["seed"]) for run in comparison.runs("qaa")) == [
+        ("final", 0),
+        ("final", 1),
+        ("selection", 0),
+    ]
+
+
+def test_scores_of_everything_that_was_trained(comparison: Comparison) -> None:
+    results = comparison.results
+    assert results["data"]["test"] | {"sha256": "", "source": ""} == {
+        "source": "",
+        "rows": 10,
+        "prompts": 5,
+        "references": 10,
+        "sha256": "",
+    }
+    names = {"bleu", "rouge1", "rouge2", "rouge_l", "exact_match", "bertscore", "test_loss", "perplexity"}
+    assert results["base"]["scores"].keys() == names
+    finals = [run for run in comparison.runs("qaa") if run["role"] == "final"]
+    for run in finals:
+        assert run["scores"].keys() == names
+        assert len(run["texts"]) == 5
+        assert run["scores"]["test_loss"] != results["base"]["scores"]["test_loss"]
+    summary = results["variants"][0]["summary"]
+    losses = [run["scores"]["test_loss"] for run in finals]
+    assert summary["test_loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert summary["test_loss"]["sd"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert summary["test_loss"]["n"] == 2
+    assert summary["trainable"]["sd"] == 0
+    assert {"peak_rss_bytes", "saved_for_backward_bytes", "seconds_per_step", "adapter_bytes"} <= summary.keys()
+    assert results["loss_target"]["chosen"] != "given"
+    assert summary["steps_to_loss"]["n"] == 2  # the default is a loss that all reached
+
+
+def test_report_stands_alone(comparison: Comparison) -> None:
+    html = (comparison.report / "report.html").read_text()
+    bare = re.sub(r"data:image/png;base64,[^\"]*", "", html)
+    assert not re.findall(r"//[a-z]|@import|<script|<link", bare)
+    sources = re.findall(r'(?:src|srcset)="([^"]{0,30})', html)
+    figures = {path.stem for path in (comparison.report / "figures").iterdir()}
+    assert figures == {"loss", "parameters", "quality", "memory", "seconds"}
+    assert len(sources) == 2 * len(figures)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    markdown = (comparison.report / "report.md").read_text()
+    assert {Path(name).stem for name in re.findall(r"\]\((figures/[a-z]+\.png)\)", markdown)} == figures
+    for text in (html, markdown):
+        assert "| base |" in text or ">base<" in text
+        assert "test loss" in text
+        assert comparison.runs("qaa")[0]["texts"][0] in text
+        assert "the one with the lowest validation loss" in text
+
+
+def test_documented_keys_are_those_of_results_json(comparison: Comparison) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
+    results = comparison.results
+    named = {
+        *results,
+        *results["runs"][0],
+        *results["variants"][0],
+        *results["variants"][0]["summary"],
+        *results["data"],
+        *results["data"]["test"],
+    }
+    assert [key for key in sorted(named) if f"`{key}`" not in docs] == []
+
+
+def test_the_same_again_repeats_nothing(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
+    before, results = comparison.times(), comparison.results
+    assert comparison.run() == 1
+    assert comparison.times() == before
+    assert comparison.results == results
+    err = capsys.readouterr().err
+    assert err.count(f"{label(comparison)}, seed 0: reused") == 1
+    assert "lora wild, seed 0: failed before: training diverged" in err
+    assert "--retry-failed" in err
+
+
+def test_what_was_killed_is_trained_again_and_nothing_else(
+    comparison: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = comparison.runs("qaa")[1]
+    directory = comparison.report / "runs" / killed["name"]
+    shutil.rmtree(directory / "model")
+    before = comparison.times()
+    assert comparison.run() == 1
+    after = comparison.times()
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {Path(name).parts[1] for name in changed} == {killed["name"]}
+    again = comparison.runs("qaa")[1]
+    assert again["training"]["losses"] == killed["training"]["losses"]
+    assert f"{label(comparison)}, seed 1: loss" in capsys.readouterr().err
+
+
+def test_another_test_set_trains_nothing_and_asks_again(comparison: Comparison) -> None:
+    path = comparison.directory / "test.jsonl"
+    content, before, results = path.read_text(), comparison.times(), comparison.results
+    try:
+        write_rows(path, [pair("t30 t31", "t9")])
+        assert comparison.run("--methods", "qaa", "--seeds", "1") == 0
+        changed = {name for name, time in comparison.times().items() if time != before.get(name)}
+        assert changed
+        assert all("/model/" not in name for name in changed)
+        now = comparison.results
+        assert now["data"]["test"]["prompts"] == 1
+        assert now["variants"][0]["options"] == results["variants"][0]["options"]
+        assert now["variants"][0]["summary"]["bleu"]["sd"] is None
+    finally:
+        path.write_text(content)
+
+
+def test_sigterm_stops_the_training_and_says_how_to_go_on(tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path)
+    command = [sys.executable, "-m", "qaa_serve.cli", "compare", *comparison.arguments]
+    # Far more steps than there is time for.
+    with subprocess.Popen([*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
+        log: list[Path] = []
+        while process.poll() is None and not (log and "evaluation loss" in log[0].read_text()):
+            log = list(comparison.report.glob("runs/*/train.log"))
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    assert "interrupted" in log[0].read_text().splitlines()[-1]
+    assert not list(comparison.report.glob("runs/*/failure.json"))
