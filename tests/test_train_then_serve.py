@@ -36,13 +36,21 @@ def base(request, tmp_path):
     return SHARED
 
 
-@pytest.mark.parametrize("method", ["qaa", "lora"])
+METHODS = {
+    "qaa": ["--method", "qaa"],
+    "qaa-options": ["--method", "qaa", "--readouts", "9", "--constant", "--length", "--heads", "2", "--lr", "0.1"],
+    "lora": ["--method", "lora"],
+    "sora": ["--method", "sora"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_served_output_is_trained_output(base, tmp_path, method):
     rows = [{"prompt": prompt, "completion": f"t{i} t{i + 1} the end ."} for i, prompt in enumerate(PROMPTS)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     output = tmp_path / "adapters" / "mine"
-    arguments = ["--model", base, "--data", data, "--output", output, "--method", method, "--lr", 0.03]
+    arguments = ["--model", base, "--data", data, "--output", output, "--lr", 0.03, *METHODS[method]]
     assert main(["train", *map(str, arguments), "--epochs", "6", "--batch-size", "4", "--threads", "1"]) == 0
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -51,7 +59,7 @@ def test_served_output_is_trained_output(base, tmp_path, method):
     register()
     revision = read_revision(output)
     llm = LLM(
-        str(base), dtype="float32", enable_lora=True, max_lora_rank=16, max_model_len=128, max_num_seqs=8,
+        str(base), dtype="float32", enable_lora=True, max_lora_rank=32, max_model_len=128, max_num_seqs=8,
         kv_cache_memory_bytes=32 << 20, enforce_eager=True, seed=0,
     )  # fmt: skip
     try:

@@ -94,6 +94,9 @@ def start(root: Path, architecture: str) -> Served:
             ansatz="strongly_entangling", layers=1, heads=2, weight_dtype=torch.bfloat16,
         ),
         "lora": make_lora(root / "lora", base, attention + mlp, 4),
+        "options": make_qaa(
+            root / "options", base, attention + mlp, 5, size=0.5, constant=True, length=True, readouts=11
+        ),
     }  # fmt: skip
     llm = LLM(
         str(base), dtype="float32", enable_lora=True, max_loras=SLOTS, max_cpu_loras=16, max_lora_rank=16,
@@ -113,9 +116,9 @@ def served(request, tmp_path_factory):
 
 
 def test_twenty_mixed_requests_are_exact(served):
-    """Base, 3 QAA adapters of different ansatz, depth and modules, and a LoRA adapter, in 2 slots."""
+    """Base, 4 QAA adapters of different ansatz, depth, options and modules, and a LoRA adapter, in 2 slots."""
     names = list(served.adapters)
-    served.check([(names[i % 5], prompt(1 + (i * 17) % 60, i)) for i in range(20)])
+    served.check([(names[i % 6], prompt(1 + (i * 17) % 60, i)) for i in range(20)])
 
 
 def test_the_adapters_matter(served):
