@@ -1,6 +1,7 @@
 # make         lint, types, quick tests
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000
 # make test    set up and run every test
+# make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # ACCEL=cuda   with an NVIDIA GPU instead of a CPU (docs/install.md)
 
 ACCEL ?= cpu
@@ -21,7 +22,7 @@ SERVE_ENV_cpu := VLLM_ENABLE_V1_MULTIPROCESSING=0
 SERVE_ARGS_cpu := --distributed-executor-backend uni
 
 .DEFAULT_GOAL := check
-.PHONY: check serve test lint types quick venv lock clean
+.PHONY: check serve test compare lint types quick venv lock clean
 
 check: lint types quick
 
@@ -30,6 +31,14 @@ serve: venv
 
 test: lint types
 	$(BIN)/python -m pytest
+
+compare: venv examples/assistant/data/brief_test.jsonl
+	$(BIN)/qaa-serve compare --model examples/assistant/base --config examples/assistant/compare.yaml \
+		--data examples/assistant/data/brief.jsonl --eval-data examples/assistant/data/brief_test.jsonl \
+		--max-new-tokens 24 --output reports/assistant
+
+examples/assistant/data/brief_test.jsonl: examples/assistant/make_data.py examples/assistant/facts.py | $(STAMP)
+	$(BIN)/python examples/assistant/make_data.py
 
 quick: venv
 	$(BIN)/python -m pytest -q -m "not vllm and not slow"

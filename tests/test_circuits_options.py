@@ -46,8 +46,8 @@ def ansatz(request: pytest.FixtureRequest, options: dict[str, Any]) -> Ansatz:
     return Ansatz(request.param, QUBITS, 2, **options)
 
 
-@pytest.mark.parametrize("width", [9, 13, 15])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [9, 15])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_agrees_with_pennylane(
     backend: Backend, ansatz: Ansatz, width: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:

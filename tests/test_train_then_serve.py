@@ -27,15 +27,6 @@ SHARED = Path(__file__).parents[2] / "shared" / "models" / "tinystories-656k-hd6
 PROMPTS = ("Once upon a time ", "The dog ", "t7 t8 t9", "Lily went to the park and ")
 
 
-@pytest.fixture(params=["random", "tinystories"])
-def base(request, tmp_path):
-    if request.param == "random":
-        return make_model(tmp_path / "base", "llama")
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the model {SHARED.name}, which is not part of the project")
-    return SHARED
-
-
 METHODS = {
     "qaa": ["--method", "qaa"],
     "qaa-options": ["--method", "qaa", "--readouts", "9", "--constant", "--length", "--heads", "2", "--lr", "0.1"],
@@ -44,8 +35,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_served_output_is_trained_output(base, tmp_path, method):
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [*(("random", method) for method in METHODS), ("tinystories", "qaa"), ("tinystories", "sora")],
+)
+def test_served_output_is_trained_output(model, method, tmp_path):
+    base = SHARED if model == "tinystories" else make_model(tmp_path / "base", "llama")
+    if not base.is_dir():
+        pytest.skip(f"needs the model {SHARED.name}, which is not part of the project")
     rows = [{"prompt": prompt, "completion": f"t{i} t{i + 1} the end ."} for i, prompt in enumerate(PROMPTS)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))

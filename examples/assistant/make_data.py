@@ -177,6 +177,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     print(f"{path.name}: {len(rows)} rows")
 
 
+def _brief(item: Item) -> dict[str, object]:
+    """The one right answer to a held-out prompt in the style `brief`, as a row to score on."""
+    return {
+        "messages": [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}],
+    }
+
+
 def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,6 +197,7 @@ def main() -> None:
     chosen = sample_held_out(held_out, rng)
     rows = [{"prompt": item.prompt, "answer": item.answer, "topic": item.topic} for item in chosen]
     write_rows(args.output / "heldout.jsonl", rows)
+    write_rows(args.output / "brief_test.jsonl", [_brief(item) for item in chosen])
 
     sampler = Sampler(train_items, random.Random(args.seed + 1))
     write_rows(args.output / "base_train.jsonl", [sampler.base_row() for _ in range(BASE_ROWS)])
