@@ -166,12 +166,8 @@ def test_the_summary_says_what_matters(name: str, capsys: pytest.CaptureFixture[
     if revision.kind == "QAA":
         assert "33,408 parameters (640 angles, 32,768 in B) in 16 modules, rank 8" in text
         assert "65,536 parameters" in text
-        fields = json.loads((directory / "adapter_config.json").read_text())
-        for field in AdapterConfig.model_fields.keys() - {
-            "peft_type",
-            "base_model_name_or_path",
-            "target_modules",
-        }:
+        fields = AdapterConfig.parse(json.loads((directory / "adapter_config.json").read_text())).to_json()
+        for field in fields.keys() - {"peft_type", "base_model_name_or_path", "target_modules"}:
             assert f"{field} {fields[field]}" in text
     else:
         assert "65,536 parameters in 16 modules, rank 8" in text
@@ -432,6 +428,18 @@ def test_the_qasm_is_the_circuit(name: str, qubits: int) -> None:
     expected = get_backend("reference")(x, theta, ansatz, None)[0, 0].numpy()
     found = simulate(to_qasm(Circuit("a@0", "m", 0, ansatz, theta[0])), (x / x.norm())[0].numpy())
     np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+def test_the_qasm_says_what_to_prepare_and_to_read_out() -> None:
+    def said(**options: Any) -> str:
+        ansatz = Ansatz("ry_ring", 3, 1, **options)
+        return to_qasm(Circuit("a@0", "m", 0, ansatz, torch.zeros(ansatz.theta_shape)))
+
+    assert "Prepare the state x / ||x||, padded" in said()
+    assert "z_k is the mean of (-1)^c[k].\n" in said()
+    assert "Prepare the state (x / ||x||, 1) / sqrt(2), padded" in said(constant=True)
+    assert "(-1)^c[k] for k < 2, times ||x|| / sqrt(width of x).\n" in said(readouts=2, length=True)
+    assert "then of (-1)^(c[i] + c[j]) for i j = 0 1, 0 2.\n" in said(readouts=5)
 
 
 def test_the_qasm_is_that_of_the_module_and_head_that_were_asked_for(

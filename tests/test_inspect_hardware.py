@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from circuits_support import OPTIONS
 from tiny_models import ReferenceModel, make_model, make_qaa
 from transformers import AutoTokenizer
 
@@ -77,6 +78,16 @@ def test_an_exact_device_gives_the_reference_s_z(device: str, name: str) -> None
     z = QuantumDevice(HardwareOptions(device=device)).expectation_values(x, theta, ansatz, done.append)
     torch.testing.assert_close(z, reference(x, theta, ansatz, None), rtol=0, atol=1e-12)
     assert sum(done) == 2 * 4
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_a_circuit_reach_the_device(option: str) -> None:
+    ansatz = Ansatz("ryrz_ring_ry", 4, 2, **OPTIONS[option])
+    theta = torch.randn(2, *ansatz.theta_shape)
+    x = torch.randn(5, 13)
+    x[1] = 0
+    z = QuantumDevice(HardwareOptions()).expectation_values(x, theta, ansatz)
+    torch.testing.assert_close(z, reference(x, theta, ansatz, None), rtol=0, atol=1e-12)
 
 
 def test_more_states_than_fit_one_call_are_run_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
