@@ -99,6 +99,12 @@ def test_interrupted_training_is_not_begun_anew_unasked(
         train(changed(base, data))
     with pytest.raises(TrainingError, match=r"had other options \(seed was 0, is 1\)"):
         train(changed(base, data, seed=1, resume=True))
+    described = data.parent / "adapters" / ".new.checkpoints" / "options.json"
+    before = described.read_text()
+    described.write_text("{")
+    with pytest.raises(TrainingError, match=r"options.json cannot be read .*to begin anew"):
+        train(changed(base, data, resume=True))
+    described.write_text(before)
     rows = data.read_text()
     data.write_text(rows + json.dumps(ROWS[0]) + "\n")
     with pytest.raises(TrainingError, match=r"data SHA-256 was"):

@@ -308,7 +308,13 @@ def _resume_point(run: _Run, checkpoints: Path) -> Path | None:
     described = checkpoints / "options.json"
     found = last_checkpoint(checkpoints)
     if found is not None and options.resume:
-        before = json.loads(described.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(described.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"--resume: {described} cannot be read ({error}), so that nothing says what {found} belongs to. "
+                f"Remove {checkpoints} to begin anew"
+            ) from error
         changed = [name for name in sorted(before.keys() | identity) if before.get(name) != identity.get(name)]
         if changed:
             differences = "; ".join(
