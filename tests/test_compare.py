@@ -199,14 +199,14 @@ class TestScores:
 
     def test_bertscore_takes_the_best_reference(self, tmp_path: Path) -> None:
         pytest.importorskip("bert_score")
-        score = BertScore(tiny_bert(tmp_path / "bert"))
+        score = BertScore(tiny_bert(tmp_path / "t5-is-in-the-path"))
         assert score.layers == 2
         assert score(["a b c"], [["x y", "a b c"]]) == pytest.approx(100, abs=1e-3)
         apart = score(["a b c"], [["x y"]])
         assert apart < 99
         assert score(["a b c", "a b c"], [["a b c"], ["x y"]]) == pytest.approx((100 + apart) / 2, abs=1e-3)
         with pytest.raises(TrainingError, match="must be from 1 to 2"):
-            BertScore(tmp_path / "bert", 3)
+            BertScore(tmp_path / "t5-is-in-the-path", 3)
         with pytest.raises(TrainingError, match=r"no directory of a model \(it has no config.json\)"):
             BertScore(tmp_path / "none")
 

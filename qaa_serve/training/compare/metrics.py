@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class BertScore:
         if not (model / "config.json").is_file():
             raise TrainingError(f"--bertscore-model {model} is no directory of a model (it has no config.json)")
         try:
-            total = int(AutoConfig.from_pretrained(model).num_hidden_layers)
+            config = AutoConfig.from_pretrained(model)
+            total = int(config.num_hidden_layers)
         except Exception as error:  # whatever transformers meets in the directory
             raise TrainingError(f"--bertscore-model {model} cannot be read: {error}") from error
         listed = {name.rpartition("/")[2]: number for name, number in model2layers.items()}
@@ -97,6 +99,7 @@ class BertScore:
             f"bert_score {bert_score.__version__}"
         )
         self._model = model
+        self._is_t5 = config.model_type == "t5"
         self._scorer: Any = None
 
     def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -107,7 +110,12 @@ class BertScore:
 
             logging.disable_progress_bar()
             try:
-                self._scorer = bert_score.BERTScorer(model_type=str(self._model), num_layers=self.layers)
+                with tempfile.TemporaryDirectory(prefix="encoder-") as scratch:
+                    path = self._model.resolve()
+                    if "t5" in str(path) and not self._is_t5:  # bert_score takes any such path for a T5's
+                        path = Path(scratch) / "link"
+                        path.symlink_to(self._model.resolve())
+                    self._scorer = bert_score.BERTScorer(model_type=str(path), num_layers=self.layers)
             except Exception as error:
                 raise TrainingError(f"--bertscore-model {self._model} cannot be loaded: {error}") from error
         _, _, f1 = self._scorer.score(list(texts), [list(refs) for refs in references], batch_size=32)
