@@ -29,7 +29,7 @@ def pennylane_circuit(qubits: int) -> Callable[[torch.Tensor, torch.Tensor], tor
     """The default ansatz on default.qubit, broadcast over tokens: (tokens, 2**n), (rows, n) -> (tokens, n)."""
     wires = range(qubits)
 
-    @qml.qnode(qml.device("default.qubit", wires=qubits), interface="torch")
+    @qml.qnode(qml.device("default.qubit", wires=qubits), interface="torch", diff_method="backprop")
     def circuit(psi: torch.Tensor, theta: torch.Tensor) -> list[torch.Tensor]:
         qml.StatePrep(psi, wires=wires)
         for layer in range(LAYERS):
