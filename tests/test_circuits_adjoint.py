@@ -60,7 +60,7 @@ def assert_same_as_autograd(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
-@pytest.mark.parametrize("qubits", range(1, 14))
+@pytest.mark.parametrize("qubits", [1, 2, 3, 5, 8, 10, 13])
 def test_agrees_with_pennylane(qubits: int, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     ansatz = Ansatz(name, qubits, 2)
     x = random_x(generator, 2, width_for(qubits), dtype)
@@ -69,7 +69,7 @@ def test_agrees_with_pennylane(qubits: int, name: str, dtype: torch.dtype, gener
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
-@pytest.mark.parametrize("qubits", [1, 2, 3, 5])
+@pytest.mark.parametrize("qubits", [2, 3, 5])
 def test_every_depth_and_several_heads_agree_with_pennylane(
     qubits: int, name: str, layers: int, generator: torch.Generator
 ) -> None:
