@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qaa_serve.circuits import Ansatz, qubits_for, torch_batched
 from qaa_serve.circuits.adjoint import expectation_values
 from qaa_serve.training import QAAConfig
+from qaa_serve.training.trainer import SavedBytes
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = 64
@@ -166,19 +167,11 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
 def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
     """Bytes of the storages that autograd keeps, each once, without those of parameters and buffers."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: list[torch.Tensor] = []  # holds them, so that no storage's address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
     # The embeddings' gradient is asked for, so that all layers keep something with and without an adapter.
     embedded = model.get_input_embeddings()(ids).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedBytes(model) as saved:
         model(inputs_embeds=embedded, labels=ids)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    return sum(size for address, size in storages.items() if address not in known)
+    return saved.total
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,9 @@ from qaa_serve.training.methods.base import Method, ParameterGroups, two_groups
 
 _ADAPTER = "default"
 
+#: Number of the gates' parameter group: ``two_groups`` puts what is special second.
+_GATES = 1
+
 #: What the learning rates of the gates add up to over a training.
 TRAVEL = 4.0
 
@@ -84,27 +87,22 @@ class ProximalStep(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Chooses the gates' peak learning rate by the sum of the schedule's factors over the steps."""
         schedule, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
-        number = _gate_group(optimizer.param_groups)
-        factor = schedule.lr_lambdas[number]
+        factor = schedule.lr_lambdas[_GATES]
         total = sum(factor(step) for step in range(state.max_steps))
         peak = TRAVEL / total if total else 0.0
-        schedule.base_lrs[number] = peak
-        optimizer.param_groups[number]["lr"] = peak * factor(state.global_step)
+        schedule.base_lrs[_GATES] = peak
+        optimizer.param_groups[_GATES]["lr"] = peak * factor(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The proximal step."""
-        group = kwargs["optimizer"].param_groups[_gate_group(kwargs["optimizer"].param_groups)]
+        group = kwargs["optimizer"].param_groups[_GATES]
         rise = min(1.0, (state.global_step + 1) / max(1.0, RAMP * state.max_steps))
         threshold = group["lr"] * self._sparsity * rise
         with torch.no_grad():
             for gate in group["params"]:
                 gate.copy_(torch.nn.functional.softshrink(gate, threshold))
-
-
-def _gate_group(groups: ParameterGroups) -> int:
-    return next(i for i, group in enumerate(groups) if group.get("weight_decay") == 0.0 and i > 0)
 
 
 def _save(model: PeftModel, directory: Path, base: str) -> None:
