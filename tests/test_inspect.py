@@ -174,9 +174,10 @@ def test_the_summary_says_what_matters(name: str, capsys: pytest.CaptureFixture[
         assert "lora_alpha 16.0" in text
 
 
-def test_every_key_of_the_json_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_key_of_the_json_is_documented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "inspect.md").read_text()
-    rows = EXAMPLES / "data" / "pirate.jsonl"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is the capital of France?", "completion": "Paris, matey."}\n')
     found = facts(
         capsys, PIRATE, "--check", rows, "--rows", 1, "--tokens", 1, "--module", "layers.0.self_attn.q_proj"
     )
@@ -288,7 +289,7 @@ def test_without_a_readable_base_all_but_the_fit_is_checked(
     assert found["sizes"]["lora_parameters"] is None
     assert main(["inspect", str(adapter)]) == 0
     assert "the fit to it was not checked" in capsys.readouterr().out
-    message = refusal(capsys, 2, adapter, "--check", EXAMPLES / "data" / "pirate.jsonl")
+    message = refusal(capsys, 2, adapter, "--check", EXAMPLES / "data" / "heldout.jsonl")
     assert "--check runs the base model, which cannot be read" in message
 
 
