@@ -88,6 +88,7 @@ SEAMS = (
             "LRUCacheWorkerLoRAManager._load_adapter": ("self", "lora_request"),
             "LRUCacheWorkerLoRAManager.create_lora_manager": ("self", "model", "vllm_config"),
             "LRUCacheWorkerLoRAManager.add_adapter": ("self", "lora_request"),
+            "LRUCacheWorkerLoRAManager._apply_adapters": ("self", "lora_requests"),
             "LRUCacheWorkerLoRAManager._manager_cls._set_adapter_mapping": ("self", "mapping"),
             "LRUCacheWorkerLoRAManager._manager_cls.activate_adapter": ("self", "lora_id"),
             "LRUCacheWorkerLoRAManager._manager_cls.register_module": ("self", "module_name", "module"),

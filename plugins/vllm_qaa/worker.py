@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleW
 from qaa_serve.circuits import MAX_QUBITS
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
+
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vllm"
 
@@ -66,6 +70,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         self._context_layers = vllm_config.compilation_config.static_forward_context
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
+        self.takes_slots = True
         _split_graphs_at_delta(vllm_config, self.device)
 
     def register_module(self, module_name: str, module: Any) -> None:
@@ -82,7 +87,14 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             self._context_layers[name] = module
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once."""
+        """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once.
+
+        An adapter that is loaded ahead of its requests takes no slot that another one is in. (A LoRA adapter
+        does, as in vLLM: what is wrong with one may show only here, and must not show in a step.)
+        """
+        is_qaa = isinstance(self._registered_adapters[lora_id], QAAModel)
+        if is_qaa and not self.takes_slots and None not in self.lora_index_to_id:
+            return False
         activated = super().activate_adapter(lora_id)
         if activated:
             self._last_mapping = None  # a slot has changed: the next step makes a new plan
@@ -142,7 +154,56 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     _manager_cls = QAAModelManager
     _adapter_manager: QAAModelManager
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="qaa-reader")
+        self._staged: dict[int, Future[LoRAModel]] = {}
+
+    def stage(self, request: LoRARequest) -> None:
+        """Start to read an adapter beside the engine's steps; `add_adapter` takes what was read."""
+        self._staged[request.lora_int_id] = self._reader.submit(self._read_adapter, request)
+
+    def is_staged(self, lora_id: int) -> bool:
+        """Whether reading has come to an end, good or bad."""
+        return self._staged[lora_id].done()
+
+    def adapter_bytes(self) -> list[tuple[int, int, int]]:
+        """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
+        manager = self._adapter_manager
+        slot_bytes = sum(
+            tensor[0].nbytes
+            for layer in manager.modules.values()
+            if isinstance(layer, QAALayerMixin)
+            for stacked in (layer.lora_a_stacked, layer.lora_b_stacked)
+            for tensor in stacked
+        )
+        return [
+            (lora_id, _host_bytes(adapter), slot_bytes if lora_id in manager.lora_index_to_id else 0)
+            for lora_id, adapter in manager.list_adapters().items()
+        ]
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """As vLLM's, ahead of any request."""
+        self._adapter_manager.takes_slots = False
+        try:
+            return super().add_adapter(lora_request)
+        finally:
+            self._adapter_manager.takes_slots = True
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """As vLLM's, in an engine step: the adapters of its requests take slots."""
+        if len(lora_requests) > self._adapter_manager.lora_slots:
+            raise RuntimeError(
+                f"{len(lora_requests)} adapters in one step, and {self._adapter_manager.lora_slots} slots"
+            )
+        for request in lora_requests:
+            super().add_adapter(request)
+
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        staged = self._staged.pop(lora_request.lora_int_id, None)
+        return self._read_adapter(lora_request) if staged is None else staged.result()
+
+    def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         directory = Path(get_adapter_absolute_path(lora_request.lora_path))
         # A missing config is left to vLLM, whose error its API server knows how to report.
         if (directory / CONFIG_FILE).is_file() and read_config(directory).get("peft_type") == "QAA":
@@ -154,6 +215,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_qaa(self, request: LoRARequest, directory: Path) -> QAAModel:
         self._refuse_settings(request)
         adapter = load_adapter(directory)
+        _, at, digest = request.lora_name.rpartition("@")
+        if at and _DIGEST.fullmatch(digest) and not adapter.digest.startswith(digest):
+            raise AdapterError(f"its files are not those of {request.lora_name}: they were changed or damaged")
         if adapter.rank > self.lora_config.max_lora_rank:
             raise AdapterError(
                 f"the adapter has rank {adapter.rank} (heads x readouts) and the server takes ranks up to "
@@ -230,6 +294,34 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                     f"{name!r}: lora_A and lora_B have shapes {actual[0]} and {actual[1]}; the served model needs "
                     f"{expected[0]} and {expected[1]}: the adapter was made for another base"
                 )
+
+
+def _host_bytes(adapter: LoRAModel) -> int:
+    tensors: dict[int, int] = {}  # by address: packed layers share their parts
+    for weights in adapter.loras.values():
+        for part in (weights.lora_a, weights.lora_b):
+            for tensor in part if isinstance(part, list) else [part]:
+                if isinstance(tensor, torch.Tensor):
+                    tensors[tensor.data_ptr()] = tensor.nbytes
+    return sum(tensors.values())
+
+
+class AdapterRPC:
+    """What the server asks workers by `collective_rpc`; mixed into vLLM's worker by --worker-extension-cls."""
+
+    model_runner: Any
+
+    def qaa_stage(self, name: str, lora_id: int, path: str) -> None:
+        """Start to read an adapter in the background."""
+        self.model_runner.lora_manager.stage(LoRARequest(name, lora_id, path))
+
+    def qaa_is_staged(self, lora_id: int) -> bool:
+        """Whether that has come to an end."""
+        return bool(self.model_runner.lora_manager.is_staged(lora_id))
+
+    def qaa_adapter_bytes(self) -> list[tuple[int, int, int]]:
+        """(id, bytes in host memory, bytes in its slot or 0) of every adapter in this worker."""
+        return list(self.model_runner.lora_manager.adapter_bytes())
 
 
 def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: Place) -> None:

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +95,35 @@ def digest_of(directory: Path) -> str:
     """
     parts = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with _readable(name), _locate(directory, name).open("rb") as file:
+        with _open(directory, name) as file, _readable(name):
             parts.append(hashlib.file_digest(file, "sha256").digest())
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def copy_adapter(source: Path, target: Path, *, max_bytes: int) -> None:
+    """Copy an adapter's two files, and nothing else, into a directory that exists.
+
+    What is read is what was checked: links are resolved once, must stay inside ``source``, and must lead to
+    regular files; a file that grows while it is read is refused.
+
+    Args:
+        source: the adapter's directory.
+        target: where to.
+        max_bytes: for adapter_model.safetensors.
+
+    Raises:
+        AdapterError: if a file is missing, unreadable, too large, no regular file or leaves the directory.
+        OSError: if ``target`` cannot be written.
+    """
+    for name, limit in ((CONFIG_FILE, _MAX_CONFIG_BYTES), (WEIGHTS_FILE, max_bytes)):
+        with (target / name).open("wb") as copy:
+            left = limit
+            with _open(source, name, limit) as file:
+                while chunk := _read_chunk(file, name):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise AdapterError(f"{name} grew beyond {limit:,} bytes while it was read")
+                    copy.write(chunk)
 
 
 def load_adapter(directory: str | Path, base: LinearWidths | None = None) -> Adapter:
@@ -109,24 +137,30 @@ def load_adapter(directory: str | Path, base: LinearWidths | None = None) -> Ada
         AdapterError: for anything that is wrong with it.
     """
     directory = Path(directory)
-    config_bytes = _read(directory, CONFIG_FILE, limit=_MAX_CONFIG_BYTES)
+    config_bytes, weight_bytes = _read(directory, CONFIG_FILE, _MAX_CONFIG_BYTES), _read(directory, WEIGHTS_FILE)
     config = AdapterConfig.parse(_parse_config(config_bytes))
-    weight_bytes = _read(directory, WEIGHTS_FILE)
-    try:
-        tensors = load_safetensors(weight_bytes)
-    except Exception as error:  # SafetensorError, and whatever its conversion to torch stumbles over
-        if weight_bytes[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}") from error
-        raise AdapterError(
-            f"{WEIGHTS_FILE} is damaged or no safetensors file: {error!s:.200}; copy or save it again"
-        ) from error
-    digest = hashlib.sha256(
-        hashlib.sha256(config_bytes).digest() + hashlib.sha256(weight_bytes).digest()
-    ).hexdigest()
-    modules = _modules(config, tensors)
+    modules = _modules(config, _parse_weights(weight_bytes))
     if base is not None:
         check_fit(config, modules, base)
-    return Adapter(config, modules, digest)
+    return Adapter(config, modules, _digest(config_bytes, weight_bytes))
+
+
+def check_lora(directory: Path) -> str:
+    """Check the weights of a LoRA adapter as far as they can be judged without the engine that loads them.
+
+    Returns:
+        the adapter's digest.
+
+    Raises:
+        AdapterError: if the file is damaged or empty, or holds values that are NaN or infinite.
+    """
+    config_bytes, weight_bytes = _read(directory, CONFIG_FILE, _MAX_CONFIG_BYTES), _read(directory, WEIGHTS_FILE)
+    tensors = _parse_weights(weight_bytes)
+    if not tensors:
+        raise AdapterError(f"{WEIGHTS_FILE} holds no tensors")
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor)
+    return _digest(config_bytes, weight_bytes)
 
 
 def save_adapter(
@@ -214,13 +248,29 @@ def _locate(directory: Path, name: str) -> Path:
     return real
 
 
-def _read(directory: Path, name: str, limit: int | None = None) -> bytes:
+@contextmanager
+def _open(directory: Path, name: str, limit: int | None = None) -> Iterator[BufferedReader]:
+    """One of the two files, checked to be a regular one of at most ``limit`` bytes."""
     with _readable(name):
-        path = _locate(directory, name)
-        size = path.stat().st_size
-        if limit is not None and size > limit:
-            raise AdapterError(f"{name} has {size:,} bytes; at most {limit:,} are read")
-        return path.read_bytes()
+        # Never blocks, as opening a FIFO would; the resolved path has no link left in its last part.
+        descriptor = os.open(_locate(directory, name), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{name} is no regular file")
+        if limit is not None and status.st_size > limit:
+            raise AdapterError(f"{name} has {status.st_size:,} bytes; at most {limit:,} are read")
+        yield file
+
+
+def _read_chunk(file: BufferedReader, name: str) -> bytes:
+    with _readable(name):
+        return file.read(1 << 20)
+
+
+def _read(directory: Path, name: str, limit: int | None = None) -> bytes:
+    with _open(directory, name, limit) as file, _readable(name):
+        return file.read()
 
 
 @contextmanager
@@ -244,6 +294,29 @@ def _parse_config(raw: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{CONFIG_FILE} holds a JSON {type(config).__name__}, not an object")
     return config
+
+
+def _parse_weights(raw: bytes) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load_safetensors(raw)
+    except Exception as error:  # SafetensorError, and whatever its conversion to torch stumbles over
+        if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}") from error
+        raise AdapterError(
+            f"{WEIGHTS_FILE} is damaged or no safetensors file: {error!s:.200}; copy or save it again"
+        ) from error
+    return tensors
+
+
+def _digest(config_bytes: bytes, weight_bytes: bytes) -> str:
+    parts = (hashlib.sha256(raw).digest() for raw in (config_bytes, weight_bytes))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        raise AdapterError(f"{name} has {int((~finite).sum())} values that are NaN or infinite")
 
 
 def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleWeights]:
@@ -298,10 +371,8 @@ def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: tor
         raise AdapterError(
             f"{module}.qaa_weight has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed"
         )
-    for kind, tensor in (("theta", theta), ("weight", weight)):
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise AdapterError(f"{module}.qaa_{kind} has {bad} values that are NaN or infinite")
+    _check_finite(f"{module}.qaa_theta", theta)
+    _check_finite(f"{module}.qaa_weight", weight)
     return ModuleWeights(theta.reshape(config.heads, *shape), weight)
 
 

@@ -1,6 +1,26 @@
-"""Public adapter names and the revisions behind them."""
+"""Public adapter names, the revisions behind them, and where those come from."""
 
-from qaa_serve.registry.directory import Rejection, scan
+from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache
+from qaa_serve.registry.catalogue import Catalogue, Entry, UnavailableError, UnknownAdapterError
+from qaa_serve.registry.directory import DirectoryWatcher, Rejection, scan
 from qaa_serve.registry.revisions import NAME_PATTERN, Revision, check_name, read_revision
+from qaa_serve.registry.store import RevisionStore, StoreError
 
-__all__ = ["NAME_PATTERN", "Rejection", "Revision", "check_name", "read_revision", "scan"]
+__all__ = [
+    "NAME_PATTERN",
+    "CacheFullError",
+    "Catalogue",
+    "DirectoryWatcher",
+    "Engine",
+    "EngineCache",
+    "Entry",
+    "Rejection",
+    "Revision",
+    "RevisionStore",
+    "StoreError",
+    "UnavailableError",
+    "UnknownAdapterError",
+    "check_name",
+    "read_revision",
+    "scan",
+]

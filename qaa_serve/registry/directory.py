@@ -1,21 +1,41 @@
-"""Finding adapters in a directory."""
+"""The adapters directory: finding adapters in it, and following its changes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from logging import Logger, getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from qaa_serve.adapters import CONFIG_FILE, AdapterError
+from watchfiles import awatch
+
+from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from qaa_serve.registry.revisions import Revision, read_revision
+
+if TYPE_CHECKING:
+    from qaa_serve.registry.catalogue import Catalogue
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """An adapter directory that cannot be served, and why."""
+    """An adapter directory that cannot be served, and why.
+
+    Attributes:
+        name: the directory's name.
+        path: the directory.
+        reason: what is wrong, what was found, what to do.
+        since: Unix time.
+    """
 
     name: str
     path: Path
     reason: str
+    since: float = field(default_factory=time.time, compare=False)
 
 
 def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
@@ -34,13 +54,219 @@ def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
         )
     revisions: list[Revision] = []
     rejections: list[Rejection] = []
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or not path.is_dir():
-            continue
-        if not (path / CONFIG_FILE).exists() and not any(path.glob("adapter_model.*")):
-            continue
+    for path in _adapter_directories(directory):
         try:
             revisions.append(read_revision(path))
         except AdapterError as error:
             rejections.append(Rejection(path.name, path, str(error)))
     return revisions, rejections
+
+
+def _adapter_directories(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if not path.name.startswith(".") and path.is_dir() and _looks_like_an_adapter(path):
+            yield path
+
+
+def _looks_like_an_adapter(path: Path) -> bool:
+    with suppress(OSError):  # what may not be read is an adapter that is refused
+        return os.path.lexists(path / CONFIG_FILE) or any(path.glob("adapter_model.*"))
+    return True
+
+
+#: What changes when an adapter's directory or one of its two files does.
+Signature: TypeAlias = tuple[tuple[int, ...] | None, ...]
+
+
+def signature_of(path: Path) -> Signature:
+    """Inode, size and modification time of an adapter's directory and files; None for what is not there."""
+    parts: list[tuple[int, ...] | None] = []
+    for file in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+        try:
+            status = file.stat()
+            parts.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode))
+        except OSError:
+            parts.append(None)
+    if parts[0] is not None:  # of a directory, only which one it is: other files in it do not matter
+        parts[0] = parts[0][:2]
+    return tuple(parts)
+
+
+class DirectoryWatcher:
+    """Publishes what appears in a directory, and removes what goes.
+
+    Events of the file system say when to look and whether a directory came by a rename; what is there is
+    always found by looking, and everything is looked at now and then, so that a lost event, a link that was
+    turned, or a file system without events only cost time.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        catalogue: Catalogue,
+        *,
+        quiet_s: float = 1.0,
+        rescan_s: float = 10.0,
+        logger: Logger | None = None,
+    ):
+        """Prepare to watch.
+
+        Args:
+            directory: the adapters directory.
+            catalogue: what its adapters are published in.
+            quiet_s: how long a directory must not change before it is read, in seconds.
+            rescan_s: how often everything is looked at, in seconds.
+            logger: where to say what happens.
+        """
+        self.directory = directory
+        self._catalogue = catalogue
+        self._quiet_s = quiet_s
+        self._rescan_s = rescan_s
+        self._log = logger or getLogger(__name__)
+        self._handled: dict[str, Signature] = {}
+        self._waiting: dict[str, tuple[Signature, float]] = {}  # name -> what was seen, and since when
+        self._identity = _identity(directory)
+        self._next_scan = 0.0
+        self._lost = False
+        self._trouble = ""
+
+    async def publish_all(self) -> None:
+        """Publish everything that is there now, without waiting for it to be quiet."""
+        for path in await asyncio.to_thread(lambda: list(_adapter_directories(self.directory))):
+            await self._take(path.name, signature_of(path), final=True)
+        for name, entry in list(self._catalogue.entries.items()):
+            if entry.source == "directory" and name not in self._handled:
+                await self._catalogue.forget_directory(name)
+
+    async def run(self) -> None:
+        """Follow the directory until cancelled."""
+        while True:
+            try:
+                await self._follow()
+            except Exception as error:
+                # The watch itself may fail too: no such directory, no watches left. Looking still works.
+                if str(error) != self._trouble:
+                    self._log.warning(
+                        "Watching %s: %s; looking every %.1f s", self.directory, error, self._quiet_s
+                    )
+                self._trouble = str(error)
+            await asyncio.sleep(self._quiet_s)
+            await self._look([])
+
+    async def _follow(self) -> None:
+        """Look whenever something happens, as long as the directory is the same one."""
+        identity = _identity(self.directory)
+        tick_ms = max(50, int(min(self._quiet_s, 1.0) * 500))
+        changes_here = awatch(
+            self.directory, watch_filter=None, step=50, rust_timeout=tick_ms, yield_on_timeout=True
+        )
+        async for changes in changes_here:
+            await self._look([Path(path) for _, path in changes])
+            if _identity(self.directory) != identity:
+                return
+
+    async def _look(self, changed: Iterable[Path]) -> None:
+        """Look at what events named, at what is being waited for, and now and then at everything."""
+        root = self.directory.resolve()
+        places = [path.relative_to(root).parts for path in changed if path.is_relative_to(root)]
+        names = {parts[0] for parts in places if parts and not parts[0].startswith(".")}
+        # A directory that came by a rename is there in one piece: no event speaks of a file inside it.
+        whole = names - {parts[0] for parts in places if len(parts) > 1}
+        names |= self._waiting.keys()
+        if time.monotonic() >= self._next_scan:
+            names |= await self._all_names()
+        for name in sorted(names):
+            await self._look_at(name, whole=name in whole)
+
+    async def _all_names(self) -> set[str]:
+        """Names of all adapters that are there, and of those that were."""
+        self._next_scan = time.monotonic() + self._rescan_s
+        try:
+            there = await asyncio.to_thread(lambda: {path.name for path in _adapter_directories(self.directory)})
+        except OSError as error:
+            return self._note_lost(f"cannot be read ({error.strerror})")
+        if not there and self._handled and _identity(self.directory) != self._identity:
+            return self._note_lost("is another one now, and empty, as if it were not mounted")
+        if self._lost:
+            self._log.warning("The adapters directory %s is back", self.directory)
+        self._lost, self._identity = False, _identity(self.directory)
+        return there | self._handled.keys()
+
+    def _note_lost(self, why: str) -> set[str]:
+        if not self._lost:
+            self._log.error(
+                "The adapters directory %s %s: the adapters from it stay as they are until it is back",
+                self.directory,
+                why,
+            )
+        self._lost = True
+        return set()
+
+    async def _look_at(self, name: str, whole: bool) -> None:
+        path = self.directory / name
+        signature = signature_of(path)
+        if signature == self._handled.get(name, _NOTHING):
+            self._waiting.pop(name, None)
+            return
+        if signature == _NOTHING and not await self._is_gone():
+            return
+        seen, since = self._waiting.get(name, (None, 0.0))
+        if whole and None not in signature and seen is None:
+            if await self._take(name, signature, final=False):
+                return
+        elif seen == signature and time.monotonic() - since >= self._quiet_s:
+            await self._take(name, signature, final=True)
+            return
+        if seen != signature:
+            self._waiting[name] = (signature, time.monotonic())
+
+    async def _is_gone(self) -> bool:
+        """Whether an adapter that is not there was taken away, rather than the whole directory."""
+        self._next_scan = 0.0
+        await self._all_names()
+        return not self._lost
+
+    async def _take(self, name: str, signature: Signature, final: bool) -> bool:
+        """Publish or remove what is there now.
+
+        Args:
+            name: the directory's name.
+            signature: what it looked like; if that changes while it is read, it is waited for again.
+            final: whether what is wrong with it is told; otherwise it may not be complete yet.
+
+        Returns:
+            whether that settled it.
+        """
+        path = self.directory / name
+        rejection = None
+        if signature == _NOTHING or not _looks_like_an_adapter(path):
+            await self._catalogue.forget_directory(name)
+        else:
+            try:
+                await self._catalogue.publish(
+                    name, path, "directory", unchanged=lambda: signature_of(path) == signature
+                )
+            except AdapterError as error:
+                rejection = Rejection(name, path, str(error))
+        if signature_of(path) != signature or (rejection is not None and not final):
+            self._waiting[name] = (signature_of(path), time.monotonic())
+            return False
+        if rejection is not None:
+            self._catalogue.reject(rejection)
+        self._waiting.pop(name, None)
+        if signature == _NOTHING:
+            self._handled.pop(name, None)
+        else:
+            self._handled[name] = signature
+        return True
+
+
+_NOTHING: Signature = (None, None, None)
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        status = directory.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qaa_serve.adapters import AdapterError, digest_of, load_adapter, read_config, resolve_base
+from qaa_serve.adapters import (
+    WEIGHTS_FILE,
+    AdapterError,
+    LinearWidths,
+    check_lora,
+    load_adapter,
+    read_config,
+    resolve_base,
+)
 
 #: Names that adapters may be served under. "@" separates a name from a revision's digest.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -27,7 +35,7 @@ class Revision:
     Attributes:
         name: the public name.
         digest: SHA-256 of the adapter's two files, in hex.
-        path: the directory that is served.
+        path: the directory that is served: within the store, a private copy that never changes.
         kind: QAA or LORA.
         rank: columns of B (heads * qubits for QAA).
         nbytes: size of adapter_model.safetensors.
@@ -45,9 +53,14 @@ class Revision:
     details: dict[str, Any]
 
     @property
+    def short_digest(self) -> str:
+        """The first 12 hex digits of the digest, which clients know the revision by."""
+        return self.digest[:12]
+
+    @property
     def revision(self) -> str:
         """`name@<first 12 hex of the digest>`, the adapter's name inside the engine."""
-        return f"{self.name}@{self.digest[:12]}"
+        return f"{self.name}@{self.short_digest}"
 
     @property
     def int_id(self) -> int:
@@ -69,12 +82,16 @@ def check_name(name: str) -> None:
         )
 
 
-def read_revision(directory: Path, name: str | None = None) -> Revision:
+def read_revision(
+    directory: Path, name: str | None = None, *, origin: Path | None = None, base: LinearWidths | None = None
+) -> Revision:
     """Validate an adapter directory, QAA or LoRA, as far as is possible without an engine.
 
     Args:
         directory: the adapter.
         name: the name to serve it under; None takes the directory's.
+        origin: the directory that a relative path of the base model is relative to, if this one is a copy.
+        base: the base model's linear layers, which a QAA adapter must fit; None leaves that to the engine.
 
     Raises:
         AdapterError: if it cannot be served.
@@ -84,11 +101,11 @@ def read_revision(directory: Path, name: str | None = None) -> Revision:
     config = read_config(directory)
     kind = config.get("peft_type")
     if kind == "QAA":
-        adapter = load_adapter(directory)
+        adapter = load_adapter(directory, base)
         digest, rank = adapter.digest, adapter.rank
         details = {key: getattr(adapter.config, key) for key in ("ansatz", "layers", "heads", "alpha")}
     elif kind == "LORA":
-        digest, r = digest_of(directory), config.get("r")
+        digest, r = check_lora(directory), config.get("r")
         if not isinstance(r, int) or r < 1:
             raise AdapterError(f"adapter_config.json of a LoRA adapter needs a positive integer r, found {r!r}")
         patterns = config.get("rank_pattern") or {}
@@ -97,14 +114,14 @@ def read_revision(directory: Path, name: str | None = None) -> Revision:
     else:
         raise AdapterError(f"adapter_config.json has peft_type {kind!r}; QAA and LORA adapters can be served")
     details["target_modules"] = config.get("target_modules")
-    base = config.get("base_model_name_or_path") or ""
+    named_base = config.get("base_model_name_or_path") or ""
     return Revision(
         name=name,
         digest=digest,
         path=directory.resolve(),
         kind=kind,
         rank=rank,
-        nbytes=(directory / "adapter_model.safetensors").stat().st_size,
-        base=resolve_base(directory, base),
+        nbytes=(directory / WEIGHTS_FILE).stat().st_size,
+        base=resolve_base(origin or directory, named_base),
         details=details,
     )

@@ -6,51 +6,74 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
-import vllm.envs as envs
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
 from rich.console import Console
+from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import NoSignalServer, serve_http, setup_server
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.logger import init_logger
 
-from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
-from qaa_serve.registry import Rejection, Revision
-from qaa_serve.server.models import ServedModels, logger
-from qaa_serve.server.routes import router
+from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
+from qaa_serve.server.admin import Readiness, Status, make_router
+from qaa_serve.server.engine import AdapterEngine, running_engine
+from qaa_serve.server.gate import Gate, Turns
+from qaa_serve.server.http import HTTPServer
+from qaa_serve.server.keys import KeyRing
+from qaa_serve.server.metrics import CatalogueCollector
+from qaa_serve.server.models import ServedModels
+from qaa_serve.server.settings import ServingOptions
+
+logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
 
 
-async def serve(args: argparse.Namespace, revisions: list[Revision], rejections: list[Rejection]) -> int:
+async def serve(args: argparse.Namespace, options: ServingOptions, store: RevisionStore, keys: KeyRing) -> int:
     """Serve until a signal or the engine's death.
 
+    Args:
+        args: vLLM's arguments.
+        options: ours.
+        store: where revisions are kept.
+        keys: who may do what.
+
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died.
+        the exit status: 0 after a signal, 1 if the engine died, 2 if an adapter is invalid and none may be.
     """
     address, sock = setup_server(args, reuse_port=False)
     try:
-        async with build_async_engine_client(args) as engine:
+        async with running_engine(args) as engine:
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
-            app.include_router(router)
             with _our_models():
                 await app_state.init_app_state(engine, app.state, args, tasks)
             models: ServedModels = app.state.openai_serving_models
-            await models.publish_all(revisions, rejections, _widths(args))
-            announcement = asyncio.create_task(_announce(app.state, args, address, models))
-            shutdown = await serve_http(app, sock=sock, **_uvicorn_options(args))
-            announcement.cancel()
-            # After a signal serve_http hands back the HTTP server's shutdown; if the server stopped by itself, a
-            # coroutine that does nothing. By itself it stops when vLLM's watchdog sees a dead engine.
-            died = shutdown.cr_code is not NoSignalServer.shutdown.__code__
-        await shutdown
+            catalogue = Catalogue(
+                store,
+                engine,
+                cache_bytes=options.adapter_cache_bytes,
+                max_count=args.max_cpu_loras,
+                keep=options.keep_revisions,
+                reserved=models.base_names.__contains__,
+                logger=logger,
+            )
+            models.catalogue, engine.cache = catalogue, catalogue.cache
+            gate = _stand_before(app, engine, catalogue, options, keys, models.base_names)
+            collector = CatalogueCollector(catalogue, gate)
+            REGISTRY.register(collector)
+            http = HTTPServer(app, gate, engine, args, drain_timeout_s=options.drain_timeout_s)
+            publishing = asyncio.create_task(_publish(catalogue, options, http, address, args, models))
+            try:
+                return await http.run(sock)
+            finally:
+                REGISTRY.unregister(collector)
+                publishing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await publishing
     finally:
         sock.close()
-    if died:
-        logger.error("The engine died; the server ends with status 1")
-    return int(died)
 
 
 @contextmanager
@@ -64,49 +87,93 @@ def _our_models() -> Iterator[None]:
         app_state.OpenAIServingModels = original
 
 
-def _widths(args: argparse.Namespace) -> LinearWidths | None:
+def _stand_before(
+    app: FastAPI,
+    engine: AdapterEngine,
+    catalogue: Catalogue,
+    options: ServingOptions,
+    keys: KeyRing,
+    base_names: list[str],
+) -> Gate:
+    """Give vLLM's app our routes, and put the gate before it."""
+    turns = Turns(
+        options.adapter_max_running or engine.vllm_config.scheduler_config.max_num_seqs, options.adapter_max_queue
+    )
+    app.include_router(make_router(catalogue, engine, turns, options.adapters))
+
+    @app.get("/ready", tags=["adapters"], responses={503: {"model": Readiness}})
+    async def ready() -> JSONResponse:
+        """Whether requests are taken: the engine is up, the adapters of the start are published."""
+        status: Status = "ready"
+        if engine.errored:
+            status = "engine dead"
+        elif gate.draining:
+            status = "draining"
+        elif not catalogue.ready:
+            status = "loading"
+        return JSONResponse(Readiness(status=status).model_dump(), 200 if status == "ready" else 503)
+
+    gate = Gate(
+        app,
+        catalogue=catalogue,
+        keys=keys,
+        turns=turns,
+        base_names=base_names,
+        max_body_bytes=options.max_body_bytes,
+        max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
+    )
+    return gate
+
+
+async def _publish(
+    catalogue: Catalogue,
+    options: ServingOptions,
+    http: HTTPServer,
+    address: str,
+    args: argparse.Namespace,
+    models: ServedModels,
+) -> None:
+    """Publish what is there at the start, say that the server is ready, and follow the adapters directory."""
     try:
-        return linear_widths(args.model, trust_remote_code=args.trust_remote_code)
-    except AdapterError as error:
-        logger.warning("Adapters are checked by the engine only: %s", error)
-        return None
+        await catalogue.restore()
+        watcher = None
+        if options.adapters is not None:
+            watcher = DirectoryWatcher(
+                options.adapters, catalogue, quiet_s=options.adapters_quiet_s, logger=logger
+            )
+            await watcher.publish_all()
+        invalid = [entry.name for entry in catalogue.entries.values() if entry.rejection is not None]
+        if options.strict_adapters and invalid:
+            logger.error("--strict-adapters: the server ends, since these are invalid: %s", ", ".join(invalid))
+            http.stop(2)
+            return
+        catalogue.start()
+        await http.started.wait()
+        _announce(catalogue, args, address, models)
+        if watcher is not None:
+            await watcher.run()
+    except Exception:
+        logger.exception("Publishing adapters failed; the server ends")
+        http.stop(1)
 
 
-def _uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {
-        "enable_ssl_refresh": args.enable_ssl_refresh,
-        "host": args.host,
-        "port": args.port,
-        "log_level": args.uvicorn_log_level,
-        "access_log": not args.disable_uvicorn_access_log,
-        "timeout_keep_alive": envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        "ssl_keyfile": args.ssl_keyfile,
-        "ssl_certfile": args.ssl_certfile,
-        "ssl_ca_certs": args.ssl_ca_certs,
-        "ssl_cert_reqs": args.ssl_cert_reqs,
-        "ssl_ciphers": args.ssl_ciphers,
-        "h11_max_incomplete_event_size": args.h11_max_incomplete_event_size,
-        "h11_max_header_count": args.h11_max_header_count,
-    }
-    log_config = get_uvicorn_log_config(args)
-    return options if log_config is None else {**options, "log_config": log_config}
-
-
-async def _announce(state: Any, args: argparse.Namespace, address: str, models: ServedModels) -> None:
-    """Once HTTP is up, say so, and how to try it."""
-    while not getattr(getattr(state, "server", None), "started", False):
-        await asyncio.sleep(0.05)
-    base = models.model_name()
-    adapters = ", ".join(f"{name} ({r.kind})" for name, r in models.revisions.items()) or "none"
-    example = next(iter(models.revisions), base)
+def _announce(catalogue: Catalogue, args: argparse.Namespace, address: str, models: ServedModels) -> None:
+    """Say that the server is ready, and how to try it."""
+    base = models.base_names[0]
+    served = [entry.current for entry in catalogue.entries.values() if entry.current is not None]
+    shown = ", ".join(f"{r.name} ({r.kind})" for r in served[:20]) or "none"
+    if len(served) > 20:
+        shown += f", and {len(served) - 20} more"
+    example = served[0].name if served else base
     question = {"role": "user", "content": "What is the capital of France?"}
     body = {"model": example, "temperature": 0, "messages": [question]}
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold green]Ready[/bold green] on {address}   base: {base}   adapters: {adapters}")
-    for rejection in models.rejections.values():
-        console.print(f"[yellow]Not served:[/yellow] {rejection.name}: {rejection.reason}")
+    console.print(f"\n[bold green]Ready[/bold green] on {address}   base: {base}   adapters: {shown}")
+    for entry in catalogue.entries.values():
+        if entry.rejection is not None:
+            console.print(f"[yellow]Not served:[/yellow] {entry.name}: {entry.rejection.reason}")
     url = f"--unix-socket {args.uds} http://localhost" if args.uds else address
-    key = "-H 'Authorization: Bearer <your key>' " if args.api_key or envs.VLLM_API_KEY else ""
+    key = "-H 'Authorization: Bearer <your key>' " if args.clients_need_a_key else ""
     console.print(
         f"Try:  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n",
         markup=False,

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     cli_env_setup()
     try:
         args = settings.make_parser().parse_args(list(arguments))
-        revisions, rejections = settings.resolve(args)
+        options, store, keys = settings.resolve(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
     except (settings.UsageError, AssertionError, OSError, TypeError, ValueError) as error:
@@ -41,7 +41,10 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_start_up)
-    return uvloop.run(serve(args, revisions, rejections))
+    try:
+        return uvloop.run(serve(args, options, store, keys))
+    finally:
+        store.close()
 
 
 def _end_start_up(number: int, _frame: object) -> NoReturn:

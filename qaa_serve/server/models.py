@@ -2,149 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
-from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from qaa_serve.adapters import AdapterError, LinearWidths, check_fit, digest_of, load_adapter
-from qaa_serve.registry import Rejection, Revision
+from qaa_serve.registry import Catalogue, Revision
+from qaa_serve.server.engine import request_for
+from qaa_serve.server.gate import Use, current_use
 
-logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
+
+class HeldAdapter(Mapping[str, LoRARequest]):
+    """The one adapter that a request asked for and that is held for it, as vLLM's handlers look it up.
+
+    No other name is found here: what the gate checked and holds is all that a request can reach.
+    """
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        use = current_use.get()
+        if use is None or use.revision is None or use.asked != name:
+            raise KeyError(name)
+        return request_for(use.revision)
+
+    def __iter__(self) -> Iterator[str]:
+        use = current_use.get()
+        return iter([] if use is None or use.revision is None or use.asked is None else [use.asked])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 class ServedModels(OpenAIServingModels):
-    """vLLM's served models, where an adapter's public name stands for its newest revision.
+    """vLLM's served models: the base model, and the adapters of the catalogue under their public names."""
 
-    ``lora_requests`` maps public names to requests whose name, path and id are the revision's; vLLM's handlers
-    look a request's ``model`` up there. What clients get back is the public name.
-    """
+    catalogue: Catalogue | None = None  # set once the engine is up
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.revisions: dict[str, Revision] = {}
-        self.rejections: dict[str, Rejection] = {}
-        self._public_names: dict[str, str] = {}  # revision -> public name
+    @property
+    def lora_requests(self) -> Mapping[str, LoRARequest]:
+        """What vLLM's handlers look a request's model up in."""
+        return HeldAdapter()
+
+    @lora_requests.setter
+    def lora_requests(self, requests: Mapping[str, LoRARequest]) -> None:
+        pass  # vLLM's own starts empty, and stays so
 
     @property
     def base_model_paths(self) -> list[BaseModelPath]:
-        """The base model first, then the adapters: vLLM lists them to a client that asks for an unknown model."""
-        adapters = [
-            BaseModelPath(name=name, model_path=request.lora_path) for name, request in self.lora_requests.items()
-        ]
+        """The base model, then the adapters: vLLM lists them to a client that asks for an unknown model."""
+        adapters = [BaseModelPath(name=r.name, model_path=str(r.path)) for r in self._adapters()]
         return [self._base_paths[0], *adapters]
 
     @base_model_paths.setter
     def base_model_paths(self, paths: list[BaseModelPath]) -> None:
         self._base_paths = paths
-        self.lora_requests: dict[str, LoRARequest] = {}
+
+    @property
+    def base_names(self) -> list[str]:
+        """The base model's names."""
+        return [path.name for path in self._base_paths]
+
+    def is_base_model(self, model_name: str) -> bool:
+        """Whether a name is the base model's and the request may use it."""
+        use = current_use.get()
+        return model_name in self.base_names and (use is None or use.asked in (None, model_name))
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
-        """The name a client knows a request's model by."""
-        if lora_request is None:
+        """The name a client gets back: the one it asked for."""
+        use = current_use.get()
+        if lora_request is None or use is None or use.asked is None:
             return self._base_paths[0].name
-        return self._public_names.get(lora_request.lora_name, lora_request.lora_name)
+        return use.asked
 
     async def show_available_models(self) -> ModelList:
-        """The base model and every adapter under its public name, with its revision's directory as root."""
-        models = await self.registry.show_available_models()
-        for name, request in self.lora_requests.items():
+        """The base model and every adapter that the client may use, with its revision as root."""
+        models: ModelList = await self.registry.show_available_models()
+        use = current_use.get() or Use(None, None)
+        models.data = [card for card in models.data if use.may_use(card.id)]
+        for revision in self._adapters():
             models.data.append(
                 ModelCard(
-                    id=name,
-                    root=request.lora_path,
+                    id=revision.name,
+                    root=revision.revision,
                     parent=self._base_paths[0].name,
                     permission=[ModelPermission()],
                 )
             )
         return models
 
-    async def publish(self, revision: Revision, base: LinearWidths | None) -> None:
-        """Load a revision into the engine, then let its name stand for it.
+    def _adapters(self) -> list[Revision]:
+        use = current_use.get() or Use(None, None)
+        entries = self.catalogue.entries.values() if self.catalogue is not None else ()
+        return [entry.current for entry in entries if entry.current is not None and use.may_use(entry.name)]
 
-        Args:
-            revision: what to serve.
-            base: the base model's linear layers, for a check that needs no engine; None leaves it to the engine.
+    async def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Not here: the catalogue publishes (qaa_serve.server.admin)."""
+        raise NotImplementedError
 
-        Raises:
-            AdapterError: if it cannot be served; nothing has changed then.
-        """
-        if self.is_base_model(revision.name):
-            raise AdapterError(f"{revision.name!r} is the base model's name: rename the adapter's directory")
-        for name, other in self.revisions.items():
-            if other.int_id == revision.int_id and other.revision != revision.revision:
-                raise AdapterError(
-                    f"its id {revision.int_id} is that of {name!r} by chance: rename the adapter, or save it "
-                    "again with any change to its config"
-                )
-        if base is not None and revision.kind == "QAA":
-            adapter = load_adapter(revision.path)
-            check_fit(adapter.config, adapter.modules, base)
-        request = LoRARequest(
-            lora_name=revision.revision,
-            lora_int_id=revision.int_id,
-            lora_path=str(revision.path),
-            base_model_name=self._base_paths[0].name,
-        )
-        try:
-            await self.engine_client.add_lora(request)
-        except Exception as error:
-            # The engine's process sends any failure as a plain exception with this prefix; it goes on serving.
-            raise AdapterError(str(error).removeprefix("Call to add_lora method failed: ")) from error
-        if digest_of(revision.path) != revision.digest:
-            await self.engine_client.remove_lora(revision.int_id)
-            raise AdapterError("its files changed while it was loaded: start again when they are complete")
-        self._public_names[revision.revision] = revision.name
-        self.revisions[revision.name] = revision
-        self.lora_requests[revision.name] = request
-
-    async def publish_all(
-        self, revisions: list[Revision], rejections: list[Rejection], base: LinearWidths | None
-    ) -> None:
-        """Publish what can be served; what cannot is logged with its reason and kept for the API."""
-        for rejection in rejections:
-            self._reject(rejection)
-        for revision in revisions:
-            try:
-                await self.publish(revision, base)
-            except AdapterError as error:
-                self._reject(Rejection(revision.name, revision.path, str(error)))
-            else:
-                logger.info(
-                    "Serving %s adapter %s as %r (rank %d, %d bytes)",
-                    revision.kind,
-                    revision.revision,
-                    revision.name,
-                    revision.rank,
-                    revision.nbytes,
-                )
-
-    def _reject(self, rejection: Rejection) -> None:
-        self.rejections[rejection.name] = rejection
-        logger.error("Not serving adapter %r (%s): %s", rejection.name, rejection.path, rejection.reason)
-
-    def describe(self) -> Mapping[str, Any]:
-        """What GET /v1/adapters answers."""
-        served = [
-            {
-                "id": revision.name,
-                "object": "adapter",
-                "state": "served",
-                "revision": revision.revision,
-                "kind": revision.kind,
-                "rank": revision.rank,
-                "bytes": revision.nbytes,
-                "details": revision.details,
-                "reason": None,
-            }
-            for revision in self.revisions.values()
-        ]
-        rejected = [
-            {"id": rejection.name, "object": "adapter", "state": "rejected", "reason": rejection.reason}
-            for rejection in self.rejections.values()
-        ]
-        return {"object": "list", "data": [*served, *rejected]}
+    async def unload_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Not here: the catalogue publishes (qaa_serve.server.admin)."""
+        raise NotImplementedError

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
-from qaa_serve.adapters import AdapterError
-from qaa_serve.registry import Rejection, Revision, scan
+from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
+from qaa_serve.registry import Revision, RevisionStore, StoreError, scan
+from qaa_serve.server.gate import is_loopback
+from qaa_serve.server.keys import KeyFileError, KeyRing, client_key, read_admin_keys, read_client_keys
 
 DESCRIPTION = """\
 Serve a base model and every QAA or LoRA adapter directory in DIR with an OpenAI-compatible API. A request's
-"model" is an adapter's directory name, or the base model's name.
+"model" is an adapter's directory name, or the base model's name. Directories that appear, change or go while the
+server runs are served, replaced or removed; docs/hot-swap.md tells how.
 
   qaa-serve --adapters my-adapters/                      base model as the adapters name it
   qaa-serve meta-llama/Llama-3.2-1B --adapters dir/      base model by name or path
 
-All options of vllm serve can be given too; --help=all lists them. What you leave open of --enable-lora,
---max-loras, --max-lora-rank, --max-cpu-loras, --host and --served-model-name is chosen to fit, and printed."""
+All options of vllm serve can be given too; --help=all lists them. What you leave open of --max-loras,
+--max-lora-rank, --adapter-cache-bytes, --host and --served-model-name is chosen to fit, and printed."""
 
 #: Options of vLLM that are chosen here unless the user gives them.
 _CHOSEN = (
@@ -31,16 +35,47 @@ _CHOSEN = (
     "max_loras",
     "max_lora_rank",
     "max_cpu_loras",
+    "adapter_cache_bytes",
     "served_model_name",
     "kv_cache_memory_bytes",
 )
 
 _GIB = 1 << 30
+_MIB = 1 << 20
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class UsageError(ValueError):
     """The command line cannot be carried out; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """Our own options; sizes are in bytes.
+
+    Attributes:
+        adapters: the adapters directory.
+        adapters_quiet_s: how long a directory must not change before it is read.
+        strict_adapters: whether an invalid adapter at the start ends the server.
+        adapter_cache_bytes: host memory in the engine for adapters.
+        keep_revisions: former revisions of each name to keep.
+        max_adapter_bytes: of one adapter's weights.
+        adapter_max_running: requests of one model in the engine at once; 0: as many as the engine runs.
+        adapter_max_queue: further requests of one model that wait.
+        max_body_bytes: of a request.
+        drain_timeout_s: how long running requests have after a signal.
+    """
+
+    adapters: Path | None
+    adapters_quiet_s: float
+    strict_adapters: bool
+    adapter_cache_bytes: int
+    keep_revisions: int
+    max_adapter_bytes: int
+    adapter_max_running: int
+    adapter_max_queue: int
+    max_body_bytes: int
+    drain_timeout_s: float
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -76,31 +111,198 @@ def make_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group = parser.add_argument_group("qaa-serve")
-    group.add_argument(
-        "--adapters",
-        metavar="DIR",
-        type=Path,
-        help="directory whose sub-directories are adapters; each is served under its directory's name",
-    )
+    _add_our_options(parser)
     make_arg_parser(parser)
     parser.set_defaults(**dict.fromkeys(_CHOSEN), enable_lora=True)
     return parser
 
 
-def resolve(args: argparse.Namespace) -> tuple[list[Revision], list[Rejection]]:
-    """Fill in what the user left open, in place.
+def _add_our_options(parser: argparse.ArgumentParser) -> None:
+    from vllm.engine.arg_utils import human_readable_int
+
+    group = parser.add_argument_group("qaa-serve: adapters")
+    group.add_argument(
+        "--adapters",
+        metavar="DIR",
+        type=Path,
+        help="directory whose sub-directories are adapters; each is served under its directory's name, and the "
+        "directory is followed while the server runs",
+    )
+    group.add_argument(
+        "--adapters-quiet",
+        metavar="SECONDS",
+        type=_seconds,
+        default=1.0,
+        help="how long an adapter's directory must not change before it is read; one that is renamed into place "
+        "is read at once (default: 1)",
+    )
+    group.add_argument(
+        "--strict-adapters", action="store_true", help="end if an adapter is invalid when the server starts"
+    )
+    group.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        help="where private copies of the served adapters are kept, with what is served for the next start "
+        "(default: below ~/.cache/qaa-serve, by adapters directory and port)",
+    )
+    size = {"metavar": "SIZE", "type": human_readable_int}
+    group.add_argument(
+        "--state-bytes", **size, default=16 * _GIB, help="most that the copies may take (default: 16Gi)"
+    )
+    group.add_argument(
+        "--keep-revisions",
+        metavar="N",
+        type=_count,
+        default=2,
+        help="former revisions of each adapter to keep, for NAME@REVISION and for rolling back (default: 2)",
+    )
+    group.add_argument(
+        "--adapter-cache-bytes",
+        **size,
+        default=None,
+        help="memory of the engine for adapters; what is not in use makes room, and is loaded again before the "
+        "next request for it (default: a quarter of the free memory, at most 8Gi)",
+    )
+    group.add_argument(
+        "--max-adapter-bytes", **size, default=_GIB, help="largest weights file that is taken (default: 1Gi)"
+    )
+    group = parser.add_argument_group("qaa-serve: rights and limits")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        type=Path,
+        help="file with a client's key a line, and after it the models it may use, if not all (also: --api-key, "
+        "VLLM_API_KEY)",
+    )
+    group.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="keys for the admin API; others on this machine see a command line, so rather use --admin-key-file "
+        "or QAA_SERVE_ADMIN_KEY. Without any, the admin API answers this machine only",
+    )
+    group.add_argument("--admin-key-file", metavar="FILE", type=Path, help="file with an admin key a line")
+    group.add_argument(
+        "--adapter-max-running",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="requests of one model in the engine at once (default: as many as the engine runs, --max-num-seqs)",
+    )
+    group.add_argument(
+        "--adapter-max-queue",
+        metavar="N",
+        type=_count,
+        default=1000,
+        help="further requests of one model that may wait; more are answered 429 (default: 1000)",
+    )
+    group.add_argument(
+        "--max-body-bytes", **size, default=32 * _MIB, help="largest body of a request (default: 32Mi)"
+    )
+    group.add_argument(
+        "--drain-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=30.0,
+        help="how long running requests have to end after SIGTERM; new ones are answered 503 (default: 30)",
+    )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return number
+
+
+def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, KeyRing]:
+    """Fill in what the user left open, in place, and take our options and every secret out of it.
 
     Returns:
-        the adapters that can be served so far, and the rejected ones.
+        our options, the revision store and the keys.
 
     Raises:
         UsageError: if the arguments make no sense together.
     """
+    keys = _take_keys(args)
     try:
-        revisions, rejections = ([], []) if args.adapters is None else scan(args.adapters)
-    except AdapterError as error:
+        revisions = [] if args.adapters is None else scan(args.adapters)[0]
+        store = _open_store(args)
+    except (AdapterError, StoreError) as error:
         raise UsageError(str(error)) from error
+    revisions += store.revisions()
+    try:
+        _choose(args, revisions)
+    except BaseException:
+        store.close()
+        raise
+    store.base = _widths(args)
+    options = ServingOptions(
+        adapters=None if args.adapters is None else args.adapters.resolve(),
+        adapters_quiet_s=args.adapters_quiet,
+        strict_adapters=args.strict_adapters,
+        adapter_cache_bytes=args.adapter_cache_bytes,
+        keep_revisions=args.keep_revisions,
+        max_adapter_bytes=args.max_adapter_bytes,
+        adapter_max_running=args.adapter_max_running,
+        adapter_max_queue=args.adapter_max_queue,
+        max_body_bytes=args.max_body_bytes,
+        drain_timeout_s=args.drain_timeout,
+    )
+    return options, store, keys
+
+
+def _take_keys(args: argparse.Namespace) -> KeyRing:
+    """The keys, taken out of the arguments: vLLM prints those, and would guard fewer routes than the gate."""
+    try:
+        clients = [] if args.api_key_file is None else read_client_keys(args.api_key_file)
+        admins = [] if args.admin_key_file is None else read_admin_keys(args.admin_key_file)
+    except KeyFileError as error:
+        raise UsageError(str(error)) from error
+    given = args.api_key or [os.environ.pop("VLLM_API_KEY", "")]
+    clients += [client_key(key) for key in given if key]
+    admins += [key for key in (*args.admin_key, os.environ.pop("QAA_SERVE_ADMIN_KEY", "")) if key]
+    os.environ.pop("VLLM_API_KEY", None)
+    args.api_key, args.admin_key = None, []
+    args.clients_need_a_key = bool(clients)
+    return KeyRing(clients, admins)
+
+
+def _open_store(args: argparse.Namespace) -> RevisionStore:
+    directory = args.state_dir
+    if directory is None:
+        # A server of its own has a directory of its own, and finds it again.
+        served = f"{args.adapters.resolve() if args.adapters else ''}:{args.uds or args.port}"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = cache / "qaa-serve" / hashlib.sha256(served.encode()).hexdigest()[:12]
+    return RevisionStore(directory.resolve(), max_bytes=args.state_bytes, max_adapter_bytes=args.max_adapter_bytes)
+
+
+def _widths(args: argparse.Namespace) -> LinearWidths | None:
+    try:
+        return linear_widths(args.model, trust_remote_code=args.trust_remote_code)
+    except AdapterError as error:
+        _console.print(f"[yellow]Warning:[/yellow] adapters are checked by the engine only: {error}")
+        return None
+
+
+def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
+    """Fill in what the user left open, in place.
+
+    Raises:
+        UsageError: if the arguments make no sense together.
+    """
+    from qaa_serve.server.engine import WORKER_EXTENSION
+
     if args.data_parallel_size > 1 or (args.api_server_count or 1) > 1 or args.headless:
         raise UsageError(
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "
@@ -126,25 +328,19 @@ def resolve(args: argparse.Namespace) -> tuple[list[Revision], list[Rejection]]:
     if local:
         path = str(Path(args.model).resolve())
         choose("served_model_name", [Path(path).name, args.model], "the base model's directory, and its path")
-    count = len(revisions)
-    choose("max_loras", min(max(count, 1), 16), f"slots in one batch, for {count} adapters")
+    count = len({revision.name for revision in revisions})
+    choose("max_loras", min(max(count, 4), 16), f"adapters in one batch, of {count} there are now")
     choose("max_lora_rank", _rank_class(revisions), "the largest rank of an adapter, rounded up")
-    choose(
-        "max_cpu_loras",
-        max(2 * count, 64, args.max_loras),
-        "adapters kept in memory, so that none is read from disk in a request",
-    )
-    if args.max_cpu_loras < count:
-        raise UsageError(
-            f"--max-cpu-loras {args.max_cpu_loras} is less than the {count} adapters: one that is pushed out of "
-            "memory would be read from disk inside the engine's step"
-        )
-    _choose_cpu_memory(args, choose)
+    if args.max_cpu_loras is None:
+        args.max_cpu_loras = 1 << 16  # their memory is bounded in bytes instead
+    _choose_memory(args, choose)
+    if args.worker_extension_cls not in ("", None, WORKER_EXTENSION):
+        raise UsageError("--worker-extension-cls: qaa-serve needs its own; leave it out")
+    args.worker_extension_cls = WORKER_EXTENSION
     if not args.enable_lora:
         raise UsageError("--no-enable-lora leaves nothing to serve adapters with: leave it out")
     _print_choices(args.model, chosen)
     _warn_if_open(args)
-    return revisions, rejections
 
 
 def _base_of(revisions: Sequence[Revision], directory: Path | None) -> str:
@@ -169,11 +365,13 @@ def _rank_class(revisions: Sequence[Revision]) -> int:
     return next((rank for rank in allowed if rank >= needed), allowed[-1])
 
 
-def _choose_cpu_memory(args: argparse.Namespace, choose: Callable[[str, Any, str], None]) -> None:
-    """On a CPU vLLM would take nearly all memory for the KV cache."""
+def _choose_memory(args: argparse.Namespace, choose: Callable[[str, Any, str], None]) -> None:
+    """Memory for adapters; and on a CPU, for the KV cache, where vLLM would take nearly all there is."""
     import psutil
     from vllm.platforms import current_platform
 
+    size = min(psutil.virtual_memory().available // 4, 8 * _GIB)
+    choose("adapter_cache_bytes", size, "adapters in memory: a quarter of what is free, at most 8 GiB")
     if not current_platform.is_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return
     size = min(psutil.virtual_memory().available // 4, 4 * _GIB)
@@ -190,17 +388,9 @@ def _print_choices(model: str, chosen: dict[str, tuple[Any, str]]) -> None:
 
 
 def _warn_if_open(args: argparse.Namespace) -> None:
-    has_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
-    if args.uds or has_key or _is_loopback(args.host):
+    if args.uds or args.clients_need_a_key or is_loopback(args.host):
         return
     _console.print(
         f"[yellow]Warning:[/yellow] listening on {args.host} without an API key: whoever reaches this port can "
-        "use the server. Give --api-key KEY, or --host 127.0.0.1"
+        "use the server. Give --api-key-file FILE, or --host 127.0.0.1"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,0 +1,185 @@
+"""The revision store: private, immutable copies of the adapters that were found valid.
+
+STATE/lock                       held by the server that uses the directory
+STATE/state.json                 which revision each name stands for, over restarts
+STATE/revisions/NAME@DIGEST/     adapter_config.json and adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, LinearWidths, copy_adapter, digest_of
+from qaa_serve.registry.revisions import Revision, read_revision
+
+
+class StoreError(Exception):
+    """The state directory cannot be used; the message says why and what to do."""
+
+
+class RevisionStore:
+    """Copies of adapters that nobody else changes; see the module's docstring for the layout.
+
+    Adapters are checked after they were copied, so what is served is what was checked, whatever happens to the
+    directory they came from.
+    """
+
+    def __init__(
+        self, directory: Path, *, max_bytes: int, max_adapter_bytes: int, base: LinearWidths | None = None
+    ):
+        """Take hold of the directory.
+
+        Args:
+            directory: made if it does not exist.
+            max_bytes: of all weights in the store.
+            max_adapter_bytes: of one adapter's weights.
+            base: the base model's linear layers, which QAA adapters must fit; None leaves that to the engine.
+
+        Raises:
+            StoreError: if it cannot be written, or another server uses it.
+        """
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self.max_adapter_bytes = max_adapter_bytes
+        self.base = base
+        self._revisions = directory / "revisions"
+        try:
+            self._revisions.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"--state-dir {directory} is in use by another server: give each server its own"
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"--state-dir {directory} cannot be written ({error.strerror}): give a directory that can"
+            ) from error
+        for leftover in (*self._revisions.glob(".*"), *directory.glob(".upload-*")):  # of a server that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another server use the directory."""
+        self._lock.close()
+
+    def admit(self, source: Path, name: str) -> Revision:
+        """Copy an adapter into the store and check the copy.
+
+        Raises:
+            AdapterError: if it cannot be served, or there is no room; the store is as it was then.
+        """
+        try:
+            self._revisions.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            copy = Path(tempfile.mkdtemp(prefix=".incoming-", dir=self._revisions))
+        except OSError as error:
+            raise self._no_room(error) from error
+        try:
+            copy_adapter(source, copy, max_bytes=self.max_adapter_bytes)
+            revision = read_revision(copy, name, origin=source, base=self.base)
+            place = self._revisions / revision.revision
+            if place.exists() and _intact(place, revision.digest):
+                return self._at(revision, place)
+            used = self.nbytes()
+            if used + revision.nbytes > self.max_bytes:
+                raise AdapterError(
+                    f"the revision store has {used:,} of {self.max_bytes:,} bytes in use and the adapter needs "
+                    f"{revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
+                )
+            shutil.rmtree(place, ignore_errors=True)
+            copy.rename(place)
+            return self._at(revision, place)
+        except OSError as error:
+            raise self._no_room(error) from error
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def recall(self, name: str, digest: str) -> Revision:
+        """A revision that an earlier server left, checked anew.
+
+        Args:
+            name: the adapter's public name.
+            digest: at least the first 12 hex digits.
+
+        Raises:
+            AdapterError: if it is gone or no longer what it was.
+        """
+        place = self._revisions / f"{name}@{digest[:12]}"
+        revision = read_revision(place, name, base=self.base)
+        if not revision.digest.startswith(digest):
+            raise AdapterError(f"the copy of {name}@{digest[:12]} in the revision store is damaged")
+        return revision
+
+    def revisions(self) -> list[Revision]:
+        """The revisions that an earlier server left, as far as they are valid."""
+        found = []
+        for path in sorted(self._revisions.iterdir()):
+            name, _, digest = path.name.partition("@")
+            with suppress(AdapterError):
+                found.append(self.recall(name, digest))
+        return found
+
+    def remove(self, revision: Revision) -> None:
+        """Delete a revision's files; nothing happens if they are gone already."""
+        shutil.rmtree(revision.path, ignore_errors=True)
+
+    def keep_only(self, revisions: Iterable[Revision]) -> None:
+        """Delete everything but these revisions."""
+        kept = {revision.path.name for revision in revisions}
+        for path in self._revisions.glob("*"):
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def nbytes(self) -> int:
+        """Bytes of all weights in the store."""
+        total = 0
+        for path in self._revisions.glob(f"*/{WEIGHTS_FILE}"):
+            try:
+                total += path.stat().st_size
+            except OSError:  # removed meanwhile
+                continue
+        return total
+
+    def read_state(self) -> dict[str, Any]:
+        """What `write_state` wrote last; empty if there is nothing that can be read."""
+        try:
+            state = json.loads((self.directory / "state.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Replace the state in one step.
+
+        Raises:
+            OSError: if it cannot be written; the old one stays.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        beside = self.directory / ".state.json"
+        beside.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        beside.replace(self.directory / "state.json")
+
+    def _at(self, revision: Revision, place: Path) -> Revision:
+        return Revision(**{**vars(revision), "path": place.resolve()})
+
+    def _no_room(self, error: OSError) -> AdapterError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return AdapterError(
+            f"the adapter cannot be copied to the state directory {self.directory}: {error.strerror or error}. "
+            + ("Free some space there, or give another --state-dir" if full else "Look at its permissions")
+        )
+
+
+def _intact(place: Path, digest: str) -> bool:
+    try:
+        return sorted(os.listdir(place)) == [CONFIG_FILE, WEIGHTS_FILE] and digest_of(place) == digest
+    except (AdapterError, OSError):
+        return False

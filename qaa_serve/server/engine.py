@@ -1,0 +1,127 @@
+"""vLLM's engine as the registry needs it, and as requests reach it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMNotFoundError
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from qaa_serve.adapters import AdapterError
+from qaa_serve.registry import EngineCache, Revision
+
+logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the name "vllm"
+
+#: What vLLM mixes into its workers, for AdapterEngine to ask.
+WORKER_EXTENSION = "vllm_qaa.worker.AdapterRPC"
+
+_POLL_S = 0.01
+
+
+class AdapterEngine(AsyncLLM):
+    """vLLM's engine, to which no request is handed whose adapter it does not hold."""
+
+    cache: EngineCache | None = None  # set once the catalogue is there
+
+    async def generate(
+        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As vLLM's; the adapter is held until the request has ended or its abort has been sent."""
+        outputs = super().generate(*args, lora_request=lora_request, **kwargs)
+        with self._holding(lora_request):
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    async def encode(
+        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As vLLM's; see `generate`."""
+        outputs = super().encode(*args, lora_request=lora_request, **kwargs)
+        with self._holding(lora_request):
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    def _holding(self, request: LoRARequest | None) -> AbstractContextManager[object]:
+        if request is None or self.cache is None:
+            return nullcontext()
+        if not self.cache.has(request.lora_int_id):
+            # A step that needs it would read it from disk, and end the engine if it is not there.
+            raise VLLMNotFoundError(f"Adapter {request.lora_name} is no longer served.")
+        return self.cache.hold(request.lora_int_id)
+
+    async def load(self, revision: Revision) -> int:
+        """Have every worker read a revision, beside its steps, and then take it over between two of them.
+
+        Returns:
+            bytes of host memory it takes, over all workers.
+
+        Raises:
+            AdapterError: if the engine refuses it.
+        """
+        request = request_for(revision)
+        try:
+            await self.collective_rpc("qaa_stage", args=(revision.revision, revision.int_id, str(revision.path)))
+            while not all(await self.collective_rpc("qaa_is_staged", args=(revision.int_id,))):
+                await asyncio.sleep(_POLL_S)
+            await self.add_lora(request)
+            return (await self.adapter_bytes())[revision.int_id][0]
+        except EngineDeadError as error:
+            raise AdapterError("the engine has died") from error
+        except Exception as error:
+            # The engine's process sends any failure as a plain exception with this prefix; it goes on serving.
+            reason = str(error).removeprefix("Call to add_lora method failed: ")
+            try:
+                await self.remove_lora(revision.int_id)  # one of several workers may have it
+            except Exception:
+                logger.exception("Removing %s after a failed load", revision.revision)
+            raise AdapterError(reason) from error
+
+    async def unload(self, revision: Revision) -> None:
+        """Have every worker forget a revision."""
+        try:
+            await self.remove_lora(revision.int_id)
+        except Exception as error:  # a dead engine holds nothing any more
+            logger.warning("Unloading %s: %s", revision.revision, error)
+
+    async def adapter_bytes(self) -> dict[int, tuple[int, int]]:
+        """Bytes in host memory and in slots by adapter id, over all workers."""
+        totals: dict[int, tuple[int, int]] = {}
+        for worker in await self.collective_rpc("qaa_adapter_bytes"):
+            for int_id, host, slot in worker:
+                before = totals.get(int_id, (0, 0))
+                totals[int_id] = (before[0] + host, before[1] + slot)
+        return totals
+
+
+def request_for(revision: Revision) -> LoRARequest:
+    """What vLLM knows a revision by: name, path and id are all its own."""
+    return LoRARequest(lora_name=revision.revision, lora_int_id=revision.int_id, lora_path=str(revision.path))
+
+
+@asynccontextmanager
+async def running_engine(args: Any) -> AsyncIterator[AdapterEngine]:
+    """The engine that vLLM's arguments describe; it is stopped at the end."""
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = AdapterEngine.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        await engine.reset_mm_cache()
+        yield engine
+    finally:
+        engine.shutdown(timeout=config.shutdown_timeout)

@@ -1,0 +1,456 @@
+"""What stands before vLLM's app: rights, limits, and the hold on a request's adapter.
+
+One ASGI middleware sees every request first. It lets a request through when its key may make it, holds the
+revision that its model names until the response has been sent, and says 429 or 503 when it cannot be served now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from qaa_serve.registry import Catalogue, Revision, UnavailableError, UnknownAdapterError
+from qaa_serve.server.keys import ClientKey, KeyRing
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Role(Enum):
+    """Who may call a route."""
+
+    ANYONE = "anyone"
+    CLIENT = "client"
+    ADMIN = "admin"
+
+
+#: Routes that say how the server is, and its documentation. They name adapters at most.
+_OPEN = {"/health", "/ready", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/load"}
+
+#: Beginnings of paths that clients call. Everything else is for admins: vLLM has routes that stop its engine.
+_FOR_CLIENTS = (
+    "/v1/", "/v2/", "/inference/", "/cohere/", "/tokenize", "/detokenize", "/pooling", "/classify", "/score",
+    "/rerank", "/invocations", "/generative_scoring", "/derender",
+)  # fmt: skip
+
+#: Beginnings of paths that would be clients' but change what is served.
+_FOR_ADMINS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+def role_of(path: str) -> Role:
+    """Who may call the route of a path."""
+    if path in _OPEN or path.startswith(("/metrics/", "/docs/", "/static/")):
+        return Role.ANYONE
+    if path.startswith(_FOR_CLIENTS) and not path.startswith(_FOR_ADMINS):
+        return Role.CLIENT
+    return Role.ADMIN
+
+
+@dataclass
+class Use:
+    """What a request asked for, as the routes behind the gate see it.
+
+    Attributes:
+        asked: the model the request names, as name or name@revision; None if it names none.
+        key: the client's key; None if there are none.
+        revision: the adapter's revision that is held for it; None for the base model.
+    """
+
+    asked: str | None
+    key: ClientKey | None
+    revision: Revision | None = None
+
+    def may_use(self, model: str) -> bool:
+        """Whether the client may use a model."""
+        return self.key is None or self.key.allows(model)
+
+
+#: The request that this task answers; None outside of requests.
+current_use: ContextVar[Use | None] = ContextVar("current_use", default=None)
+
+
+class RefusedError(Exception):
+    """A request that is not let through.
+
+    Attributes:
+        status: the HTTP status.
+        message: why, and what to do.
+        headers: of the response.
+    """
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> JSONResponse:
+        """In the form that OpenAI's clients read."""
+        return error_response(self.status, self.message, self.headers)
+
+
+_TYPES = {
+    400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError",
+    409: "ConflictError", 413: "RequestTooLargeError", 415: "BadRequestError", 422: "UnprocessableEntityError",
+    429: "RateLimitError",
+}  # fmt: skip
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error in the form of OpenAI's API."""
+    kind = _TYPES.get(status, "ServiceUnavailableError")
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return JSONResponse(body, status, headers)
+
+
+class Turns:
+    """Who may run now, by model: so many requests at once, so many more that wait in the order they came.
+
+    A model with more requests than the engine has seats would otherwise fill the engine's one queue, and every
+    other model's requests would stand behind them.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int):
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.running: dict[str, int] = defaultdict(int)
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
+
+    def waiting(self, name: str) -> int:
+        """Requests for a model that wait."""
+        return len(self._waiting.get(name, ()))
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[None]:
+        """Wait until a request for a model may run; it runs until the context ends.
+
+        Raises:
+            RefusedError: with 429 if too many wait already.
+        """
+        if self.running[name] >= self.max_running:
+            queue = self._waiting[name]
+            if len(queue) >= self.max_waiting:
+                raise RefusedError(
+                    429,
+                    f"{name!r} has {self.running[name]} requests running and {len(queue)} waiting, which is its "
+                    "limit: try again later",
+                    Retry_After="1",
+                )
+            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            queue.append(mine)
+            try:
+                await mine  # whoever ends hands its turn over, so `running` stays as it is
+            except asyncio.CancelledError:
+                if mine.done() and not mine.cancelled():
+                    self._end(name)
+                else:
+                    queue.remove(mine)
+                raise
+        else:
+            self.running[name] += 1
+        try:
+            yield
+        finally:
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        queue = self._waiting.get(name)
+        while queue:
+            following = queue.popleft()
+            if not following.done():
+                following.set_result(None)
+                return
+        self.running[name] -= 1
+        if not self.running[name]:
+            del self.running[name]
+            self._waiting.pop(name, None)
+
+
+class _ModelField(msgspec.Struct):
+    """The one field of a request's body that matters here; the others are skipped unread."""
+
+    model: str | None = None
+
+
+_decode_model = msgspec.json.Decoder(_ModelField).decode
+
+
+class Gate:
+    """The middleware; see the module's docstring."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        catalogue: Catalogue,
+        keys: KeyRing,
+        turns: Turns,
+        base_names: Sequence[str],
+        max_body_bytes: int,
+        max_upload_bytes: int,
+    ):
+        """Stand before an app.
+
+        Args:
+            app: what requests are let through to.
+            catalogue: the adapters.
+            keys: who may do what.
+            turns: who may run now.
+            base_names: the base model's names; its requests are counted under the first.
+            max_body_bytes: of a request.
+            max_upload_bytes: of an upload.
+        """
+        self.draining = False
+        self.in_flight = 0
+        self.turns = turns
+        self._app = app
+        self._catalogue = catalogue
+        self._keys = keys
+        self._base_names = base_names
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_upload_bytes
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let no new request through and wait until those that are have ended; False if time ran out."""
+        self.draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self._idle.is_set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or let it through."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        role = role_of(path)
+        preflight = scope.get("method") == "OPTIONS"  # browsers ask without a key; nothing is done
+        if role is Role.ANYONE or preflight:
+            await self._app(scope, receive, send)
+            return
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            await self._guarded(role, scope, receive, send)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    async def _guarded(self, role: Role, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            key = self._check_rights(role, scope)
+            self._check_open()
+            headers = Headers(scope=scope)
+            upload = role is Role.ADMIN and headers.get("content-type", "").startswith("multipart/form-data")
+            limited = _limited(receive, headers, self._max_upload_bytes if upload else self._max_body_bytes)
+            if role is Role.ADMIN or scope["type"] == "websocket":
+                token = current_use.set(Use(None, key))
+                try:
+                    await self._app(scope, limited, noting_send)
+                finally:
+                    current_use.reset(token)
+            else:
+                await self._serve(key, scope, limited, receive, noting_send)
+        except RefusedError as refusal:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": refusal.message[:120]})
+            elif not started:
+                await refusal.response()(scope, receive, send)
+        except _ClientGoneError:
+            pass
+
+    async def _serve(
+        self, key: ClientKey | None, scope: Scope, limited: Receive, receive: Receive, send: Send
+    ) -> None:
+        """Let a client's request through, with its adapter held."""
+        messages, model = await _read_model(scope, limited)
+        use = Use(model, key)
+        async with AsyncExitStack() as stack:
+            if scope["method"] == "POST":
+                await self._enter(stack, use, receive)
+            token = current_use.set(use)
+            try:
+                await self._app(scope, _replaying(messages, receive), send)
+            finally:
+                current_use.reset(token)
+
+    async def _enter(self, stack: AsyncExitStack, use: Use, receive: Receive) -> None:
+        """Wait for the request's turn and take hold of its adapter, both until the stack is closed."""
+        model = use.asked
+        asks_base = model is None or model in self._base_names
+        name = self._base_names[0] if asks_base else str(model).partition("@")[0]
+        if not use.may_use(name):
+            raise RefusedError(403, f"this key may not use the model {model or name!r}")
+        if not asks_base and self._catalogue.resolve(str(model)) is None:
+            return  # vLLM answers that there is no such model
+        await _unless_gone(receive, stack.enter_async_context(self.turns.turn(name)))
+        if asks_base:
+            return
+        try:
+            use.revision = await stack.enter_async_context(self._catalogue.use(str(model)))
+        except UnknownAdapterError:
+            return  # removed while the request waited
+        except UnavailableError as error:
+            raise RefusedError(503, str(error), Retry_After="5") from error
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise RefusedError(503, "the server is shutting down", Retry_After="10", Connection="close")
+        if not self._catalogue.ready:
+            raise RefusedError(503, "the server is still loading its adapters", Retry_After="5")
+
+    def _check_rights(self, role: Role, scope: Scope) -> ClientKey | None:
+        headers = Headers(scope=scope)
+        token = _bearer(headers)
+        if role is Role.CLIENT:
+            if not self._keys.guards_clients:
+                return None
+            if (key := self._keys.client(token)) is None:
+                raise RefusedError(401, _KEY_NEEDED.format("an API key"), WWW_Authenticate="Bearer")
+            return key
+        if self._keys.guards_admins:
+            if not self._keys.is_admin(token):
+                known = self._keys.client(token) is not None
+                raise RefusedError(
+                    403 if known else 401,
+                    "this key is a client's; the route needs the admin key" if known
+                    else _KEY_NEEDED.format("the admin key"),
+                    **({} if known else {"WWW_Authenticate": "Bearer"}),
+                )  # fmt: skip
+        elif not _from_this_machine(scope, headers):
+            raise RefusedError(
+                403,
+                "the server has no admin key, so it takes admin requests only from its own machine, without a "
+                "proxy or a web page between: start it with --admin-key-file or QAA_SERVE_ADMIN_KEY",
+            )
+        return None
+
+
+_KEY_NEEDED = "{} is needed: send the header 'Authorization: Bearer <key>'"
+
+
+class _ClientGoneError(Exception):
+    """The client has closed the connection."""
+
+
+def _bearer(headers: Headers) -> str | None:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    # Anthropic's clients send their key in a header of its own.
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+
+
+def _from_this_machine(scope: Scope, headers: Headers) -> bool:
+    """Whether a request comes straight from a program on this machine.
+
+    Not so if a proxy passed it on, or a web page in a browser here sent it: to another host's name that leads
+    here, or from another origin.
+    """
+    client = scope.get("client")
+    if client is not None and not is_loopback(client[0]):  # None: a unix socket
+        return False
+    if any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip")):
+        return False
+    host = headers.get("host", "")
+    if client is not None and not is_loopback(host.rpartition(":")[0].strip("[]") if ":" in host else host):
+        return False
+    origin = headers.get("origin")
+    return origin is None or origin.partition("://")[2] == host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address stands for this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _limited(receive: Receive, headers: Headers, limit: int) -> Receive:
+    """Receive no more than so many bytes of a body."""
+    refusal = RefusedError(413, f"the request's body has more than the {limit:,} bytes that are taken")
+    with suppress(ValueError):
+        if int(headers.get("content-length", "0")) > limit:
+            raise refusal
+    received = 0
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise refusal
+        return message
+
+    return receive_limited
+
+
+async def _read_model(scope: Scope, receive: Receive) -> tuple[list[Message], str | None]:
+    """The messages of a request's body, and the model it names."""
+    if scope["method"] not in ("POST", "PUT", "PATCH"):
+        return [], None
+    messages: list[Message] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        messages.append(message)
+        if not message.get("more_body", False):
+            break
+    body = b"".join(message.get("body", b"") for message in messages)
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):  # what is wrong with it, its route says
+        return [{"type": "http.request", "body": body}], _decode_model(body).model or None
+    return [{"type": "http.request", "body": body}], None
+
+
+def _replaying(messages: list[Message], receive: Receive) -> Receive:
+    """Receive what was read already, and then what comes."""
+    left = deque(messages)
+
+    async def replay() -> Message:
+        return left.popleft() if left else await receive()
+
+    return replay
+
+
+async def _unless_gone(receive: Receive, turn: Awaitable[None]) -> None:
+    """Wait for a turn, unless the client goes away meanwhile."""
+    waiting = asyncio.ensure_future(turn)
+    await asyncio.sleep(0)
+    if waiting.done():
+        return waiting.result()
+    gone = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        raise _ClientGoneError
+    finally:
+        for task in (waiting, gone):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
