@@ -582,19 +582,19 @@ def test_what_may_not_be_read_is_refused(adapter: Path, place: str) -> None:
         (adapter / place).chmod(0o700)
 
 
-@pytest.mark.parametrize("method", ["is_file", "stat", "read_bytes"])
+@pytest.mark.parametrize(("owner", "function"), [(Path, "is_file"), (Path, "stat"), (os, "open")])
 def test_an_error_of_the_file_system_is_an_adapter_error(
-    adapter: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, owner: Any, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a directory without the right to enter it, or a disk that fails, gives it; root can have it too."""
-    original = getattr(Path, method)
+    original = getattr(owner, function)
 
-    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name == WEIGHTS_FILE:
+    def fail(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name == WEIGHTS_FILE:
             raise PermissionError(13, "Permission denied", str(path))
         return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, method, fail)
+    monkeypatch.setattr(owner, function, fail)
     assert_says(refusal(adapter), f"{WEIGHTS_FILE} cannot be read: Permission denied", "permissions")
 
 

@@ -28,6 +28,7 @@ def adapter(tmp_path):
 
 def manager(**settings):
     manager = QAAWorkerManager.__new__(QAAWorkerManager)
+    manager._staged = {}
     defaults = {"fully_sharded_loras": False, "enable_tower_connector_lora": False, "max_lora_rank": 16}
     manager.lora_config = SimpleNamespace(**(defaults | settings))
     return manager

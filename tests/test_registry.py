@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 
 import pytest
 import torch
+from registry_support import make, make_lora
+from safetensors.torch import save_file
 
-from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, digest_of, save_adapter
+from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, digest_of
 from qaa_serve.registry import check_name, read_revision, scan
-
-
-def make(directory, seed=0, **settings):
-    config = AdapterConfig(base_model_name_or_path="../../base", target_modules=("q_proj",), **settings)
-    theta = torch.randn(
-        config.heads, *config.circuit(4).theta_shape, generator=torch.Generator().manual_seed(seed)
-    )
-    weights = ModuleWeights(theta, torch.ones(16, config.rank(4)))
-    save_adapter(directory, config, {"model.layers.0.self_attn.q_proj": weights}, overwrite=True)
-    return directory
-
-
-def make_lora(directory, **settings):
-    directory.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base", **settings}
-    (directory / CONFIG_FILE).write_text(json.dumps(config))
-    (directory / "adapter_model.safetensors").write_bytes(b"content")
-    return directory
 
 
 def test_a_revision_is_named_by_its_content(tmp_path):
@@ -92,6 +76,21 @@ def test_lora_rank_is_the_largest_of_its_patterns(tmp_path):
 def test_what_cannot_be_served_is_refused(tmp_path, settings):
     with pytest.raises(AdapterError, match=r"positive integer r|QAA and LORA adapters can be served"):
         read_revision(make_lora(tmp_path / "x", **settings))
+
+
+def test_what_a_lora_adapter_holds_is_checked(tmp_path):
+    adapter = make_lora(tmp_path / "lora")
+    assert read_revision(adapter).digest == digest_of(adapter)
+    weights = adapter / WEIGHTS_FILE
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(AdapterError, match="is damaged or no safetensors file"):
+        read_revision(adapter)
+    save_file({}, weights)
+    with pytest.raises(AdapterError, match="holds no tensors"):
+        read_revision(adapter)
+    save_file({"lora_A": torch.tensor([1.0, float("nan"), float("-inf")])}, weights)
+    with pytest.raises(AdapterError, match="lora_A has 2 values that are NaN or infinite"):
+        read_revision(adapter)
 
 
 def test_scan_takes_adapters_and_says_why_it_rejects(tmp_path):

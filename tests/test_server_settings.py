@@ -13,7 +13,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
 
+from qaa_serve.registry import RevisionStore
 from qaa_serve.server import settings
+
+SECRETS = ("VLLM_API_KEY", "QAA_SERVE_ADMIN_KEY")
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +34,29 @@ def parser():
     return settings.make_parser()
 
 
-def resolve(parser, *arguments):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where state directories go by default: not the user's; and no keys from the user's environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache" / "qaa-serve"
+
+
+def resolve(parser, *arguments, keep_open=False):
+    """The arguments as vLLM gets them, our options, the store and the keys."""
     args = parser.parse_args([str(argument) for argument in arguments])
-    return args, *settings.resolve(args)
+    options, store, keys = settings.resolve(args)
+    if not keep_open:
+        store.close()
+    return args, options, store, keys
 
 
 def test_the_base_is_taken_from_the_adapters(parser, root, capsys):
-    args, revisions, rejections = resolve(parser, "--adapters", root / "adapters")
+    args, options, *_ = resolve(parser, "--adapters", root / "adapters")
     assert args.model == str(root / "base")
     assert args.served_model_name == ["base", str(root / "base")]
-    assert [revision.name for revision in revisions] == ["lora", "one", "wide"]
-    assert rejections == []
+    assert options.adapters == root / "adapters"
     assert f"Base model: {root / 'base'}" in capsys.readouterr().err
 
 
@@ -66,30 +81,45 @@ def test_a_model_that_is_given_is_served(parser, root, given):
 def test_a_config_file_is_read_and_the_command_line_wins(parser, root, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(f"adapters: {root / 'adapters'}\nport: 8123\nmax-loras: 2\n")
-    args, revisions, _ = resolve(parser, "--config", config, "--max-loras", 5)
-    assert (args.port, args.max_loras, len(revisions)) == (8123, 5, 3)
+    args, options, *_ = resolve(parser, "--config", config, "--max-loras", 5)
+    assert (args.port, args.max_loras, options.adapters) == (8123, 5, root / "adapters")
 
 
 def test_slots_ranks_and_cache_fit_the_adapters(parser, root, capsys):
-    args, *_ = resolve(parser, "--adapters", root / "adapters")
+    args, options, *_ = resolve(parser, "--adapters", root / "adapters")
     assert args.enable_lora
     assert args.host == "127.0.0.1"
-    assert args.max_loras == 3
+    assert args.max_loras == 4, "of 3 adapters, and as many as come"
     assert args.max_lora_rank == 32, "3 heads x 7 qubits = 21"
-    assert args.max_cpu_loras == 64
+    assert args.max_cpu_loras == 1 << 16, "bounded in bytes instead"
+    assert args.worker_extension_cls == "vllm_qaa.worker.AdapterRPC"
     assert 0 < args.kv_cache_memory_bytes <= 4 << 30
+    assert 0 < options.adapter_cache_bytes <= 8 << 30
     printed = capsys.readouterr().err
     assert "--max-lora-rank 32" in printed
     assert "--host 127.0.0.1" in printed
+    assert f"--adapter-cache-bytes {options.adapter_cache_bytes}" in printed
+
+
+def test_adapters_of_an_earlier_server_count_as_well(parser, root, tmp_path):
+    state = tmp_path / "state"
+    store = RevisionStore(state, max_bytes=1 << 30, max_adapter_bytes=1 << 30)
+    for name in "abcdef":
+        store.admit(root / "adapters" / "wide", name)
+    store.close()
+    args, *_ = resolve(parser, root / "base", "--state-dir", state)
+    assert (args.max_loras, args.max_lora_rank) == (6, 32)
 
 
 def test_the_user_overrides_every_choice(parser, root, capsys):
-    args, *_ = resolve(
+    args, options, *_ = resolve(
         parser, "--adapters", root / "adapters", "--host", "127.0.0.2", "--max-loras", 2, "--max-lora-rank", 64,
         "--max-cpu-loras", 9, "--served-model-name", "mine", "--kv-cache-memory-bytes", "64M",
+        "--adapter-cache-bytes", "1k",
     )  # fmt: skip
     assert (args.host, args.max_loras, args.max_lora_rank, args.max_cpu_loras) == ("127.0.0.2", 2, 64, 9)
     assert args.served_model_name == ["mine"]
+    assert options.adapter_cache_bytes == 1000
     assert "Chosen here" not in capsys.readouterr().err
 
 
@@ -100,9 +130,13 @@ def test_the_user_overrides_every_choice(parser, root, capsys):
         (["--adapters", "{root}/nowhere"], "is not a directory"),
         (["--adapters", "{root}/adapters/one"], "is itself an adapter"),
         (["--adapters", "{root}/base"], "give the MODEL to serve"),
-        (["--adapters", "{root}/adapters", "--max-cpu-loras", "2"], "less than the 3 adapters"),
         (["--adapters", "{root}/adapters", "--no-enable-lora"], "leave it out"),
         (["--adapters", "{root}/adapters", "--api-server-count", "2"], "one API server"),
+        (["--adapters", "{root}/adapters", "--data-parallel-size", "2"], "one API server"),
+        (["--adapters", "{root}/adapters", "--headless"], "one API server"),
+        (["--adapters", "{root}/adapters", "--lora-modules", "a={root}/adapters/one"], "put the adapters"),
+        (["--adapters", "{root}/adapters", "--worker-extension-cls", "a.B"], "needs its own"),
+        (["--adapters", "{root}/adapters", "--state-dir", "/proc/nowhere"], "cannot be written"),
     ],
 )
 def test_command_lines_that_are_refused(parser, root, arguments, message):
@@ -110,9 +144,20 @@ def test_command_lines_that_are_refused(parser, root, arguments, message):
         resolve(parser, *(argument.format(root=root) for argument in arguments))
 
 
-def test_vllms_own_loading_routes_are_refused(parser, root, monkeypatch):
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    with pytest.raises(settings.UsageError, match="unset it"):
+def test_a_command_line_that_is_refused_holds_no_state_directory(parser, root, tmp_path):
+    refused = ("--adapters", root / "adapters", "--state-dir", tmp_path, "--no-enable-lora")
+    errors = []  # kept with their tracebacks, so that nothing is closed by the garbage collector alone
+    for _ in range(2):
+        with pytest.raises(settings.UsageError, match="leave it out") as caught:
+            resolve(parser, *refused)
+        errors.append(caught)
+
+
+@pytest.mark.parametrize("variable", ["VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION"])
+@pytest.mark.parametrize("value", ["1", "true", "True"])
+def test_what_would_let_vllm_past_the_gate_is_refused(parser, root, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(settings.UsageError, match=f"{variable}: .*unset it"):
         resolve(parser, "--adapters", root / "adapters")
 
 
@@ -141,6 +186,183 @@ def test_a_wide_bind_without_a_key_is_warned_about(parser, root, capsys, host, w
     assert ("without an API key" in capsys.readouterr().err) == warns
     resolve(parser, "--adapters", root / "adapters", "--host", host, "--api-key", "secret")
     assert "without an API key" not in capsys.readouterr().err
+
+
+def holds_secret(args):
+    """Whether anything that vLLM gets or prints has one of the keys here in it."""
+    return "hush" in repr(vars(args)) or any("hush" in value for value in os.environ.values())
+
+
+def test_secrets_leave_the_arguments_and_the_environment_and_are_never_printed(
+    parser, root, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "clients").write_text("hush-1\nhush-2 one  # only\n")
+    (tmp_path / "admins").write_text("hush-3\n")
+    monkeypatch.setenv("VLLM_API_KEY", "hush-4")
+    monkeypatch.setenv("QAA_SERVE_ADMIN_KEY", "hush-5")
+    args, options, _, keys = resolve(
+        parser, root / "base", "--adapters", root / "adapters", "--api-key", "hush-6", "hush-7",
+        "--admin-key", "hush-8", "hush-9",
+        "--api-key-file", tmp_path / "clients", "--admin-key-file", tmp_path / "admins",
+    )  # fmt: skip
+    assert not holds_secret(args)
+    assert (args.api_key, args.admin_key) == (None, [])
+    for name in SECRETS:
+        assert name not in os.environ
+    shown = capfd.readouterr()
+    assert "hush" not in shown.out + shown.err + repr(options) + repr(keys) + repr(vars(keys))
+    clients = {f"hush-{n}" for n in range(1, 10) if keys.client(f"hush-{n}")}
+    admins = {f"hush-{n}" for n in range(1, 10) if keys.is_admin(f"hush-{n}")}
+    # As with vLLM, its variable counts only where no --api-key is given.
+    assert clients == {"hush-1", "hush-2", "hush-6", "hush-7"}
+    assert admins == {"hush-3", "hush-5", "hush-8", "hush-9"}
+    assert keys.client("hush-1").models is None
+    assert keys.client("hush-2").models == ("one",)
+
+
+def test_keys_of_the_environment(parser, root, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hush-4")
+    monkeypatch.setenv("QAA_SERVE_ADMIN_KEY", "hush-5")
+    args, _, _, keys = resolve(parser, root / "base")
+    assert not holds_secret(args)
+    assert keys.client("hush-4") is not None
+    assert keys.is_admin("hush-5")
+    assert not keys.is_admin("hush-4")
+    assert keys.client("hush-5") is None
+
+
+def test_keys_of_a_config_file(parser, root, tmp_path, capfd):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {root / 'base'}\napi-key: [hush-1, hush-2]\nadmin-key: [hush-3]\n")
+    args, _, _, keys = resolve(parser, "--config", config)
+    assert not holds_secret(args)
+    assert keys.client("hush-2") is not None
+    assert keys.is_admin("hush-3")
+    shown = capfd.readouterr()
+    assert "hush" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize("option", ["--api-key", "--admin-key"])
+def test_an_empty_key_is_none(parser, root, option, monkeypatch):
+    for name in SECRETS:
+        monkeypatch.setenv(name, "")
+    _, _, _, keys = resolve(parser, root / "base", option, "")
+    assert not keys.guards_clients
+    assert not keys.guards_admins
+    assert keys.client("") is None
+    assert not keys.is_admin("")
+
+
+@pytest.mark.parametrize("option", ["--api-key-file", "--admin-key-file"])
+@pytest.mark.parametrize("content", [None, "", "# hush\n", "hush\xff\n"])
+def test_key_files_that_cannot_be_used_are_refused_without_a_key(parser, root, tmp_path, option, content):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    with pytest.raises(settings.UsageError) as caught:
+        resolve(parser, root / "base", option, file)
+    assert str(file) in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_key_file_counts_for_the_warning_of_a_wide_bind(parser, root, tmp_path, capsys):
+    (tmp_path / "keys").write_text("hush\n")
+    resolve(parser, root / "base", "--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
+    assert "without an API key" not in capsys.readouterr().err
+    resolve(parser, root / "base", "--host", "0.0.0.0", "--admin-key-file", tmp_path / "keys")
+    assert "without an API key" in capsys.readouterr().err
+
+
+def test_each_server_has_a_state_directory_of_its_own_and_finds_it_again(parser, root, cache, tmp_path):
+    (tmp_path / "others").mkdir()
+    relative = os.path.relpath(root / "adapters")
+    servers = {
+        "one": ("--adapters", root / "adapters"),
+        "its port": ("--adapters", root / "adapters", "--port", 8123),
+        "a socket": ("--adapters", root / "adapters", "--uds", "/tmp/x.sock"),
+        "other adapters": ("--adapters", tmp_path / "others"),
+        "no adapters": (),
+    }
+    places = {}
+    for name, arguments in servers.items():
+        _, _, store, _ = resolve(parser, root / "base", *arguments)
+        assert store.directory.parent == cache
+        places[name] = store.directory
+    assert len(set(places.values())) == len(servers)
+    _, _, store, _ = resolve(parser, root / "base", "--adapters", relative, "--host", "0.0.0.0", "--max-loras", 3)
+    assert store.directory == places["one"]
+
+
+def test_the_state_directory_may_be_given(parser, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, store, _ = resolve(parser, root / "base", "--state-dir", "state/here", "--state-bytes", "3M")
+    assert store.directory == tmp_path / "state" / "here"
+    assert store.max_bytes == 3 << 20
+    assert store.base is not None, "QAA adapters are checked against the base model"
+
+
+def test_a_state_directory_in_use_by_another_server_is_refused(parser, root, tmp_path):
+    *_, store, _ = resolve(parser, root / "base", "--state-dir", tmp_path, keep_open=True)
+    try:
+        with pytest.raises(settings.UsageError, match=r"--state-dir .* is in use by another server"):
+            resolve(parser, root / "base", "--state-dir", tmp_path)
+    finally:
+        store.close()
+    resolve(parser, root / "base", "--state-dir", tmp_path)
+
+
+SIZES = {
+    "--state-bytes": "max_bytes",
+    "--adapter-cache-bytes": "adapter_cache_bytes",
+    "--max-adapter-bytes": "max_adapter_bytes",
+    "--max-body-bytes": "max_body_bytes",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64M", 64 << 20), ("64Mi", 64 << 20), ("64m", 64_000_000), ("1.5g", 1_500_000_000), ("16Gi", 16 << 30),
+     ("4096", 4096), ("2Ki", 2048), ("1T", 1 << 40)],
+)  # fmt: skip
+def test_sizes_may_have_units(parser, root, text, size):
+    given = [part for option in SIZES for part in (option, text)]
+    _, options, store, _ = resolve(parser, root / "base", *given)
+    for name in SIZES.values():
+        assert getattr(store if name == "max_bytes" else options, name) == size
+    assert store.max_adapter_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        *((option, text) for option in SIZES for text in ("-1", "-64M", "64X", "4i", "", "1.5G", "nan")),
+        ("--keep-revisions", "-1"), ("--adapter-max-running", "-1"), ("--adapter-max-queue", "-1"),
+        ("--adapter-max-queue", "many"), ("--drain-timeout", "-1"), ("--drain-timeout", "nan"),
+        ("--drain-timeout", "inf"), ("--adapters-quiet", "-0.5"), ("--adapters-quiet", "soon"),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(parser, root, capsys, option, text):
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args([str(root / "base"), f"{option}={text}"])
+    assert caught.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_our_other_options_arrive(parser, root):
+    _, options, _, _ = resolve(
+        parser, root / "base", "--adapters", root / "adapters", "--adapters-quiet", "0.25", "--strict-adapters",
+        "--keep-revisions", 0, "--adapter-max-running", 3, "--adapter-max-queue", 0, "--drain-timeout", 0,
+    )  # fmt: skip
+    assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (0.25, True, 0)
+    assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (3, 0, 0)
+
+
+def test_our_defaults_are_what_the_help_says(parser, root):
+    _, options, store, _ = resolve(parser, root / "base")
+    assert options.adapters is None
+    assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (1, False, 2)
+    assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (0, 1000, 30)
+    assert (options.max_body_bytes, options.max_adapter_bytes, store.max_bytes) == (32 << 20, 1 << 30, 16 << 30)
 
 
 def test_a_wrong_command_line_is_one_line_and_status_2(root):

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, lengths, run
 from vllm_qaa.plan import NOTHING, CircuitForm, StepPlan, TokenGroup
+from vllm_qaa.timing import TIMER
 
 #: One tensor, or one per slice of a packed layer (None: slice not adapted); vLLM's own convention.
 PerSlice: TypeAlias = torch.Tensor | list[torch.Tensor | None]
@@ -204,19 +205,23 @@ class QAALayerMixin(BaseLayerWithLoRA):
         if groups and self._input_is_sharded():
             # z is a function of the whole x, unlike A x, which is a sum over its parts.
             x = tensor_model_parallel_all_gather(x)
-        results = []
-        for group in groups:
-            stack = self._stack_of(group.slots)
-            ansatz, rows = stack.fused.ansatz, _take(x, group)
-            psi = embed(rows, ansatz).view(*group.tokens.shape, -1)  # (G, T, 2**n)
-            if len(group.slots) > 1:
-                psi = psi.repeat_interleave(len(stack.slices) * stack.heads, dim=0)
-            z = run(psi, stack.fused)  # (G * slices * heads, T, n)
-            z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:]).transpose(2, 3).flatten(3)
-            if ansatz.length:
-                z = z * lengths(rows).view(len(group.slots), 1, -1, 1)
-            results.append((group, stack, z))
-        return results
+        if groups and TIMER.is_due():
+            with TIMER.measure(x.device):
+                return [self._readout(group, x) for group in groups]
+        return [self._readout(group, x) for group in groups]
+
+    def _readout(self, group: TokenGroup, x: torch.Tensor) -> tuple[TokenGroup, SlotStack, torch.Tensor]:
+        """(the group, its slots' circuits, z) of one group."""
+        stack = self._stack_of(group.slots)
+        ansatz, rows = stack.fused.ansatz, _take(x, group)
+        psi = embed(rows, ansatz).view(*group.tokens.shape, -1)  # (G, T, 2**n)
+        if len(group.slots) > 1:
+            psi = psi.repeat_interleave(len(stack.slices) * stack.heads, dim=0)
+        z = run(psi, stack.fused)  # (G * slices * heads, T, n)
+        z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:]).transpose(2, 3).flatten(3)
+        if ansatz.length:
+            z = z * lengths(rows).view(len(group.slots), 1, -1, 1)
+        return group, stack, z
 
     def _stack_of(self, slots: tuple[int, ...]) -> SlotStack:
         """The circuits of some slots, of which at least one has any; kept as long as the plan and the slots."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
@@ -24,6 +26,7 @@ from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleW
 from qaa_serve.circuits import MAX_QUBITS
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
+from vllm_qaa.timing import TIMER
 
 _DIGEST = re.compile(r"[0-9a-f]{12}")
 
@@ -170,17 +173,31 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     def adapter_bytes(self) -> list[tuple[int, int, int]]:
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
         manager = self._adapter_manager
-        slot_bytes = sum(
-            tensor[0].nbytes
-            for layer in manager.modules.values()
-            if isinstance(layer, QAALayerMixin)
-            for stacked in (layer.lora_a_stacked, layer.lora_b_stacked)
-            for tensor in stacked
-        )
+        slot_bytes = sum(tensor[0].nbytes for tensor in self._slot_tensors())
         return [
             (lora_id, _host_bytes(adapter), slot_bytes if lora_id in manager.lora_index_to_id else 0)
             for lora_id, adapter in manager.list_adapters().items()
         ]
+
+    def memory(self, runner: Any) -> dict[str, int]:
+        """Bytes by kind; on a CPU `other` is of this process and `free` of the machine."""
+        sizes = {
+            "weights": _distinct_bytes([*runner.model.parameters(), *runner.model.buffers()]),
+            "kv_cache": _distinct_bytes(runner.kv_caches),
+            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()),
+        }
+        if torch.device(self.device).type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            used = total - free
+        else:
+            free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+        # Pages that were never written are not resident yet, so the parts may sum to more.
+        return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
+
+    def _slot_tensors(self) -> Iterator[torch.Tensor]:
+        for layer in self._adapter_manager.modules.values():
+            if isinstance(layer, QAALayerMixin):
+                yield from (*layer.lora_a_stacked, *layer.lora_b_stacked)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """As vLLM's, ahead of any request."""
@@ -297,13 +314,14 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
 
 def _host_bytes(adapter: LoRAModel) -> int:
-    tensors: dict[int, int] = {}  # by address: packed layers share their parts
-    for weights in adapter.loras.values():
-        for part in (weights.lora_a, weights.lora_b):
-            for tensor in part if isinstance(part, list) else [part]:
-                if isinstance(tensor, torch.Tensor):
-                    tensors[tensor.data_ptr()] = tensor.nbytes
-    return sum(tensors.values())
+    parts = [part for weights in adapter.loras.values() for part in (weights.lora_a, weights.lora_b)]
+    return _distinct_bytes(tensor for part in parts for tensor in (part if isinstance(part, list) else [part]))
+
+
+def _distinct_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of tensors, each counted once: packed layers and tied weights share theirs."""
+    sizes = {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}
+    return sum(sizes.values())
 
 
 class AdapterRPC:
@@ -318,6 +336,14 @@ class AdapterRPC:
     def qaa_is_staged(self, lora_id: int) -> bool:
         """Whether that has come to an end."""
         return bool(self.model_runner.lora_manager.is_staged(lora_id))
+
+    def qaa_memory(self) -> dict[str, int]:
+        """Bytes of this worker's memory: weights, kv_cache, adapters (slots), other, free."""
+        return self.model_runner.lora_manager.memory(self.model_runner)
+
+    def qaa_circuit_times(self) -> tuple[str, list[float], list[int], float]:
+        """(backend, bucket bounds, counts of each bucket and beyond, sum) of sampled circuit times in seconds."""
+        return TIMER.snapshot()
 
     def qaa_adapter_bytes(self) -> list[tuple[int, int, int]]:
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter in this worker."""

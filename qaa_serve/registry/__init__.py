@@ -1,6 +1,6 @@
 """Public adapter names, the revisions behind them, and where those come from."""
 
-from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache
+from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache, EngineRefusedError, Observer, Result
 from qaa_serve.registry.catalogue import Catalogue, Entry, UnavailableError, UnknownAdapterError
 from qaa_serve.registry.directory import DirectoryWatcher, Rejection, scan
 from qaa_serve.registry.revisions import NAME_PATTERN, Revision, check_name, read_revision
@@ -13,8 +13,11 @@ __all__ = [
     "DirectoryWatcher",
     "Engine",
     "EngineCache",
+    "EngineRefusedError",
     "Entry",
+    "Observer",
     "Rejection",
+    "Result",
     "Revision",
     "RevisionStore",
     "StoreError",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.registry.revisions import Revision
@@ -23,15 +24,43 @@ class Engine(Protocol):
             the bytes it takes there.
 
         Raises:
-            AdapterError: if the engine refuses it; nothing has changed then.
+            EngineRefusedError: if it cannot be loaded; nothing has changed then.
         """
 
     async def unload(self, revision: Revision) -> None:
         """Forget a revision; no request uses it any more."""
 
 
+class EngineRefusedError(AdapterError):
+    """The engine does not take the adapter."""
+
+    kind = "engine"
+
+
 class CacheFullError(AdapterError):
     """There is no room, since everything in the cache is in use or pinned."""
+
+    kind, temporary = "memory", True
+
+
+#: How a change ended.
+Result: TypeAlias = Literal["published", "removed", "rolled_back"]
+
+
+class Observer:
+    """Told what happens to adapters; this one does nothing with it."""
+
+    def loaded(self, revision: Revision, seconds: float) -> None:
+        """The engine has read a revision."""
+
+    def evicted(self, revision: Revision) -> None:
+        """A revision made room for another one."""
+
+    def swapped(self, result: Result) -> None:
+        """A change has ended."""
+
+    def rejected(self, kind: str) -> None:
+        """An adapter was refused, for an AdapterError's kind."""
 
 
 @dataclass
@@ -58,18 +87,20 @@ class EngineCache:
     held here, so nothing that can fail happens inside an engine step.
     """
 
-    def __init__(self, engine: Engine, capacity: int, max_count: int):
+    def __init__(self, engine: Engine, capacity: int, max_count: int, observer: Observer | None = None):
         """Make an empty cache.
 
         Args:
             engine: what loads and unloads.
             capacity: bytes of host memory.
             max_count: number of adapters that the engine can hold.
+            observer: told of loads and evictions.
         """
         self.capacity = capacity
         self.pinned: set[int] = set()  # int_ids
         self.unloaded: Callable[[], None] = lambda: None  # called after a revision has left the engine
         self._engine = engine
+        self._observer = observer or Observer()
         self._max_count = max_count
         self._residents: OrderedDict[int, Resident] = OrderedDict()  # the least recently used first
         self._changing = asyncio.Lock()
@@ -110,7 +141,7 @@ class EngineCache:
 
         Raises:
             CacheFullError: if all others are in use or pinned.
-            AdapterError: if the engine refuses it.
+            EngineRefusedError: if the engine does not take it.
         """
         async with self._changing:
             if (resident := self._residents.get(revision.int_id)) is not None:
@@ -118,7 +149,9 @@ class EngineCache:
                 self._residents.move_to_end(revision.int_id)
                 return
             await self._make_room(revision.nbytes)
+            begun = time.perf_counter()
             nbytes = await self._engine.load(revision)
+            self._observer.loaded(revision, time.perf_counter() - begun)
             self._residents[revision.int_id] = Resident(revision, nbytes)
 
     async def retire(self, revision: Revision) -> None:
@@ -130,14 +163,16 @@ class EngineCache:
 
     async def _make_room(self, needed: int) -> None:
         while self.nbytes + needed > self.capacity or len(self._residents) >= self._max_count:
-            idle = (r for i, r in self._residents.items() if not r.holds and i not in self.pinned)
-            if (victim := next(idle, None)) is None:
+            idle = [r for i, r in self._residents.items() if not r.holds and i not in self.pinned]
+            count = len(self._residents) - len(idle)
+            staying = self.nbytes - sum(resident.nbytes for resident in idle)
+            if staying + needed > self.capacity or count >= self._max_count:
                 raise CacheFullError(
                     f"the adapter needs {needed:,} bytes, and of the {self.capacity:,} bytes for adapters "
-                    f"{self.nbytes:,} hold {len(self._residents)} that are in use or pinned: try again later, or "
-                    "start with a larger --adapter-cache-bytes"
+                    f"{staying:,} hold {count} that are in use or pinned: try again later, or start with a larger "
+                    "--adapter-cache-bytes"
                 )
-            await self._unload(victim)
+            await self._unload(idle[0])
 
     async def _unload_if_idle(self, resident: Resident) -> None:
         async with self._changing:

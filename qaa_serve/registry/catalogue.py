@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -13,14 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.registry.cache import Engine, EngineCache
+from qaa_serve.registry.cache import (
+    Engine,
+    EngineCache,
+    Observer,
+)
 from qaa_serve.registry.directory import Rejection
-from qaa_serve.registry.revisions import Revision, check_name
+from qaa_serve.registry.revisions import NameRefusedError, Revision, check_name
 from qaa_serve.registry.store import RevisionStore
 
 Source = Literal["directory", "api"]
-
-_DIGEST = re.compile(r"[0-9a-f]{12}")
 
 
 class UnknownAdapterError(AdapterError):
@@ -94,6 +95,7 @@ class Catalogue:
         max_count: int = 1 << 16,
         keep: int = 2,
         reserved: Callable[[str], bool] = lambda name: False,
+        observer: Observer | None = None,
         logger: Logger | None = None,
     ):
         """Start with no adapters.
@@ -105,10 +107,12 @@ class Catalogue:
             max_count: of adapters in the engine.
             keep: former revisions of each name to keep.
             reserved: whether a name is taken, by the base model for one.
+            observer: told of changes, loads and evictions.
             logger: where to say what happens.
         """
         self.store = store
-        self.cache = EngineCache(engine, cache_bytes, max_count)
+        self._observer = observer or Observer()
+        self.cache = EngineCache(engine, cache_bytes, max_count, self._observer)
         self.cache.unloaded = self._sweep
         self.entries: dict[str, Entry] = {}
         self.ready = False
@@ -116,7 +120,7 @@ class Catalogue:
         self._reserved = reserved
         self._changing = asyncio.Lock()
         self._admitting: str | None = None
-        self._dropped: dict[int, Revision] = {}  # their copies go when the engine has let go of them
+        self._dropped: set[Revision] = set()  # their copies go when the engine has let go of them
         self._log = logger or getLogger(__name__)
 
     # ------------------------------------------------------------------------------------------------ use
@@ -152,7 +156,8 @@ class Catalogue:
             except AdapterError as error:
                 if self.resolve(asked) == revision:
                     raise UnavailableError(f"adapter {asked!r} cannot be loaded now: {error}") from error
-            if all(revision not in entry.revisions() for entry in self.entries.values()):
+            entry = self.entries.get(revision.name)
+            if entry is None or revision not in entry.revisions():
                 await self.cache.retire(revision)  # removed while it was loaded
         self.entries[revision.name].last_used = time.time()
         with self.cache.hold(revision.int_id):
@@ -174,9 +179,19 @@ class Catalogue:
         Raises:
             AdapterError: if it cannot be served; what the name stood for goes on.
         """
+        try:
+            return await self._publish(name, directory, source, unchanged)
+        except AdapterError as error:
+            if source == "api":  # a directory is refused when it has not changed for a while
+                self._observer.rejected(error.kind)
+            raise
+
+    async def _publish(
+        self, name: str, directory: Path, source: Source, unchanged: Callable[[], bool]
+    ) -> Revision:
         check_name(name)
         if self._reserved(name):
-            raise AdapterError(f"{name!r} is the base model's name: choose another for the adapter")
+            raise NameRefusedError(f"{name!r} is the base model's name: choose another for the adapter")
         async with self._changing:
             revision = await self._admit(directory, name)
             entry = self.entries.get(name) or Entry(name)
@@ -187,6 +202,7 @@ class Catalogue:
                     entry.rejection = None  # back to what it was
                     return revision
                 await self._switch_to(entry, revision)
+                self._observer.swapped("published")
                 entry.source, entry.rejection = source, None
                 if source == "directory":
                     entry.seen = revision.digest
@@ -205,11 +221,13 @@ class Catalogue:
             UnknownAdapterError: if nothing is served under it.
         """
         async with self._changing:
-            entry = self._served(name)
+            entry = self._known(name)
             await self._let_go(entry)
-            if entry.seen is None:
+            self._settle(entry)
+            if entry.seen is None and entry.rejection is None:
                 del self.entries[name]
             self._persist()
+        self._observer.swapped("removed")
         self._log.info("Removed adapter %r", name)
 
     async def forget_directory(self, name: str) -> None:
@@ -219,11 +237,12 @@ class Catalogue:
             if entry is None:
                 return
             entry.rejection = entry.seen = None
-            if entry.source != "api":
+            if entry.source != "api" or not entry.revisions():
                 served = entry.current is not None
                 await self._let_go(entry)
                 del self.entries[name]
                 if served:
+                    self._observer.swapped("removed")
                     self._log.info("Removed adapter %r: its directory is gone", name)
             self._persist()
 
@@ -245,6 +264,7 @@ class Catalogue:
                 raise UnknownAdapterError(f"adapter {name!r} has no earlier revision to go back to")
             revision = entry.kept[0] if digest is None else entry.find(digest)
             await self._switch_to(entry, revision)
+            self._observer.swapped("rolled_back")
             self._persist()
         return revision
 
@@ -286,29 +306,28 @@ class Catalogue:
 
     def reject(self, rejection: Rejection) -> None:
         """Note why a content is not served; what its name stands for goes on."""
-        self.entries.setdefault(rejection.name, Entry(rejection.name)).rejection = rejection
+        entry = self.entries.setdefault(rejection.name, Entry(rejection.name))
+        known, entry.rejection = entry.rejection, rejection
+        self._observer.rejected(rejection.kind)
+        if known == rejection:
+            return
         self._log.error("Not serving adapter %r (%s): %s", rejection.name, rejection.path, rejection.reason)
 
     async def restore(self) -> None:
-        """Serve what an earlier server with this state directory served."""
+        """Serve what an earlier server with this state directory served, as far as that can be."""
         saved = self.store.read_state().get("adapters", {})
-        for name, fields in saved.items() if isinstance(saved, dict) else ():
-            entry = Entry(name)
-            try:
-                check_name(name)
-                entry.source, entry.seen = fields["source"], fields["seen"]
-                entry.pinned, entry.pinned_revisions = fields["pinned"], set(fields["pinned_revisions"])
-                entry.kept = [await self._recall(name, digest) for digest in fields["kept"]]
-                if fields["current"] is not None:
-                    await self._switch_to(entry, await self._recall(name, fields["current"]), keep_old=False)
-            except (AdapterError, KeyError, TypeError) as error:
-                self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
-                await self._let_go(entry)
-                self.entries.pop(name, None)
-            else:
-                self.entries[name] = entry
-        self.store.keep_only(r for entry in self.entries.values() for r in entry.revisions())
-        self._note_pins()
+        async with self._changing:
+            for name, fields in saved.items() if isinstance(saved, dict) else ():
+                entry = Entry(name)
+                try:
+                    check_name(name)
+                    entry.source, entry.seen = fields["source"], fields["seen"]
+                    entry.pinned, entry.pinned_revisions = fields["pinned"], set(fields["pinned_revisions"])
+                    await self._restore_revisions(entry, fields["current"], fields["kept"])
+                except (AdapterError, KeyError, TypeError) as error:
+                    self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
+            self.store.keep_only(r for entry in self.entries.values() for r in entry.revisions())
+            self._note_pins()
 
     def start(self) -> None:
         """All adapters there are at the start have been seen to: from now on changes are written down."""
@@ -333,13 +352,27 @@ class Catalogue:
             revision = await asyncio.to_thread(self.store.admit, directory, name)
         finally:
             self._admitting = None
-        self._dropped.pop(revision.int_id, None)
+        self._dropped.discard(revision)
         return revision
 
-    async def _recall(self, name: str, digest: str) -> Revision:
-        return await asyncio.to_thread(self.store.recall, name, digest)
+    async def _restore_revisions(self, entry: Entry, current: str | None, kept: list[str]) -> None:
+        """Bring back an entry's revisions. A current one that cannot be loaded now stays as a kept one."""
+        for digest in [*reversed(kept), *([] if current is None else [current])]:
+            try:
+                revision = await asyncio.to_thread(self.store.recall, entry.name, digest)
+                entry.kept.insert(0, revision)
+                if digest == current:
+                    await self._switch_to(entry, revision)
+                elif revision.short_digest in entry.pinned_revisions:
+                    await self.cache.load(revision)
+            except AdapterError as error:
+                self._log.error("Revision %.12s of adapter %r is not back: %s", digest, entry.name, error)
+                if digest == current:
+                    entry.rejection = Rejection(entry.name, self.store.directory, str(error), error.kind)
+                    entry.seen = None  # its directory is to be tried again
+        self.entries[entry.name] = entry
 
-    async def _switch_to(self, entry: Entry, revision: Revision, keep_old: bool = True) -> None:
+    async def _switch_to(self, entry: Entry, revision: Revision) -> None:
         """Load a revision, let the name stand for it, and let go of what it stood for."""
         old = entry.current
         if old == revision:
@@ -354,9 +387,10 @@ class Catalogue:
         # From here to the next await is the atomic step.
         if revision in entry.kept:
             entry.kept.remove(revision)
-        if old is not None and keep_old:
+        if old is not None:
             entry.kept.insert(0, old)
         entry.current = revision
+        self._settle(entry)
         entry.published = time.time()
         self.entries[entry.name] = entry
         self._note_pins()
@@ -372,6 +406,11 @@ class Catalogue:
         if old is not None and old.short_digest not in entry.pinned_revisions:
             await self.cache.retire(old)
         await self._trim(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        """That a revision could not be restored matters no more."""
+        if entry.rejection is not None and entry.rejection.path == self.store.directory:
+            entry.rejection = None
 
     async def _trim(self, entry: Entry) -> None:
         """Drop former revisions beyond those that are to be kept."""
@@ -394,13 +433,14 @@ class Catalogue:
         self._sweep()
 
     def _drop(self, revision: Revision) -> None:
-        self._dropped[revision.int_id] = revision
+        self._dropped.add(revision)
 
     def _sweep(self) -> None:
         """Delete the copies of dropped revisions that the engine no longer holds."""
-        for int_id, revision in list(self._dropped.items()):
-            if revision.name != self._admitting and self.cache.find(revision) is None:
-                del self._dropped[int_id]
+        for revision in list(self._dropped):
+            resident = self.cache.find(revision)
+            if revision.name != self._admitting and (resident is None or resident.revision != revision):
+                self._dropped.remove(revision)
                 self.store.remove(revision)
 
     def _note_pins(self) -> None:
@@ -414,7 +454,7 @@ class Catalogue:
     def _all(self) -> Iterator[Revision]:
         for entry in self.entries.values():
             yield from entry.revisions()
-        yield from self._dropped.values()
+        yield from self._dropped
 
     def _persist(self) -> None:
         if not self.ready:

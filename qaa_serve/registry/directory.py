@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from logging import Logger, getLogger
 from pathlib import Path
@@ -29,12 +29,14 @@ class Rejection:
         name: the directory's name.
         path: the directory.
         reason: what is wrong, what was found, what to do.
+        kind: what it was refused for, as AdapterError has it.
         since: Unix time.
     """
 
     name: str
     path: Path
     reason: str
+    kind: str = "invalid"
     since: float = field(default_factory=time.time, compare=False)
 
 
@@ -58,7 +60,7 @@ def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
         try:
             revisions.append(read_revision(path))
         except AdapterError as error:
-            rejections.append(Rejection(path.name, path, str(error)))
+            rejections.append(Rejection(path.name, path, str(error), error.kind))
     return revisions, rejections
 
 
@@ -135,40 +137,45 @@ class DirectoryWatcher:
         for path in await asyncio.to_thread(lambda: list(_adapter_directories(self.directory))):
             await self._take(path.name, signature_of(path), final=True)
         for name, entry in list(self._catalogue.entries.items()):
-            if entry.source == "directory" and name not in self._handled:
+            from_here = entry.source == "directory" or entry.seen is not None
+            if from_here and name not in self._handled and name not in self._waiting:
                 await self._catalogue.forget_directory(name)
 
     async def run(self) -> None:
         """Follow the directory until cancelled."""
         while True:
             try:
+                await self._look([])
                 await self._follow()
             except Exception as error:
-                # The watch itself may fail too: no such directory, no watches left. Looking still works.
+                # The watch may fail: no such directory, no watches left. Looking still works.
                 if str(error) != self._trouble:
                     self._log.warning(
                         "Watching %s: %s; looking every %.1f s", self.directory, error, self._quiet_s
                     )
                 self._trouble = str(error)
             await asyncio.sleep(self._quiet_s)
-            await self._look([])
 
     async def _follow(self) -> None:
         """Look whenever something happens, as long as the directory is the same one."""
+        self._next_scan = 0.0  # what changed before the watch began is found by looking
         identity = _identity(self.directory)
         tick_ms = max(50, int(min(self._quiet_s, 1.0) * 500))
-        changes_here = awatch(
-            self.directory, watch_filter=None, step=50, rust_timeout=tick_ms, yield_on_timeout=True
-        )
-        async for changes in changes_here:
-            await self._look([Path(path) for _, path in changes])
-            if _identity(self.directory) != identity:
-                return
+        root = self.directory.resolve()
+        watch = awatch(root, watch_filter=None, step=50, rust_timeout=tick_ms, yield_on_timeout=True)
+        async with aclosing(watch):
+            async for changes in watch:
+                await self._look([Path(path).relative_to(root) for _, path in changes])
+                if _identity(self.directory) != identity:
+                    return
 
     async def _look(self, changed: Iterable[Path]) -> None:
-        """Look at what events named, at what is being waited for, and now and then at everything."""
-        root = self.directory.resolve()
-        places = [path.relative_to(root).parts for path in changed if path.is_relative_to(root)]
+        """Look at what events named, at what is being waited for, and now and then at everything.
+
+        Args:
+            changed: paths within the directory.
+        """
+        places = [path.parts for path in changed]
         names = {parts[0] for parts in places if parts and not parts[0].startswith(".")}
         # A directory that came by a rename is there in one piece: no event speaks of a file inside it.
         whole = names - {parts[0] for parts in places if len(parts) > 1}
@@ -238,23 +245,27 @@ class DirectoryWatcher:
             whether that settled it.
         """
         path = self.directory / name
-        rejection = None
-        if signature == _NOTHING or not _looks_like_an_adapter(path):
-            await self._catalogue.forget_directory(name)
-        else:
-            try:
+        rejection, temporary = None, False
+        try:
+            if signature == _NOTHING or not _looks_like_an_adapter(path):
+                await self._catalogue.forget_directory(name)
+            else:
                 await self._catalogue.publish(
                     name, path, "directory", unchanged=lambda: signature_of(path) == signature
                 )
-            except AdapterError as error:
-                rejection = Rejection(name, path, str(error))
+        except AdapterError as error:
+            rejection = Rejection(name, path, str(error), error.kind)
+            temporary = error.temporary
+        except Exception as error:  # unforeseen, and no reason to leave the others waiting
+            self._log.exception("Reading %s", path)
+            rejection = Rejection(name, path, f"reading it failed: {error!r}")
         if signature_of(path) != signature or (rejection is not None and not final):
             self._waiting[name] = (signature_of(path), time.monotonic())
             return False
         if rejection is not None:
             self._catalogue.reject(rejection)
         self._waiting.pop(name, None)
-        if signature == _NOTHING:
+        if signature == _NOTHING or temporary:  # what is temporary is tried again at the next scan
             self._handled.pop(name, None)
         else:
             self._handled[name] = signature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Revision:
     vLLM keys its prefix cache by an adapter's name and path, compares requests by name and weights by id: so a
     revision has all three of its own, and a new content under an old name can never meet the old one's cache.
 
+    Two are equal if name and digest are: the base depends on where the content was read, too.
+
     Attributes:
         name: the public name.
         digest: SHA-256 of the adapter's two files, in hex.
@@ -45,12 +47,12 @@ class Revision:
 
     name: str
     digest: str
-    path: Path
-    kind: Literal["QAA", "LORA"]
-    rank: int
-    nbytes: int
-    base: str
-    details: dict[str, Any]
+    path: Path = field(compare=False)
+    kind: Literal["QAA", "LORA"] = field(compare=False)
+    rank: int = field(compare=False)
+    nbytes: int = field(compare=False)
+    base: str = field(compare=False)
+    details: dict[str, Any] = field(compare=False)
 
     @property
     def short_digest(self) -> str:
@@ -73,10 +75,16 @@ class Revision:
         return _RESERVED_IDS + number % ((1 << 31) - _RESERVED_IDS)
 
 
+class NameRefusedError(AdapterError):
+    """No adapter may be served under this name."""
+
+    kind = "name"
+
+
 def check_name(name: str) -> None:
-    """Raise AdapterError unless an adapter may be served under this name."""
+    """Raise NameRefusedError unless an adapter may be served under this name."""
     if not NAME_PATTERN.fullmatch(name):
-        raise AdapterError(
+        raise NameRefusedError(
             f"{name!r} cannot be an adapter's name: letters, digits, '.', '_' and '-', at most 128, the first a "
             "letter or digit. Rename the directory"
         )

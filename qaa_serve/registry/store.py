@@ -22,6 +22,12 @@ from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, LinearWi
 from qaa_serve.registry.revisions import Revision, read_revision
 
 
+class NoRoomError(AdapterError):
+    """The store cannot take an adapter: it is full, or cannot be written."""
+
+    kind, temporary = "store", True
+
+
 class StoreError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
 
@@ -88,13 +94,13 @@ class RevisionStore:
             place = self._revisions / revision.revision
             if place.exists() and _intact(place, revision.digest):
                 return self._at(revision, place)
+            shutil.rmtree(place, ignore_errors=True)  # a damaged one
             used = self.nbytes()
             if used + revision.nbytes > self.max_bytes:
-                raise AdapterError(
+                raise NoRoomError(
                     f"the revision store has {used:,} of {self.max_bytes:,} bytes in use and the adapter needs "
                     f"{revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
                 )
-            shutil.rmtree(place, ignore_errors=True)
             copy.rename(place)
             return self._at(revision, place)
         except OSError as error:
@@ -139,9 +145,9 @@ class RevisionStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def nbytes(self) -> int:
-        """Bytes of all weights in the store."""
+        """Bytes of all weights in the store, without those that are still being checked."""
         total = 0
-        for path in self._revisions.glob(f"*/{WEIGHTS_FILE}"):
+        for path in self._revisions.glob(f"[!.]*/{WEIGHTS_FILE}"):
             try:
                 total += path.stat().st_size
             except OSError:  # removed meanwhile
@@ -152,7 +158,7 @@ class RevisionStore:
         """What `write_state` wrote last; empty if there is nothing that can be read."""
         try:
             state = json.loads((self.directory / "state.json").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return state if isinstance(state, dict) else {}
 
@@ -170,9 +176,9 @@ class RevisionStore:
     def _at(self, revision: Revision, place: Path) -> Revision:
         return Revision(**{**vars(revision), "path": place.resolve()})
 
-    def _no_room(self, error: OSError) -> AdapterError:
+    def _no_room(self, error: OSError) -> NoRoomError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return AdapterError(
+        return NoRoomError(
             f"the adapter cannot be copied to the state directory {self.directory}: {error.strerror or error}. "
             + ("Free some space there, or give another --state-dir" if full else "Look at its permissions")
         )

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nu
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from qaa_serve.adapters import AdapterError
-from qaa_serve.registry import EngineCache, Revision
+from qaa_serve.registry import EngineCache, EngineRefusedError, Revision
+from qaa_serve.server.gate import current_use
+from qaa_serve.server.metrics import EngineAccount
 
 logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the name "vllm"
 
@@ -36,10 +37,23 @@ class AdapterEngine(AsyncLLM):
     ) -> AsyncGenerator[Any, None]:
         """As vLLM's; the adapter is held until the request has ended or its abort has been sent."""
         outputs = super().generate(*args, lora_request=lora_request, **kwargs)
+        use = current_use.get()
+        observation = None if use is None else use.observation
+        sequence = None if observation is None else observation.sequence()
         with self._holding(lora_request):
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
+            try:
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        if sequence is not None:
+                            sequence.saw(output)
+                        yield output
+            except (VLLMClientError, GracefulHTTPError):
+                raise
+            except Exception:
+                # A stream that has begun ends with an error in it, under status 200.
+                if observation is not None:
+                    observation.failed = True
+                raise
 
     async def encode(
         self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
@@ -66,7 +80,7 @@ class AdapterEngine(AsyncLLM):
             bytes of host memory it takes, over all workers.
 
         Raises:
-            AdapterError: if the engine refuses it.
+            EngineRefusedError: if it cannot be loaded.
         """
         request = request_for(revision)
         try:
@@ -76,15 +90,18 @@ class AdapterEngine(AsyncLLM):
             await self.add_lora(request)
             return (await self.adapter_bytes())[revision.int_id][0]
         except EngineDeadError as error:
-            raise AdapterError("the engine has died") from error
+            raise EngineRefusedError("the engine has died") from error
         except Exception as error:
-            # The engine's process sends any failure as a plain exception with this prefix; it goes on serving.
+            # The engine's process sends any failure as a plain exception in these words; it goes on serving.
             reason = str(error).removeprefix("Call to add_lora method failed: ")
+            reason = reason.removeprefix("Worker failed with error '").removesuffix(
+                "', please check the stack trace above for the root cause"
+            )
             try:
                 await self.remove_lora(revision.int_id)  # one of several workers may have it
             except Exception:
                 logger.exception("Removing %s after a failed load", revision.revision)
-            raise AdapterError(reason) from error
+            raise EngineRefusedError(reason) from error
 
     async def unload(self, revision: Revision) -> None:
         """Have every worker forget a revision."""
@@ -101,6 +118,18 @@ class AdapterEngine(AsyncLLM):
                 before = totals.get(int_id, (0, 0))
                 totals[int_id] = (before[0] + host, before[1] + slot)
         return totals
+
+    async def account(self) -> EngineAccount:
+        """What all workers say of their memory and circuits."""
+        devices = {
+            f"{self.vllm_config.device_config.device_type}:{rank}": sizes
+            for rank, sizes in enumerate(await self.collective_rpc("qaa_memory"))
+        }
+        circuits: dict[str, tuple[list[float], list[int], float]] = {}
+        for backend, bounds, counts, total_s in await self.collective_rpc("qaa_circuit_times"):
+            _, before, before_s = circuits.get(backend, (bounds, [0] * len(counts), 0.0))
+            circuits[backend] = (bounds, [a + b for a, b in zip(before, counts, strict=True)], before_s + total_s)
+        return EngineAccount(await self.adapter_bytes(), devices, circuits)
 
 
 def request_for(revision: Revision) -> LoRARequest:

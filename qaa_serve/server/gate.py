@@ -17,11 +17,13 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 import msgspec
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from qaa_serve.registry import Catalogue, Revision, UnavailableError, UnknownAdapterError
 from qaa_serve.server.keys import ClientKey, KeyRing
+from qaa_serve.server.metrics import Observation, Outcome, ServerMetrics
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -48,7 +50,12 @@ _FOR_CLIENTS = (
 )  # fmt: skip
 
 #: Beginnings of paths that would be clients' but change what is served.
-_FOR_ADMINS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_FOR_ADMINS = (
+    "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests",
+)  # fmt: skip
+
+#: Where vLLM takes the model of its route /invocations from, whatever the body says.
+_INVOCATIONS_MODEL = "x-amzn-sagemaker-adapter-identifier"
 
 
 def role_of(path: str) -> Role:
@@ -68,11 +75,13 @@ class Use:
         asked: the model the request names, as name or name@revision; None if it names none.
         key: the client's key; None if there are none.
         revision: the adapter's revision that is held for it; None for the base model.
+        observation: what times it; None if it names no model that is served.
     """
 
     asked: str | None
     key: ClientKey | None
     revision: Revision | None = None
+    observation: Observation | None = None
 
     def may_use(self, model: str) -> bool:
         """Whether the client may use a model."""
@@ -157,7 +166,7 @@ class Turns:
             except asyncio.CancelledError:
                 if mine.done() and not mine.cancelled():
                     self._end(name)
-                else:
+                elif mine in queue:  # not if a turn that ended has passed it over already
                     queue.remove(mine)
                 raise
         else:
@@ -199,6 +208,7 @@ class Gate:
         catalogue: Catalogue,
         keys: KeyRing,
         turns: Turns,
+        metrics: ServerMetrics,
         base_names: Sequence[str],
         max_body_bytes: int,
         max_upload_bytes: int,
@@ -210,6 +220,7 @@ class Gate:
             catalogue: the adapters.
             keys: who may do what.
             turns: who may run now.
+            metrics: where requests are counted and timed.
             base_names: the base model's names; its requests are counted under the first.
             max_body_bytes: of a request.
             max_upload_bytes: of an upload.
@@ -218,7 +229,9 @@ class Gate:
         self.in_flight = 0
         self.turns = turns
         self._app = app
+        self._root_path = getattr(app, "root_path", "")  # FastAPI takes it off a path before it looks for a route
         self._catalogue = catalogue
+        self._metrics = metrics
         self._keys = keys
         self._base_names = base_names
         self._max_body_bytes = max_body_bytes
@@ -238,7 +251,8 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        root_path = self._root_path or scope.get("root_path", "")
+        path = get_route_path({"path": scope["path"], "root_path": root_path})
         role = role_of(path)
         preflight = scope.get("method") == "OPTIONS"  # browsers ask without a key; nothing is done
         if role is Role.ANYONE or preflight:
@@ -247,67 +261,72 @@ class Gate:
         self.in_flight += 1
         self._idle.clear()
         try:
-            await self._guarded(role, scope, receive, send)
+            await self._guarded(role, path, scope, receive, send)
         finally:
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
 
-    async def _guarded(self, role: Role, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def noting_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
+    async def _guarded(self, role: Role, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = _Exchange(receive, send)
+        use = Use(None, None)
+        outcome: Outcome = "server_error"
         try:
-            key = self._check_rights(role, scope)
+            use.key = self._check_rights(role, scope)
             self._check_open()
-            headers = Headers(scope=scope)
-            upload = role is Role.ADMIN and headers.get("content-type", "").startswith("multipart/form-data")
-            limited = _limited(receive, headers, self._max_upload_bytes if upload else self._max_body_bytes)
-            if role is Role.ADMIN or scope["type"] == "websocket":
-                token = current_use.set(Use(None, key))
+            async with AsyncExitStack() as stack:
+                exchange.admitted = await self._admit(stack, use, role, path, scope, receive)
+                token = current_use.set(use)
                 try:
-                    await self._app(scope, limited, noting_send)
+                    await self._app(scope, exchange.receive, exchange.send)
                 finally:
                     current_use.reset(token)
-            else:
-                await self._serve(key, scope, limited, receive, noting_send)
+            outcome = exchange.outcome(use)
         except RefusedError as refusal:
+            outcome = "rejected" if refusal.status in (429, 503) else "client_error"
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal.message[:120]})
-            elif not started:
+            elif exchange.status is None:
                 await refusal.response()(scope, receive, send)
         except _ClientGoneError:
-            pass
+            outcome = "aborted"
+        except asyncio.CancelledError:
+            outcome = "aborted"
+            raise
+        finally:
+            if role is Role.CLIENT and scope.get("method") == "POST":
+                # What was refused before its model was known counts under none.
+                seen = use.observation or self._metrics.begin(None, path)
+                seen.end(outcome)
 
-    async def _serve(
-        self, key: ClientKey | None, scope: Scope, limited: Receive, receive: Receive, send: Send
-    ) -> None:
-        """Let a client's request through, with its adapter held."""
-        messages, model = await _read_model(scope, limited)
-        use = Use(model, key)
-        async with AsyncExitStack() as stack:
-            if scope["method"] == "POST":
-                await self._enter(stack, use, receive)
-            token = current_use.set(use)
-            try:
-                await self._app(scope, _replaying(messages, receive), send)
-            finally:
-                current_use.reset(token)
+    async def _admit(
+        self, stack: AsyncExitStack, use: Use, role: Role, path: str, scope: Scope, receive: Receive
+    ) -> Receive:
+        """Read a request's body; take a client's turn and adapter. Returns what the app receives from."""
+        if scope["type"] == "websocket":
+            if role is Role.CLIENT:  # they name their model later, and can only have the base model
+                self._check_model(use)
+            return receive
+        headers = Headers(scope=scope)
+        if role is Role.ADMIN and headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return _limited(receive, headers, self._max_upload_bytes)
+        body = await _read_body(_limited(receive, headers, self._max_body_bytes))
+        if role is Role.CLIENT and scope["method"] == "POST":
+            in_header = path.startswith("/invocations")
+            use.asked = (headers.get(_INVOCATIONS_MODEL) if in_header else _model_of(body)) or None
+            await self._enter(stack, use, path, receive)
+        return _replaying(body, receive)
 
-    async def _enter(self, stack: AsyncExitStack, use: Use, receive: Receive) -> None:
+    async def _enter(self, stack: AsyncExitStack, use: Use, path: str, receive: Receive) -> None:
         """Wait for the request's turn and take hold of its adapter, both until the stack is closed."""
         model = use.asked
         asks_base = model is None or model in self._base_names
-        name = self._base_names[0] if asks_base else str(model).partition("@")[0]
-        if not use.may_use(name):
-            raise RefusedError(403, f"this key may not use the model {model or name!r}")
+        name = self._check_model(use)
         if not asks_base and self._catalogue.resolve(str(model)) is None:
             return  # vLLM answers that there is no such model
+        use.observation = self._metrics.begin(name, path)
         await _unless_gone(receive, stack.enter_async_context(self.turns.turn(name)))
+        use.observation.has_turn()
         if asks_base:
             return
         try:
@@ -316,6 +335,14 @@ class Gate:
             return  # removed while the request waited
         except UnavailableError as error:
             raise RefusedError(503, str(error), Retry_After="5") from error
+
+    def _check_model(self, use: Use) -> str:
+        """The name that a request is counted under; refuses it if its key may not use that."""
+        asks_base = use.asked is None or use.asked in self._base_names
+        name = self._base_names[0] if asks_base else str(use.asked).partition("@")[0]
+        if not use.may_use(name):
+            raise RefusedError(403, f"this key may not use the model {use.asked or name!r}")
+        return name
 
     def _check_open(self) -> None:
         if self.draining:
@@ -353,6 +380,40 @@ class Gate:
 _KEY_NEEDED = "{} is needed: send the header 'Authorization: Bearer <key>'"
 
 
+class _Exchange:
+    """A request's messages and its response's, and how it ended."""
+
+    def __init__(self, receive: Receive, send: Send):
+        self.admitted = receive
+        self.status: int | None = None
+        self._send = send
+        self._complete = False
+        self._gone = False
+
+    async def receive(self) -> Message:
+        """What the app receives."""
+        message = await self.admitted()
+        if message["type"] == "http.disconnect" and not self._complete:
+            self._gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """What the app sends."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._complete = not self._gone
+        await self._send(message)
+
+    def outcome(self, use: Use) -> Outcome:
+        """How a request that the app has answered has ended."""
+        if self.status is None or not self._complete:
+            return "aborted"
+        if self.status >= 500 or (use.observation is not None and use.observation.failed):
+            return "server_error"
+        return "client_error" if self.status >= 400 else "success"
+
+
 class _ClientGoneError(Exception):
     """The client has closed the connection."""
 
@@ -363,28 +424,42 @@ def _bearer(headers: Headers) -> str | None:
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
 
 
+#: Headers that a proxy adds.
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+
+
 def _from_this_machine(scope: Scope, headers: Headers) -> bool:
     """Whether a request comes straight from a program on this machine.
 
     Not so if a proxy passed it on, or a web page in a browser here sent it: to another host's name that leads
     here, or from another origin.
     """
-    client = scope.get("client")
-    if client is not None and not is_loopback(client[0]):  # None: a unix socket
+    client, server = scope.get("client"), scope.get("server")
+    # A TCP connection that its client has reset already has no client either; a unix socket alone has no port.
+    by_file = client is None and server is not None and server[1] is None
+    if not by_file and (client is None or not is_loopback(client[0])):
         return False
-    if any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip")):
+    if any(name in headers for name in _OF_PROXIES):
         return False
     host = headers.get("host", "")
-    if client is not None and not is_loopback(host.rpartition(":")[0].strip("[]") if ":" in host else host):
+    if not by_file and not is_loopback(_without_port(host)):
         return False
     origin = headers.get("origin")
     return origin is None or origin.partition("://")[2] == host
 
 
+def _without_port(host: str) -> str:
+    """The name or address of a Host header."""
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdigit() else host).strip("[]")
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address stands for this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -408,27 +483,29 @@ def _limited(receive: Receive, headers: Headers, limit: int) -> Receive:
     return receive_limited
 
 
-async def _read_model(scope: Scope, receive: Receive) -> tuple[list[Message], str | None]:
-    """The messages of a request's body, and the model it names."""
-    if scope["method"] not in ("POST", "PUT", "PATCH"):
-        return [], None
-    messages: list[Message] = []
-    while True:
+async def _read_body(receive: Receive) -> bytes:
+    """A request's whole body."""
+    chunks = []
+    more = True
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _ClientGoneError
-        messages.append(message)
-        if not message.get("more_body", False):
-            break
-    body = b"".join(message.get("body", b"") for message in messages)
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):  # what is wrong with it, its route says
-        return [{"type": "http.request", "body": body}], _decode_model(body).model or None
-    return [{"type": "http.request", "body": body}], None
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(chunks)
 
 
-def _replaying(messages: list[Message], receive: Receive) -> Receive:
-    """Receive what was read already, and then what comes."""
-    left = deque(messages)
+def _model_of(body: bytes) -> str | None:
+    """The model that a body names; None if it names none or is no JSON, about which its route complains."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _decode_model(body).model
+    return None
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Receive the body that was read already, and then what comes."""
+    left: deque[Message] = deque([{"type": "http.request", "body": body}])
 
     async def replay() -> Message:
         return left.popleft() if left else await receive()
@@ -438,18 +515,17 @@ def _replaying(messages: list[Message], receive: Receive) -> Receive:
 
 async def _unless_gone(receive: Receive, turn: Awaitable[None]) -> None:
     """Wait for a turn, unless the client goes away meanwhile."""
-    waiting = asyncio.ensure_future(turn)
-    await asyncio.sleep(0)
-    if waiting.done():
-        return waiting.result()
-    gone = asyncio.ensure_future(receive())
+    tasks: list[asyncio.Future[Any]] = [waiting := asyncio.ensure_future(turn)]
     try:
-        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            return waiting.result()
-        raise _ClientGoneError
+        await asyncio.sleep(0)
+        if not waiting.done():
+            tasks.append(asyncio.ensure_future(receive()))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise _ClientGoneError
+        waiting.result()
     finally:
-        for task in (waiting, gone):
+        for task in tasks:
             if not task.done():
                 task.cancel()
                 with suppress(asyncio.CancelledError):

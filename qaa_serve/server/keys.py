@@ -97,7 +97,7 @@ def read_admin_keys(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{path} cannot be read: {error.__class__.__name__}") from error
 

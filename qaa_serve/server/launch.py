@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import init_logger
+from vllm.v1.metrics import buckets
 
 from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
 from qaa_serve.server.admin import Readiness, Status, make_router
@@ -23,11 +24,14 @@ from qaa_serve.server.engine import AdapterEngine, running_engine
 from qaa_serve.server.gate import Gate, Turns
 from qaa_serve.server.http import HTTPServer
 from qaa_serve.server.keys import KeyRing
-from qaa_serve.server.metrics import CatalogueCollector
+from qaa_serve.server.metrics import ServerMetrics, StateCollector, say_what_runs
 from qaa_serve.server.models import ServedModels
 from qaa_serve.server.settings import ServingOptions
 
 logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
+
+
+ACCOUNT_EVERY_S = 10.0
 
 
 async def serve(args: argparse.Namespace, options: ServingOptions, store: RevisionStore, keys: KeyRing) -> int:
@@ -50,9 +54,18 @@ async def serve(args: argparse.Namespace, options: ServingOptions, store: Revisi
             with _our_models():
                 await app_state.init_app_state(engine, app.state, args, tasks)
             models: ServedModels = app.state.openai_serving_models
+            metrics = ServerMetrics(
+                REGISTRY,
+                max_adapters=options.metrics_max_adapters,
+                latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
+                first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
+                inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
+            )
+            say_what_runs(metrics)
             catalogue = Catalogue(
                 store,
                 engine,
+                observer=metrics,
                 cache_bytes=options.adapter_cache_bytes,
                 max_count=args.max_cpu_loras,
                 keep=options.keep_revisions,
@@ -60,18 +73,20 @@ async def serve(args: argparse.Namespace, options: ServingOptions, store: Revisi
                 logger=logger,
             )
             models.catalogue, engine.cache = catalogue, catalogue.cache
-            gate = _stand_before(app, engine, catalogue, options, keys, models.base_names)
-            collector = CatalogueCollector(catalogue, gate)
-            REGISTRY.register(collector)
+            gate = _stand_before(app, engine, catalogue, metrics, options, keys, models.base_names)
+            state = StateCollector(catalogue, gate, metrics.labels)
+            REGISTRY.register(state)
             http = HTTPServer(app, gate, engine, args, drain_timeout_s=options.drain_timeout_s)
-            publishing = asyncio.create_task(_publish(catalogue, options, http, address, args, models))
+            background = [
+                asyncio.create_task(_publish(catalogue, options, http, address, args, models)),
+                asyncio.create_task(_keep_account(engine, state)),
+            ]
             try:
                 return await http.run(sock)
             finally:
-                REGISTRY.unregister(collector)
-                publishing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await publishing
+                for task in background:
+                    task.cancel()
+                await asyncio.gather(*background, return_exceptions=True)
     finally:
         sock.close()
 
@@ -91,6 +106,7 @@ def _stand_before(
     app: FastAPI,
     engine: AdapterEngine,
     catalogue: Catalogue,
+    metrics: ServerMetrics,
     options: ServingOptions,
     keys: KeyRing,
     base_names: list[str],
@@ -118,6 +134,7 @@ def _stand_before(
         catalogue=catalogue,
         keys=keys,
         turns=turns,
+        metrics=metrics,
         base_names=base_names,
         max_body_bytes=options.max_body_bytes,
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
@@ -155,6 +172,16 @@ async def _publish(
     except Exception:
         logger.exception("Publishing adapters failed; the server ends")
         http.stop(1)
+
+
+async def _keep_account(engine: AdapterEngine, state: StateCollector) -> None:
+    """Ask the workers for their memory now and then, not when Prometheus asks: it must get its answer at once."""
+    while True:
+        try:
+            state.account = await engine.account()
+        except Exception as error:  # a dead engine ends the server elsewhere
+            logger.warning("The engine's account of its memory is missing: %s", error)
+        await asyncio.sleep(ACCOUNT_EVERY_S)
 
 
 def _announce(catalogue: Catalogue, args: argparse.Namespace, address: str, models: ServedModels) -> None:

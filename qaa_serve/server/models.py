@@ -66,8 +66,9 @@ class ServedModels(OpenAIServingModels):
 
     def is_base_model(self, model_name: str) -> bool:
         """Whether a name is the base model's and the request may use it."""
-        use = current_use.get()
-        return model_name in self.base_names and (use is None or use.asked in (None, model_name))
+        use = current_use.get() or Use(None, None)
+        may = use.asked in (None, model_name) and use.may_use(self.base_names[0])
+        return may and model_name in self.base_names
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name a client gets back: the one it asked for."""

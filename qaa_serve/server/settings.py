@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class ServingOptions:
         adapter_max_queue: further requests of one model that wait.
         max_body_bytes: of a request.
         drain_timeout_s: how long running requests have after a signal.
+        metrics_max_adapters: adapters with labels of their own in the metrics.
     """
 
     adapters: Path | None
@@ -76,6 +78,7 @@ class ServingOptions:
     adapter_max_queue: int
     max_body_bytes: int
     drain_timeout_s: float
+    metrics_max_adapters: int
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -118,8 +121,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_our_options(parser: argparse.ArgumentParser) -> None:
-    from vllm.engine.arg_utils import human_readable_int
-
     group = parser.add_argument_group("qaa-serve: adapters")
     group.add_argument(
         "--adapters",
@@ -146,7 +147,7 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         help="where private copies of the served adapters are kept, with what is served for the next start "
         "(default: below ~/.cache/qaa-serve, by adapters directory and port)",
     )
-    size = {"metavar": "SIZE", "type": human_readable_int}
+    size: dict[str, Any] = {"metavar": "SIZE", "type": _size}
     group.add_argument(
         "--state-bytes", **size, default=16 * _GIB, help="most that the copies may take (default: 16Gi)"
     )
@@ -208,10 +209,26 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="how long running requests have to end after SIGTERM; new ones are answered 503 (default: 30)",
     )
+    group.add_argument(
+        "--metrics-max-adapters",
+        metavar="N",
+        type=_count,
+        default=200,
+        help="adapters with labels of their own in the metrics, the busiest; the rest are `other` (default: 200)",
+    )
 
 
 def _count(text: str) -> int:
     number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _size(text: str) -> int:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    number: int = human_readable_int(re.sub("(?<=[KMGT])i$", "", text))
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
@@ -257,6 +274,7 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         adapter_max_queue=args.adapter_max_queue,
         max_body_bytes=args.max_body_bytes,
         drain_timeout_s=args.drain_timeout,
+        metrics_max_adapters=args.metrics_max_adapters,
     )
     return options, store, keys
 
@@ -314,6 +332,11 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
         raise UsageError(
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING: vLLM's own routes would change weights under running requests and "
             "under old names in its caches; unset it"
+        )
+    if os.environ.get("VLLM_SKIP_MODEL_NAME_VALIDATION", "0").strip().lower() in ("1", "true"):
+        raise UsageError(
+            "VLLM_SKIP_MODEL_NAME_VALIDATION: vLLM would answer for the base model under any name, past the "
+            "models that a key is for; unset it"
         )
     args.model = args.model_tag or args.model or _base_of(revisions, args.adapters)
     chosen: dict[str, tuple[Any, str]] = {}

@@ -1,0 +1,118 @@
+"""Small adapters, an engine that can be told to fail or to wait, and waiting for what others do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qaa_serve.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    AdapterError,
+    ModuleWeights,
+    digest_of,
+    save_adapter,
+)
+from qaa_serve.registry import Catalogue, Revision, RevisionStore
+
+#: The longest that anything is waited for, in seconds.
+PATIENCE_S = 30.0
+
+
+def make(directory: Path, seed: int = 0, **settings: Any) -> Path:
+    """A QAA adapter; another seed makes other weights."""
+    config = AdapterConfig(base_model_name_or_path="../../base", target_modules=("q_proj",), **settings)
+    theta = torch.randn(
+        config.heads, *config.circuit(4).theta_shape, generator=torch.Generator().manual_seed(seed)
+    )
+    weights = ModuleWeights(theta, torch.ones(16, config.rank(4)))
+    save_adapter(directory, config, {"model.layers.0.self_attn.q_proj": weights}, overwrite=True)
+    return directory
+
+
+def make_lora(directory: Path, value: float = 1.0, **settings: Any) -> Path:
+    """A LoRA adapter, as far as it is checked without an engine."""
+    directory.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base", **settings}
+    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((4, 16), value)}
+    save_file(tensors, directory / WEIGHTS_FILE)
+    return directory
+
+
+def make_store(directory: Path, max_bytes: int = 1 << 20, max_adapter_bytes: int = 1 << 16) -> RevisionStore:
+    return RevisionStore(directory, max_bytes=max_bytes, max_adapter_bytes=max_adapter_bytes)
+
+
+def make_catalogue(store: RevisionStore, engine: FakeEngine, **settings: Any) -> Catalogue:
+    return Catalogue(store, engine, **{"cache_bytes": 1 << 20, **settings})
+
+
+def tree(directory: Path) -> list[str]:
+    """Everything below a directory."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+class FakeEngine:
+    """Holds what it is given, as the real one does, and reads it from where it lies.
+
+    Attributes:
+        held: revisions in its memory.
+        loads: all that were asked for, in order.
+        unloads: all that were forgotten, in order.
+        refuses: revisions whose loading fails.
+        go: cleared, loading waits until it is set.
+        loading: set while a load waits.
+    """
+
+    def __init__(self, reads: bool = True):
+        self.held: set[Revision] = set()
+        self.loads: list[str] = []
+        self.unloads: list[str] = []
+        self.refuses: Callable[[Revision], bool] = lambda revision: False
+        self.go = asyncio.Event()
+        self.go.set()
+        self.loading = asyncio.Event()
+        self._reads = reads
+
+    async def load(self, revision: Revision) -> int:
+        assert revision not in self.held, "it is there already"
+        self.loads.append(revision.revision)
+        self.loading.set()
+        await asyncio.sleep(0)
+        await self.go.wait()
+        self.loading.clear()
+        if self.refuses(revision):
+            raise AdapterError("the engine refuses it")
+        if self._reads:
+            assert digest_of(revision.path) == revision.digest
+        self.held.add(revision)
+        return revision.nbytes
+
+    async def unload(self, revision: Revision) -> None:
+        await asyncio.sleep(0)
+        self.held.remove(revision)
+        self.unloads.append(revision.revision)
+
+
+async def eventually(condition: Callable[[], object], what: str) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(PATIENCE_S):
+        try:
+            while not condition():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            raise AssertionError(f"never came true: {what}") from None
+
+
+async def settle() -> None:
+    """Let everything run that does not wait for an event, a thread or a clock."""
+    for _ in range(20):
+        await asyncio.sleep(0)

