@@ -2,11 +2,14 @@
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
+# make load    two minutes of load on the bundled example, on a port of its own: reports/load/report.md
 # ACCEL=cuda   with an NVIDIA GPU instead of a CPU (docs/install.md)
 
 ACCEL ?= cpu
 PYTHON ?= python3
 PORT ?= 8000
+LOAD_PORT ?= 8010
+LOAD_SECONDS ?= 120
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +25,7 @@ SERVE_ENV_cpu := VLLM_ENABLE_V1_MULTIPROCESSING=0
 SERVE_ARGS_cpu := --distributed-executor-backend uni
 
 .DEFAULT_GOAL := check
-.PHONY: check serve test compare lint types quick venv lock clean
+.PHONY: check serve test compare load lint types quick venv lock clean
 
 check: lint types quick
 
@@ -36,6 +39,10 @@ compare: venv examples/assistant/data/brief_test.jsonl
 	$(BIN)/qaa-serve compare --model examples/assistant/base --config examples/assistant/compare.yaml \
 		--data examples/assistant/data/brief.jsonl --eval-data examples/assistant/data/brief_test.jsonl \
 		--max-new-tokens 24 --output reports/assistant
+
+load: venv
+	$(BIN)/python loadtests/run_example.py --port $(LOAD_PORT) --seconds $(LOAD_SECONDS) --output reports/load -- \
+		env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 examples/assistant/data/brief_test.jsonl: examples/assistant/make_data.py examples/assistant/facts.py | $(STAMP)
 	$(BIN)/python examples/assistant/make_data.py

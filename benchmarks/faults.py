@@ -113,7 +113,7 @@ def greedy(reference: ReferenceModel, adapter: Any, prompt: str, count: int = TO
 # ------------------------------------------------------------------------------------------------ clients
 
 
-@dataclass
+@dataclass(frozen=True)
 class Keys:
     client: str = "none"
     admin: str | None = None
@@ -173,7 +173,7 @@ def rename_into_place(source: Path, place: Path) -> None:
         beside.rename(place)
 
 
-def openai_client(server: ServerProcess, keys: Keys) -> openai.AsyncOpenAI:
+def openai_client(server: ServerProcess, keys: Keys = Keys()) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=keys.client, max_retries=0, timeout=60)
 
 

@@ -296,7 +296,7 @@ def list_models(host: str, options: Any) -> dict[str, list[str]]:
         if any(fnmatch(name, pattern) for pattern in patterns):
             models[kinds.get(name, default)].append(name)
     if not models:
-        raise WorkloadError(f"--models {options.models} fits none of: {', '.join(name for name, _ in names)}")
+        raise WorkloadError(f"--models {options.models} fits none of: {', '.join(sorted(dict(names)))}")
     return dict(models)
 
 
@@ -809,7 +809,10 @@ def choose(environment: Environment, **_: Any) -> None:
     options = environment.parsed_options
     closed = workload.parse_arrivals(options.arrivals).closed
     if options.ramp and not closed:
-        sys.exit("--ramp adds users, which only --arrivals closed has; to find the knee of a rate, raise the rate")
+        log.error(
+            "--ramp adds users, which only --arrivals closed has; to find the knee of a rate, raise the rate"
+        )
+        sys.exit(UNUSABLE)
     environment.user_classes = [ClosedUser if closed else OpenUser]
     if options.ramp and not isinstance(environment.runner, WorkerRunner):
         environment.shape_class = RampShape(environment)
@@ -850,9 +853,14 @@ def start(environment: Environment, **_: Any) -> None:
 
 @events.test_stopping.add_listener
 def stopping(**_: Any) -> None:
-    """End the swaps and note how long the test took."""
+    """End the swaps while the last requests run."""
     gevent.killall(_background)
     _background.clear()
+
+
+@events.test_stop.add_listener
+def stopped(**_: Any) -> None:
+    """Note how long the test took, the last requests included."""
     if current is not None and current.seconds is None:
         current.seconds = time.perf_counter() - current.began
 
@@ -876,10 +884,12 @@ def conclude(environment: Environment, **_: Any) -> None:
     """Write the summary; a missed SLO decides the exit status."""
     if current is None or isinstance(environment.runner, WorkerRunner):
         return
+    if current.options.csv_prefix:  # locust writes these files once a second, and not once more at the end
+        gevent.sleep(locust.stats.CSV_STATS_INTERVAL_SEC + 0.2)
     if current.options.summary and not current.unusable:
         path = current.options.summary
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        command = {"command": shlex.join(_without_keys(sys.argv))}
+        command = {"command": shlex.join(["locust", *_without_keys(sys.argv[1:])])}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(command | current.summary(), file, indent=1)
             file.write("\n")
@@ -888,7 +898,7 @@ def conclude(environment: Environment, **_: Any) -> None:
 
 
 def _without_keys(arguments: list[str]) -> list[str]:
-    """A command line that can be shown."""
+    """A command line that can be shown: no keys, and paths from here."""
     shown = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, _ = argument.partition("=")
@@ -896,6 +906,8 @@ def _without_keys(arguments: list[str]) -> list[str]:
             argument = "..."
         elif equals and name in ("--api-key", "--admin-key"):
             argument = f"{name}=..."
+        elif os.path.isabs(argument) and not os.path.relpath(argument).startswith(".."):
+            argument = os.path.relpath(argument)
         shown.append(argument)
     return shown
 

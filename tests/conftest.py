@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # In-process engines: no second process, no binding to one core, no usage statistics.
@@ -16,6 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# Programs that measure, whose short forms are tests too.
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

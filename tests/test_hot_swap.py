@@ -11,11 +11,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import openai
@@ -23,8 +21,6 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import faults
 from faults import CONFIG, NAMES, PROMPTS, WEIGHTS, Keys, Stage, greedy, rename_into_place, words

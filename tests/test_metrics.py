@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from qaa_serve.server.metrics import FAMILIES, OTHER, TOKEN_KINDS, AdapterLabels, ServerMetrics, reference
+from qaa_serve.server.metrics import FAMILIES, OTHER, AdapterLabels, ServerMetrics, reference
 
 ROOT = Path(__file__).parents[1]
 BUCKETS = (0.001, 0.01, 0.1, 1.0)

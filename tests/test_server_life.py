@@ -38,17 +38,6 @@ def start(root, request):
         server.stop()
 
 
-def test_a_dead_engine_ends_the_server_with_an_error(start, root):
-    server = start(["qaa-serve", "--adapters", str(root / "adapters"), *OPTIONS]).wait_ready()
-    family = server.family()
-    workers = [process for process in family if "Worker" in " ".join(process.cmdline())]
-    assert workers, [process.cmdline() for process in family]
-    workers[0].kill()
-    assert server.wait_exit() == 1
-    assert gone(family) == []
-    assert "The engine died" in server.text()
-
-
 def test_a_killed_server_leaves_nothing_running(start, root):
     server = start(["qaa-serve", str(root / "base"), *OPTIONS]).wait_ready()
     family = server.family()

@@ -44,7 +44,7 @@ class CacheFullError(AdapterError):
 
 
 #: How a change ended.
-Result: TypeAlias = Literal["published", "removed", "rolled_back"]
+Result: TypeAlias = Literal["published", "rejected", "removed", "rolled_back"]
 
 
 class Observer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse
 
 from qaa_serve.registry import Catalogue, Revision, UnavailableError, UnknownAdapterError
 from qaa_serve.server.keys import ClientKey, KeyRing
-from qaa_serve.server.metrics import Observation, Outcome, ServerMetrics
+from qaa_serve.server.metrics import TOKEN_KINDS, Observation, Outcome, ServerMetrics
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -212,6 +213,7 @@ class Gate:
         base_names: Sequence[str],
         max_body_bytes: int,
         max_upload_bytes: int,
+        request_log: Callable[[dict[str, Any]], None] | None = None,
     ):
         """Stand before an app.
 
@@ -224,6 +226,7 @@ class Gate:
             base_names: the base model's names; its requests are counted under the first.
             max_body_bytes: of a request.
             max_upload_bytes: of an upload.
+            request_log: told of every request of a client when it has ended.
         """
         self.draining = False
         self.in_flight = 0
@@ -236,6 +239,7 @@ class Gate:
         self._base_names = base_names
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_upload_bytes
+        self._request_log = request_log
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -268,6 +272,8 @@ class Gate:
                 self._idle.set()
 
     async def _guarded(self, role: Role, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if "x-request-id" not in Headers(scope=scope):  # vLLM's id of the request, and in the log
+            scope["headers"] = [*scope["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
         exchange = _Exchange(receive, send)
         use = Use(None, None)
         outcome: Outcome = "server_error"
@@ -298,6 +304,8 @@ class Gate:
                 # What was refused before its model was known counts under none.
                 seen = use.observation or self._metrics.begin(None, path)
                 seen.end(outcome)
+                if self._request_log is not None:
+                    self._request_log(_log_fields(use, seen, scope, exchange.status, outcome))
 
     async def _admit(
         self, stack: AsyncExitStack, use: Use, role: Role, path: str, scope: Scope, receive: Receive
@@ -378,6 +386,23 @@ class Gate:
 
 
 _KEY_NEEDED = "{} is needed: send the header 'Authorization: Bearer <key>'"
+
+
+def _log_fields(use: Use, seen: Observation, scope: Scope, status: int | None, outcome: Outcome) -> dict[str, Any]:
+    """One line of the request log; times in seconds."""
+    return {
+        "request_id": Headers(scope=scope).get("x-request-id"),
+        "endpoint": seen.labels[1],
+        "model": use.asked,
+        "adapter": None if use.revision is None else use.revision.name,
+        "revision": None if use.revision is None else use.revision.revision,
+        "outcome": outcome,
+        "status": status,
+        **{f"{kind}_tokens": seen.tokens[kind] for kind in TOKEN_KINDS},
+        "seconds": round(seen.seconds, 6),
+        "waited_seconds": round(seen.turn_s, 6),
+        "first_token_seconds": None if seen.first_token_s is None else round(seen.first_token_s, 6),
+    }
 
 
 class _Exchange:

@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
@@ -138,8 +139,13 @@ def _stand_before(
         base_names=base_names,
         max_body_bytes=options.max_body_bytes,
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
+        request_log=_log_request if options.log_format == "json" else None,
     )
     return gate
+
+
+def _log_request(fields: dict[str, Any]) -> None:
+    logger.info("request", extra=fields)
 
 
 async def _publish(

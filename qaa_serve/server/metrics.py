@@ -9,7 +9,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -198,6 +198,12 @@ class ServerMetrics(Observer):
             self.request_seconds, self.first_token_seconds, self.inter_token_seconds, self.queue_seconds,
             self.requests, self.tokens,
         )  # fmt: skip
+        # Series that are there from the start: a rate needs the zero before the first event.
+        for result in get_args(Result):
+            self.swaps.labels(result)
+        for kind in ("name", "invalid", "store", "memory", "engine"):
+            self.rejections.labels(kind)
+        self.evictions.labels("host")
         family = _BY_NAME["qaa_build_info"]
         self.build_info = Gauge(family.name, family.about, family.labels, registry=registry)
 
@@ -220,7 +226,7 @@ class ServerMetrics(Observer):
     def rejected(self, kind: str) -> None:
         """An adapter was refused, for an AdapterError's kind."""
         self.rejections.labels(kind).inc()
-        self.swaps.labels("rejected").inc()
+        self.swapped("rejected")
 
     def evicted(self, revision: Revision) -> None:
         """A revision made room in host memory."""

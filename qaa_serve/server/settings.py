@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,6 +66,7 @@ class ServingOptions:
         max_body_bytes: of a request.
         drain_timeout_s: how long running requests have after a signal.
         metrics_max_adapters: adapters with labels of their own in the metrics.
+        log_format: text, or json with a line for every request.
     """
 
     adapters: Path | None
@@ -79,6 +80,7 @@ class ServingOptions:
     max_body_bytes: int
     drain_timeout_s: float
     metrics_max_adapters: int
+    log_format: str
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -216,6 +218,12 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         default=200,
         help="adapters with labels of their own in the metrics, the busiest; the rest are `other` (default: 200)",
     )
+    group.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: a JSON object a line, and one for every request with its adapter, revision, tokens and times",
+    )
 
 
 def _count(text: str) -> int:
@@ -257,6 +265,11 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
     except (AdapterError, StoreError) as error:
         raise UsageError(str(error)) from error
     revisions += store.revisions()
+    if args.log_format == "json":
+        from vllm.config.logging import LoggingConfig
+
+        given = getattr(args, "logging_config", None) or LoggingConfig()
+        args.logging_config = replace(given, formatter="json")
     try:
         _choose(args, revisions)
     except BaseException:
@@ -275,6 +288,7 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         max_body_bytes=args.max_body_bytes,
         drain_timeout_s=args.drain_timeout,
         metrics_max_adapters=args.metrics_max_adapters,
+        log_format=args.log_format,
     )
     return options, store, keys
 

@@ -1,0 +1,398 @@
+"""What it costs to serve many adapters: requests/s, latency and memory with 5, 100, 1,000 and 5,000 of them.
+
+    python benchmarks/many_adapters.py                    5, 100 and 1,000 adapters, three rounds
+    python benchmarks/many_adapters.py --full             5,000 too
+    python benchmarks/many_adapters.py --counts 5 50 --rounds 1 --seconds 10      short, to see that it works
+
+A small random Llama is served by a real qaa-serve with that many random QAA adapters and fewer slots for them
+(--max-loras) than there are, save for the 5 that the others are compared with. Clients wait for their answers (a
+closed load) and ask for the adapters by Zipf's law, so that the engine keeps exchanging what is in its slots.
+Prompts and answers have fixed lengths.
+
+Each round starts a server anew for every count, in turn, so that a slow spell of the machine falls on all of them;
+the ratio to the first count is taken within a round, and medians over the rounds are printed. Memory is resident
+(RSS), summed over the server's processes, before the first request; pages that two processes share count twice.
+Bytes per adapter are those of GET /v1/adapters, for QAA and for LoRA r = 16 of the same modules.
+
+Nothing is measured before it is checked: two adapters must answer differently, and each the same twice. S-LoRA's
+paper reports 5.5 % less throughput with 2,000 LoRA adapters than with 5, on a GPU and with models of billions of
+parameters; neither is compared here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "loadtests")]
+
+import openai
+import psutil
+import server_process
+import tiny_models
+import torch
+import transformers
+import workload
+from make_adapters import make_adapters
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from server_process import ServerProcess
+from transformers import LlamaConfig
+
+START_LIMIT_S = 3600
+LORA_RANK = 16
+#: Where the LoRA adapter that is only weighed lies inside the adapters directory.
+WEIGHED = ".weighed"
+
+console = Console(highlight=False)
+console.width = max(console.width, 110)
+
+
+# ---------------------------------------------------------------------------------------------------- stage
+
+
+def make_base(directory: Path, hidden: int, layers: int) -> Path:
+    """A random Llama with the tests' tokenizer, whose words t3 to t159 are its tokens."""
+    tiny_models.CONFIGS["llama"] = lambda: LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        num_key_value_heads=max(1, hidden // 64),
+        vocab_size=tiny_models.VOCAB,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    return tiny_models.make_model(directory, "llama")
+
+
+def words(rng: random.Random, tokens: int) -> str:
+    """A prompt of so many tokens."""
+    return " ".join(f"t{rng.randrange(4, tiny_models.VOCAB)}" for _ in range(tokens))
+
+
+def take(adapters: list[Path], directory: Path) -> Path:
+    """An adapters directory with these, by hard links."""
+    for adapter in adapters:
+        shutil.copytree(adapter, directory / adapter.name, copy_function=os.link)
+    return directory
+
+
+def start(args: argparse.Namespace, base: Path, adapters: Path, state: Path) -> ServerProcess:
+    command = [
+        "qaa-serve", str(base), "--adapters", str(adapters), "--state-dir", str(state), "--dtype", "float32",
+        "--served-model-name", "base", "--max-loras", str(args.max_loras), "--max-lora-rank", str(LORA_RANK),
+        "--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(args.clients), "--max-model-len", "512",
+        "--strict-adapters", "--disable-uvicorn-access-log", *shlex.split(args.server_options),
+    ]  # fmt: skip
+    return ServerProcess(command, state.with_suffix(".log"))
+
+
+def resident_bytes(server: ServerProcess) -> dict[str, int]:
+    """RSS of each of the server's processes, by what it calls itself."""
+    found: dict[str, int] = {}
+    for process in server.family():
+        try:
+            title, memory = " ".join(process.cmdline()), process.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        name = next((n for n in ("EngineCore", "Worker") if n in title), None)
+        name = name or ("server" if process.pid == server.process.pid else "other")
+        found[name] = found.get(name, 0) + memory
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- checks
+
+
+async def check(client: openai.AsyncOpenAI, names: list[str]) -> None:
+    """Two adapters answer differently, each the same twice, and neither like the base.
+
+    Raises:
+        SystemExit: if not.
+    """
+    answers: dict[str, set[str]] = {}
+    for name in ("base", *names):
+        for _ in range(2):
+            done = await client.completions.create(
+                model=name, prompt="t11 t12 t13 t14", max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+            )
+            answers.setdefault(name, set()).add(done.choices[0].text)
+    if any(len(texts) > 1 for texts in answers.values()):
+        raise SystemExit(f"the same request was answered in two ways: nothing is measured. {answers}")
+    if len(set.union(*answers.values())) < len(answers):
+        raise SystemExit(f"two models answered alike: nothing is measured. {answers}")
+
+
+# --------------------------------------------------------------------------------------------------- load
+
+
+async def load(
+    client: openai.AsyncOpenAI, names: list[str], args: argparse.Namespace, seed: int
+) -> workload.Tally:
+    """A closed load for --warm-up and then --seconds; what ended in the second part is tallied."""
+    source = workload.requests(
+        {"qaa": names},
+        popularity=workload.parse_popularity(args.popularity),
+        prompt_tokens=workload.parse_lengths(args.prompt_tokens),
+        output_tokens=workload.parse_lengths(args.output_tokens),
+        chat_share=0.0,
+        seed=seed,
+        text=words,
+    )
+    tally = workload.Tally()
+    counted_from = time.perf_counter() + args.warm_up
+    until = counted_from + args.seconds
+
+    async def ask() -> None:
+        while (began := time.perf_counter()) < until:
+            request = next(source)
+            stream = await client.completions.create(**request.body(), extra_body={"ignore_eos": True})
+            times, tokens = [], 0
+            async for chunk in stream:
+                if chunk.choices and chunk.choices[0].text:
+                    times.append(time.perf_counter())
+                tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+            ended = time.perf_counter()
+            if counted_from <= ended <= until:
+                timing = workload.Timing(ended - began, times[0] - began, times[-1] - began, tokens)
+                tally.add_answer(timing, workload.Objective())
+                for before, after in pairwise(times):
+                    tally.inter_token.add(after - before)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(args.clients):
+            group.create_task(ask())
+    return tally
+
+
+# ------------------------------------------------------------------------------------------------- measure
+
+
+async def use(server: ServerProcess, names: list[str], args: argparse.Namespace, seed: int) -> workload.Tally:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
+    ) as client:
+        await check(client, [names[0], names[-1]])
+        return await load(client, names, args, seed)
+
+
+def bytes_of(server: ServerProcess) -> dict[str, dict[str, int | None]]:
+    """Bytes in the store, in host memory and in the slots of one adapter of each kind that is loaded."""
+    response = server.client().get("/adapters", cast_to=object)
+    found: dict[str, dict[str, int | None]] = {}
+    for adapter in response["data"]:  # type: ignore[index]
+        if adapter["bytes"] and adapter["bytes"]["host"]:
+            found.setdefault(adapter["kind"], adapter["bytes"])
+    return found
+
+
+def weigh_lora(server: ServerProcess) -> None:
+    """Publish the LoRA adapter, to see its bytes."""
+    server.client().put("/adapters/weighed-lora", cast_to=object, body={"path": f"{WEIGHED}/lora-00000"})
+
+
+def measure(
+    args: argparse.Namespace, root: Path, base: Path, pool: list[Path], count: int, round_: int
+) -> dict[str, Any]:
+    """One server with ``count`` adapters: started, checked, loaded and ended."""
+    place = root / f"{count}-{round_}"
+    adapters = take(pool[:count], place / "adapters")
+    shutil.copytree(root / "lora", adapters / WEIGHED)
+    began = time.perf_counter()
+    server = start(args, base, adapters, place / "state")
+    try:
+        server.wait_ready()
+        row: dict[str, Any] = {"adapters": count, "round": round_, "start_s": time.perf_counter() - began}
+        time.sleep(2)
+        row["resident_bytes"] = resident_bytes(server)
+        row["resident_total_bytes"] = sum(row["resident_bytes"].values())
+        console.print(f"[dim]{count:,} adapters: started in {row['start_s']:.0f} s; load[/dim]")
+        tally = asyncio.run(use(server, [adapter.name for adapter in pool[:count]], args, seed=round_))
+        if not tally.first.count:
+            raise SystemExit(
+                f"no request with {count:,} adapters began and ended within {args.seconds:g} s: raise --seconds"
+            )
+        row["requests"] = tally.answered
+        row["requests_per_second"] = tally.answered / args.seconds
+        row["tokens_per_second"] = tally.tokens / args.seconds
+        row["ttft_p50_s"], row["ttft_p95_s"] = tally.first.percentile(0.5), tally.first.percentile(0.95)
+        row["inter_token_p50_s"] = tally.inter_token.percentile(0.5)
+        row["resident_after_bytes"] = sum(resident_bytes(server).values())
+        weigh_lora(server)
+        row["bytes"] = bytes_of(server)
+    finally:
+        server.stop()
+    shutil.rmtree(place)
+    return row
+
+
+def medians(rows: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
+    """Medians over the rounds for each count, with the ratio to the first count within a round."""
+    first = {row["round"]: row["requests_per_second"] for row in rows if row["adapters"] == counts[0]}
+    result = []
+    for count in counts:
+        of_count = [row for row in rows if row["adapters"] == count]
+        ratios = [row["requests_per_second"] / first[row["round"]] for row in of_count if first[row["round"]]]
+        middle = {
+            key: statistics.median(row[key] for row in of_count)
+            for key, value in of_count[0].items()
+            if isinstance(value, float) or key.endswith("_total_bytes")
+        }
+        spread = {"ratio_least": min(ratios, default=None), "ratio_most": max(ratios, default=None)}
+        result.append(
+            {"adapters": count, **middle, "ratio": statistics.median(ratios) if ratios else None, **spread}
+        )
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+
+def show(figures: dict[str, Any]) -> None:
+    table = Table(
+        "adapters", "requests/s", "to the first", "TTFT p50/p95 ms", "inter-token p50 ms", "RSS MiB", "start s"
+    )
+    for row in figures["medians"]:
+        table.add_row(
+            f"{row['adapters']:,}", f"{row['requests_per_second']:.2f}",
+            f"{row['ratio']:.3f} ({row['ratio_least']:.3f} to {row['ratio_most']:.3f})",
+            f"{1e3 * row['ttft_p50_s']:.0f} / {1e3 * row['ttft_p95_s']:.0f}",
+            f"{1e3 * row['inter_token_p50_s']:.1f}",
+            f"{row['resident_total_bytes'] / 2**20:,.0f}", f"{row['start_s']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for kind, size in figures["bytes"].items():
+        console.print(f"{kind}: {size['store']:,} bytes on disk, {size['host']:,} in host memory, an adapter")
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Requests/s relative to the first count, and memory, against the number of adapters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    counts = [row["adapters"] for row in figures["medians"]]
+    for round_ in sorted({row["round"] for row in figures["rounds"]}):
+        rows = {row["adapters"]: row["requests_per_second"] for row in figures["rounds"] if row["round"] == round_}
+        left.plot(counts, [rows[c] / rows[counts[0]] for c in counts], "o", color="#1f77b4", alpha=0.4)
+    left.plot(counts, [row["ratio"] for row in figures["medians"]], color="#1f77b4")
+    left.axhline(1, color="#999999", linewidth=0.8)
+    left.set(xscale="log", xlabel="adapters", ylabel=f"requests/s, {counts[0]} adapters = 1")
+    right.plot(counts, [row["resident_total_bytes"] / 2**20 for row in figures["medians"]], "o-", color="#d95f02")
+    right.set(xscale="log", xlabel="adapters", ylabel="resident memory after start, MiB")
+    for axes in (left, right):
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def hardware() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--counts", type=int, nargs="+", help="numbers of adapters; the first is compared with (5 100 1000)")
+    add("--full", action="store_true", help="5,000 adapters too")
+    add("--rounds", type=int, default=3, help="servers started for each count (default: 3)")
+    add("--seconds", type=float, default=60, help="load that is measured (default: 60)")
+    add("--warm-up", type=float, default=10, help="seconds of load before that (default: 10)")
+    add("--clients", type=int, default=16, help="requests under way at once (default: 16)")
+    add("--max-loras", type=int, default=8, help="slots of the engine (default: 8)")
+    add("--popularity", default="zipf:1", help=f"{workload.POPULARITY_FORMS} (default: zipf:1)")
+    add("--prompt-tokens", default="fixed:32", help=f"{workload.LENGTH_FORMS} (default: fixed:32)")
+    add("--output-tokens", default="fixed:32", help="in the same forms (default: fixed:32)")
+    add("--hidden", type=int, default=256, help="width of the base (default: 256)")
+    add("--layers", type=int, default=4, help="layers of the base (default: 4)")
+    add("--server-options", default="", help='further options of qaa-serve, in quotes: "--enforce-eager"')
+    add("--json", type=Path, help="where to write all figures")
+    add("--plot", type=Path, help="where to write a PNG file")
+    args = parser.parse_args()
+    args.counts = args.counts or ([5, 100, 1000, 5000] if args.full else [5, 100, 1000])
+    if min(args.counts) < 2:
+        parser.error("--counts: two adapters are compared, so at least 2 are needed")
+    for parse_form, form in (
+        (workload.parse_popularity, args.popularity),
+        (workload.parse_lengths, args.prompt_tokens),
+        (workload.parse_lengths, args.output_tokens),
+    ):
+        try:
+            parse_form(form)
+        except workload.WorkloadError as error:
+            parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    args = parse()
+    server_process.START_LIMIT_S = START_LIMIT_S
+    transformers.utils.logging.disable_progress_bar()
+    if (others := os.getloadavg()[0]) > 0.5:
+        console.print(
+            f"Warning: the load average is {others:.1f}: what else runs here is in the figures", style="yellow"
+        )
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="many-adapters-") as temporary:
+        root = Path(temporary)
+        base = make_base(root / "base", args.hidden, args.layers)
+        most = max(args.counts)
+        made = make_adapters(str(base), root / "pool", "qaa", most, size=1.0)
+        pool = list(track(made, total=most, description="adapters", console=console))
+        list(make_adapters(str(base), root / "lora", "lora", 1, rank=LORA_RANK))
+        for round_ in range(args.rounds):
+            for count in args.counts:
+                rows.append(measure(args, root, base, pool, count, round_))
+                console.print(
+                    f"round {round_ + 1} of {args.rounds}, {count:,} adapters: "
+                    f"{rows[-1]['requests_per_second']:.2f} requests/s, started in {rows[-1]['start_s']:.0f} s"
+                )
+    figures = {
+        "command": shlex.join(["python", "benchmarks/many_adapters.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "plot")},
+        "medians": medians(rows, args.counts),
+        "bytes": rows[0]["bytes"],
+        "rounds": rows,
+    }
+    console.print(f"{figures['hardware']}, {figures['cores']} cores, torch {figures['torch']}")
+    show(figures)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.plot:
+        plot(figures, args.plot)
+
+
+if __name__ == "__main__":
+    main()
