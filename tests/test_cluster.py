@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 import faults
 from faults import PROMPTS, Stage, rename_into_place
-from server_process import ServerProcess, free_port
+from server_process import ServerProcess, free_port, gone
 from test_deploy import _nginx_here, tool
 
 ROOT = Path(__file__).parents[1]
@@ -245,13 +243,15 @@ def test_a_replica_is_killed_under_load_and_clients_lose_nothing(servers, stage,
                 wrong.append(f"{name}: {text}")
             if len(answered) == 10 and not killed.is_set():
                 killed.set()
-                os.killpg(servers[1].process.pid, signal.SIGKILL)
+                servers[1].process.kill()
 
     async def load():
         async with openai.AsyncOpenAI(base_url=f"{front}/v1", api_key="none", max_retries=4, timeout=60) as client:
             await asyncio.gather(*(ask(client, i) for i in range(4)))
 
+    family = servers[1].family()
     asyncio.run(load())
     assert killed.is_set()
     assert wrong == []
     assert len(answered) == 48
+    assert gone(family) == [], "the kernel ends engine and worker with their server"

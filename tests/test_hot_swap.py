@@ -6,7 +6,6 @@ The long forms of the first tests are in benchmarks/faults.py.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -166,7 +165,11 @@ def test_revisions_can_be_asked_for_rolled_back_to_and_pinned(server, stage, adm
 
 
 def test_bytes_are_told_by_tier(server, stage, admin):
-    ask(server, "n0")
+    def asked_and_in_a_slot():  # the engine's account of its slots is some seconds old
+        ask(server, "n0")
+        return admin.get("/v1/adapters/n0").json()["bytes"]["slot"]
+
+    wait_until(asked_and_in_a_slot)
     found = admin.get("/v1/adapters/n0").json()["bytes"]
     weights = stage.version("n0", "A") / WEIGHTS
     assert found["store"] == weights.stat().st_size
@@ -457,6 +460,6 @@ def test_strict_adapters_makes_an_invalid_one_fatal(stage, tmp_path):
     try:
         assert server.wait_exit(120) == 2
         assert "bad" in server.text()
-        assert json.dumps("damaged")[1:-1] in server.text()
+        assert "damaged" in server.text()
     finally:
         server.stop()

@@ -159,16 +159,25 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="qaa-reader")
+        # A thread of its own would bring OpenMP threads of its own, which take the steps' cores.
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="qaa-reader", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._staged: dict[int, Future[LoRAModel]] = {}
 
     def stage(self, request: LoRARequest) -> None:
         """Start to read an adapter beside the engine's steps; `add_adapter` takes what was read."""
         self._staged[request.lora_int_id] = self._reader.submit(self._read_adapter, request)
 
-    def is_staged(self, lora_id: int) -> bool:
-        """Whether reading has come to an end, good or bad."""
-        return self._staged[lora_id].done()
+    def staged_bytes(self, lora_id: int) -> int | None:
+        """Bytes of host memory that an adapter takes which was read; None while it is being read.
+
+        What went wrong is raised by `add_adapter`.
+        """
+        reading = self._staged[lora_id]
+        if not reading.done():
+            return None
+        return 0 if reading.exception() is not None else _host_bytes(reading.result())
 
     def adapter_bytes(self) -> list[tuple[int, int, int]]:
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
@@ -333,9 +342,9 @@ class AdapterRPC:
         """Start to read an adapter in the background."""
         self.model_runner.lora_manager.stage(LoRARequest(name, lora_id, path))
 
-    def qaa_is_staged(self, lora_id: int) -> bool:
-        """Whether that has come to an end."""
-        return bool(self.model_runner.lora_manager.is_staged(lora_id))
+    def qaa_staged_bytes(self, lora_id: int) -> int | None:
+        """Bytes of host memory that it takes; None while it is being read."""
+        return self.model_runner.lora_manager.staged_bytes(lora_id)
 
     def qaa_memory(self) -> dict[str, int]:
         """Bytes of this worker's memory: weights, kv_cache, adapters (slots), other, free."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from logging import Logger, getLogger
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.registry.cache import (
@@ -119,6 +122,10 @@ class Catalogue:
         self._keep = keep
         self._reserved = reserved
         self._changing = asyncio.Lock()
+        # A thread of its own, without OpenMP threads of its own: they would take the engine's cores.
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="qaa-store", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._admitting: str | None = None
         self._dropped: set[Revision] = set()  # their copies go when the engine has let go of them
         self._log = logger or getLogger(__name__)
@@ -349,17 +356,20 @@ class Catalogue:
     async def _admit(self, directory: Path, name: str) -> Revision:
         self._admitting = name  # what is found in the store may not be swept away now
         try:
-            revision = await asyncio.to_thread(self.store.admit, directory, name)
+            revision = await self._in_reader(self.store.admit, directory, name)
         finally:
             self._admitting = None
         self._dropped.discard(revision)
         return revision
 
+    async def _in_reader(self, function: Callable[..., Revision], *args: object) -> Revision:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, function, *args)
+
     async def _restore_revisions(self, entry: Entry, current: str | None, kept: list[str]) -> None:
         """Bring back an entry's revisions. A current one that cannot be loaded now stays as a kept one."""
         for digest in [*reversed(kept), *([] if current is None else [current])]:
             try:
-                revision = await asyncio.to_thread(self.store.recall, entry.name, digest)
+                revision = await self._in_reader(self.store.recall, entry.name, digest)
                 entry.kept.insert(0, revision)
                 if digest == current:
                     await self._switch_to(entry, revision)

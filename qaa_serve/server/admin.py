@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
@@ -28,16 +28,16 @@ from qaa_serve.registry import (
     UnavailableError,
     UnknownAdapterError,
 )
-from qaa_serve.server.engine import AdapterEngine
 from qaa_serve.server.gate import RefusedError, Turns
+from qaa_serve.server.metrics import EngineAccount
 
 
 class TierBytes(BaseModel):
-    """Where an adapter's weights are, in bytes; null where that cannot be told now."""
+    """Where an adapter's weights are, in bytes."""
 
     store: int = Field(description="weights file in the revision store, on disk")
-    host: int | None = Field(description="host memory of the engine's workers; 0 if it is not loaded")
-    slot: int | None = Field(description="slots of the running batch, on the device; 0 if it is in none")
+    host: int = Field(description="host memory of the engine's workers; 0 if it is not loaded")
+    slot: int = Field(description="slots of the running batch, on the device, as of some seconds ago; 0: in none")
 
 
 class RevisionInfo(BaseModel):
@@ -189,36 +189,33 @@ _PUT_BODY = {
 
 
 def make_router(
-    catalogue: Catalogue, engine: AdapterEngine, turns: Turns, adapters_directory: Path | None
+    catalogue: Catalogue, account: Callable[[], EngineAccount], turns: Turns, adapters_directory: Path | None
 ) -> APIRouter:
     """The routes that list and change what is served.
 
     Args:
         catalogue: the adapters.
-        engine: asked for the bytes in its memory.
+        account: what the engine said of its memory last; to ask it anew would take a turn between steps.
         turns: asked for running and waiting requests.
         adapters_directory: where paths may lead; None allows none.
     """
     router = APIRouter(tags=["adapters"], route_class=_Route)
 
-    async def describe(entries: list[Entry]) -> list[AdapterInfo]:
-        try:
-            tiers: dict[int, tuple[int, int]] | None = await engine.adapter_bytes()
-        except Exception:  # a dead engine; the rest is known all the same
-            tiers = None
-        return [_describe(entry, catalogue, turns, tiers) for entry in entries]
+    def describe(entries: list[Entry]) -> list[AdapterInfo]:
+        slots = {int_id: slot for int_id, (_, slot) in account().adapters.items()}
+        return [_describe(entry, catalogue, turns, slots) for entry in entries]
 
     @router.get("/v1/adapters", responses=_errors())
     async def list_adapters() -> AdapterList:
         """All adapters: what is served with its revisions, memory and use, and what is not, with the reason."""
-        return AdapterList(data=await describe(sorted(catalogue.entries.values(), key=lambda entry: entry.name)))
+        return AdapterList(data=describe(sorted(catalogue.entries.values(), key=lambda entry: entry.name)))
 
     @router.get("/v1/adapters/{name}", responses=_errors(400, 404))
     async def get_adapter(name: Name) -> AdapterInfo:
         """One adapter."""
         if (entry := catalogue.entries.get(name)) is None:
             raise RefusedError(404, f"there is no adapter {name!r}")
-        return (await describe([entry]))[0]
+        return describe([entry])[0]
 
     @router.put("/v1/adapters/{name}", responses=_errors(400, 404, 413, 415, 422), openapi_extra=_PUT_BODY)
     async def put_adapter(name: Name, request: Request) -> AdapterInfo:
@@ -243,7 +240,7 @@ def make_router(
                 await catalogue.publish(name, path_inside(adapters_directory, asked.path), "api")
             else:
                 raise RefusedError(415, f"send application/json or multipart/form-data, not {kind or 'nothing'!r}")
-        return (await describe([catalogue.entries[name]]))[0]
+        return describe([catalogue.entries[name]])[0]
 
     @router.delete("/v1/adapters/{name}", responses=_errors(400, 404))
     async def delete_adapter(name: Name) -> RemovedInfo:
@@ -257,21 +254,21 @@ def make_router(
         """Serve a kept revision again; left out, the one before the current."""
         with _refusing():
             await catalogue.roll_back(name, _digest_of(asked, name))
-        return (await describe([catalogue.entries[name]]))[0]
+        return describe([catalogue.entries[name]])[0]
 
     @router.post("/v1/adapters/{name}/pin", responses=_errors(400, 404, 422))
     async def pin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Keep an adapter in the engine's memory: one revision, or left out, whichever is current."""
         with _refusing():
             await catalogue.pin(name, _digest_of(asked, name))
-        return (await describe([catalogue.entries[name]]))[0]
+        return describe([catalogue.entries[name]])[0]
 
     @router.post("/v1/adapters/{name}/unpin", responses=_errors(400, 404))
     async def unpin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Undo `pin`."""
         with _refusing():
             await catalogue.unpin(name, _digest_of(asked, name))
-        return (await describe([catalogue.entries[name]]))[0]
+        return describe([catalogue.entries[name]])[0]
 
     @router.post("/v1/load_lora_adapter", responses=_errors(400, 404, 422))
     async def load_lora_adapter(request: LoadLoRAAdapterRequest) -> Response:
@@ -377,11 +374,10 @@ def _digest_of(asked: RevisionRequest | None, name: str) -> str | None:
     return digest
 
 
-def _describe(
-    entry: Entry, catalogue: Catalogue, turns: Turns, tiers: dict[int, tuple[int, int]] | None
-) -> AdapterInfo:
+def _describe(entry: Entry, catalogue: Catalogue, turns: Turns, slots: Mapping[int, int]) -> AdapterInfo:
     def tier_bytes(revision: Revision) -> TierBytes:
-        host, slot = (None, None) if tiers is None else tiers.get(revision.int_id, (0, 0))
+        resident = catalogue.cache.find(revision)
+        host, slot = (0, 0) if resident is None else (resident.nbytes, slots.get(revision.int_id, 0))
         return TierBytes(store=revision.nbytes, host=host, slot=slot)
 
     def describe_revision(revision: Revision) -> RevisionInfo:

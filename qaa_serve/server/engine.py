@@ -24,7 +24,7 @@ logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the nam
 #: What vLLM mixes into its workers, for AdapterEngine to ask.
 WORKER_EXTENSION = "vllm_qaa.worker.AdapterRPC"
 
-_POLL_S = 0.01
+_POLL_S, _MAX_POLL_S = 0.02, 0.5
 
 
 class AdapterEngine(AsyncLLM):
@@ -85,10 +85,13 @@ class AdapterEngine(AsyncLLM):
         request = request_for(revision)
         try:
             await self.collective_rpc("qaa_stage", args=(revision.revision, revision.int_id, str(revision.path)))
-            while not all(await self.collective_rpc("qaa_is_staged", args=(revision.int_id,))):
-                await asyncio.sleep(_POLL_S)
+            # Every call takes its turn between two steps, so few are made.
+            wait_s = _POLL_S
+            while None in (sizes := await self.collective_rpc("qaa_staged_bytes", args=(revision.int_id,))):
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _MAX_POLL_S)
             await self.add_lora(request)
-            return (await self.adapter_bytes())[revision.int_id][0]
+            return sum(sizes)
         except EngineDeadError as error:
             raise EngineRefusedError("the engine has died") from error
         except Exception as error:

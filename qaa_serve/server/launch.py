@@ -74,8 +74,7 @@ async def serve(args: argparse.Namespace, options: ServingOptions, store: Revisi
                 logger=logger,
             )
             models.catalogue, engine.cache = catalogue, catalogue.cache
-            gate = _stand_before(app, engine, catalogue, metrics, options, keys, models.base_names)
-            state = StateCollector(catalogue, gate, metrics.labels)
+            gate, state = _stand_before(app, engine, catalogue, metrics, options, keys, models.base_names)
             REGISTRY.register(state)
             http = HTTPServer(app, gate, engine, args, drain_timeout_s=options.drain_timeout_s)
             background = [
@@ -111,12 +110,13 @@ def _stand_before(
     options: ServingOptions,
     keys: KeyRing,
     base_names: list[str],
-) -> Gate:
+) -> tuple[Gate, StateCollector]:
     """Give vLLM's app our routes, and put the gate before it."""
     turns = Turns(
         options.adapter_max_running or engine.vllm_config.scheduler_config.max_num_seqs, options.adapter_max_queue
     )
-    app.include_router(make_router(catalogue, engine, turns, options.adapters))
+    state = StateCollector(catalogue, turns, metrics.labels)
+    app.include_router(make_router(catalogue, lambda: state.account, turns, options.adapters))
 
     @app.get("/ready", tags=["adapters"], responses={503: {"model": Readiness}})
     async def ready() -> JSONResponse:
@@ -141,7 +141,8 @@ def _stand_before(
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
         request_log=_log_request if options.log_format == "json" else None,
     )
-    return gate
+    state.is_draining = lambda: gate.draining
+    return gate, state
 
 
 def _log_request(fields: dict[str, Any]) -> None:

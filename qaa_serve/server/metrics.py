@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -20,7 +20,7 @@ from qaa_serve import __version__
 from qaa_serve.registry import Catalogue, Observer, Result, Revision
 
 if TYPE_CHECKING:
-    from qaa_serve.server.gate import Gate
+    from qaa_serve.server.gate import Turns
 
 Outcome: TypeAlias = Literal["success", "client_error", "server_error", "rejected", "aborted"]
 
@@ -342,10 +342,11 @@ class EngineAccount:
 class StateCollector(Collector):
     """What is the case now, read when Prometheus asks, so that nothing stale stays behind."""
 
-    def __init__(self, catalogue: Catalogue, gate: Gate, labels: AdapterLabels):
+    def __init__(self, catalogue: Catalogue, turns: Turns, labels: AdapterLabels):
         self.account = EngineAccount({}, {}, {})
+        self.is_draining: Callable[[], bool] = lambda: False
         self._catalogue = catalogue
-        self._gate = gate
+        self._turns = turns
         self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
@@ -356,7 +357,7 @@ class StateCollector(Collector):
         rejected = [entry.name for entry in entries if entry.rejection is not None]
         yield _gauge("qaa_adapters", {("served",): served, ("rejected",): len(rejected)})
         yield _gauge("qaa_adapter_rejected", {(self._labels.of(name),): 1 for name in rejected})
-        turns = self._gate.turns
+        turns = self._turns
         waiting = {name: turns.waiting(name) for name in turns.running}
         in_flight = {name: running + waiting[name] for name, running in turns.running.items()}
         yield _gauge("qaa_requests_in_flight", self._by_label(in_flight))
@@ -371,7 +372,7 @@ class StateCollector(Collector):
         yield _gauge("qaa_adapter_bytes", tiers)
         yield _gauge("qaa_adapter_cache_bytes", {(): cache.nbytes})
         yield _gauge("qaa_adapter_cache_capacity_bytes", {(): cache.capacity})
-        yield _gauge("qaa_draining", {(): self._gate.draining})
+        yield _gauge("qaa_draining", {(): self.is_draining()})
         devices: dict[tuple[str, ...], float] = {
             (d, kind): size for d, kinds in self.account.devices.items() for kind, size in kinds.items()
         }

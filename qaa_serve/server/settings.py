@@ -260,7 +260,10 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
     """
     keys = _take_keys(args)
     try:
-        revisions = [] if args.adapters is None else scan(args.adapters)[0]
+        revisions, rejections = ([], []) if args.adapters is None else scan(args.adapters)
+        if args.strict_adapters and rejections:
+            found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
+            raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
         store = _open_store(args)
     except (AdapterError, StoreError) as error:
         raise UsageError(str(error)) from error
