@@ -566,7 +566,7 @@ def main() -> int:
 
         try:
             tick = bar("swaps", args.swaps)
-            swaps = asyncio.run(swap_under_load(server, stage, args.swaps, Keys(), tick=tick))
+            swaps = asyncio.run(swap_under_load(server, stage, args.swaps, Keys(), quiet_s=30, tick=tick))
             figures["swaps"] = swaps.summary()
             problems += swaps.failed + swaps.mixed + swaps.stale
             tick = bar("damaged", args.damaged)

@@ -22,6 +22,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests")]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # With `-n 2`: everything with an engine one after the other in one process, the other files in the second.
     for item in items:

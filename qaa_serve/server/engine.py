@@ -24,7 +24,7 @@ logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the nam
 #: What vLLM mixes into its workers, for AdapterEngine to ask.
 WORKER_EXTENSION = "vllm_qaa.worker.AdapterRPC"
 
-_POLL_S, _MAX_POLL_S = 0.02, 0.5
+_POLL_S, _MAX_POLL_S = 0.05, 0.5
 
 
 class AdapterEngine(AsyncLLM):
