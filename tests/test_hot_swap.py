@@ -51,7 +51,7 @@ def expected(stage):
 def server(stage):
     server = faults.start(
         stage, "--api-key-file", str(stage.root / "clients"), "--admin-key-file", str(stage.root / "admins"),
-        "--adapter-max-running", "3", "--adapter-max-queue", "2", "--drain-timeout", "20",
+        "--adapter-max-running", "3", "--adapter-max-queue", "2", "--drain-timeout", "60",
     )  # fmt: skip
     try:
         yield server.wait_ready()
@@ -316,7 +316,7 @@ def test_sigterm_under_load_drains_and_ends_every_process(server):
 
     def stream():
         for chunk in server.client(KEYS.client).completions.create(
-            model="n5", prompt="t5 t6", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            model="n5", prompt="t5 t6", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
         ):
             chunks.append(chunk)
 
@@ -330,9 +330,9 @@ def test_sigterm_under_load_drains_and_ends_every_process(server):
         ask(server, "n4")
     except openai.InternalServerError as error:
         turned_away.append(error)
-    running.join(30)
+    running.join(60)
     assert [error.status_code for error in turned_away] == [503]
-    assert len(chunks) >= 200
+    assert len(chunks) >= 40
     assert chunks[-1].choices[0].finish_reason == "length"
     assert server.wait_exit() == 0
     assert gone(family) == []
