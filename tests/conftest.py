@@ -22,12 +22,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests")]
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # With `-n 2`: everything with an engine one after the other in one process, the other files in the second.
-    for item in items:
-        group = "engines" if "vllm" in item.keywords else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
