@@ -252,7 +252,8 @@ def activate(served: Served, *names: str) -> list[int]:
     """Load adapters into slots; returns their ids."""
     requests = [served.request(name) for name in names]
     for request in requests:
-        served.llm.llm_engine.add_lora(request)
+        served.llm.llm_engine.add_lora(request)  # takes a slot only if one is free, as a step does anyhow
+        served.manager.activate_adapter(request.lora_int_id)
     return [request.lora_int_id for request in requests]
 
 
