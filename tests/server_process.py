@@ -26,16 +26,24 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """`command` with --port added; `wait_until` is what its log says when it serves."""
+    """`command` with --port added; `wait_until` is what its log says when it serves.
 
-    def __init__(self, command: list[str], log: Path, wait_until: str = "Ready on"):
+    `measuring`: an engine of one process and one thread. On two cores the usual two, which wait for each other by
+    spinning, starve the client: it then sees its own pauses of a second and more. And nobody looks at its connections.
+    """
+
+    def __init__(self, command: list[str], log: Path, wait_until: str = "Ready on", *, measuring: bool = False):
         self.port = free_port()
         self.log = log
         self._wait_until = wait_until
         self.outside: set[str] = set()
         # The real thing: engine and worker in processes of their own, which the in-process tests turn off.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONUNBUFFERED"] = "1"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if measuring:
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+            command = [*command, "--distributed-executor-backend", "uni"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:], "--port", str(self.port)],
@@ -47,7 +55,8 @@ class ServerProcess:
         self._tree = psutil.Process(self.process.pid)
         self._watching = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        if not measuring:
+            self._watcher.start()
 
     @property
     def url(self) -> str:

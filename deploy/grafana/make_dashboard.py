@@ -155,7 +155,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Rejections in each interval, by reason", "none",
               {"{{reason}}": "sum by (reason) "
                f"(increase(qaa_adapter_rejections_total{{{SERVER}}}[$__rate_interval]))"}, stacked=True),
-        Panel("Rejected now", "none", {"": f"qaa_adapter_rejected{{{ADAPTER}}} == 1"}, "table",
+        Panel("Rejected now", "none", {"": f"qaa_adapter_rejected{{{ADAPTER}}} > 0"}, "table",
               about="GET /v1/adapters says why."),
         Panel("Loading an adapter", "s", quantiles("qaa_adapter_load_seconds", "instance", SERVER)),
         Panel("Evictions/s", "short",

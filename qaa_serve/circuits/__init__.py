@@ -4,6 +4,16 @@
 """
 
 from qaa_serve.circuits.ansatz import ANSATZ_NAMES, MAX_QUBITS, Ansatz, qubits_for
-from qaa_serve.circuits.backends import BACKENDS, get_backend
+from qaa_serve.circuits.backends import BACKENDS, Circuits, choose_backend, circuits_of, get_backend
 
-__all__ = ["ANSATZ_NAMES", "BACKENDS", "MAX_QUBITS", "Ansatz", "get_backend", "qubits_for"]
+__all__ = [
+    "ANSATZ_NAMES",
+    "BACKENDS",
+    "MAX_QUBITS",
+    "Ansatz",
+    "Circuits",
+    "choose_backend",
+    "circuits_of",
+    "get_backend",
+    "qubits_for",
+]

@@ -7,6 +7,11 @@ import torch
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation, check_width
 
 
+def missing(device: torch.device) -> str | None:
+    """Why it cannot run on such a device."""
+    return None if device.type == "cpu" else "it computes on a CPU"
+
+
 def expectation_values(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
 ) -> torch.Tensor:

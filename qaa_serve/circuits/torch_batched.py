@@ -240,6 +240,41 @@ def _multiply_phase(parts: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
     return torch.stack([re * c - im * s, re * s + im * c])
 
 
+class TorchCircuits:
+    """Circuits for serving; see ``backends.Circuits``."""
+
+    def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
+        self._ansatz = ansatz
+        self._device = device
+        self._fused: list[FusedCircuits | None] = [None] * count
+
+    def put(self, first: int, theta: torch.Tensor) -> None:
+        """Set the angles (c, rows, n) of some circuits."""
+        theta = theta.to(self._device, torch.float32)
+        for number, angles in enumerate(theta, first):
+            self._fused[number] = fuse(angles.unsqueeze(0), self._ansatz)
+
+    def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """See ``backends.Circuits``. On a GPU this waits for the device, to learn which circuits are used."""
+        psi = embed(x, self._ansatz).float()
+        z = psi.new_zeros(*index.shape, self._ansatz.columns)
+        for circuit in torch.unique(index).tolist():
+            if circuit >= 0 and (fused := self._fused[circuit]) is not None:
+                token, readout = (index == circuit).nonzero(as_tuple=True)
+                z[token, readout] = run(psi[token].unsqueeze(0), fused)[0]
+        return z * lengths(x).float()[:, None, None] if self._ansatz.length else z
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the circuits' tables."""
+        return sum(fused.nbytes for fused in self._fused if fused is not None)
+
+
+def missing(device: torch.device) -> str | None:
+    """Why it cannot run on such a device: it always can."""
+    return None
+
+
 def expectation_values(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +72,19 @@ class Revision:
         31 bits, since vLLM's GPU model runner keeps ids as int32. The catalogue refuses the rare revision
         whose id another one has.
         """
-        number = int.from_bytes(hashlib.sha256(self.revision.encode()).digest()[:8], "big")
-        return _RESERVED_IDS + number % ((1 << 31) - _RESERVED_IDS)
+        return _int_id(self.revision)
 
 
 class NameRefusedError(AdapterError):
     """No adapter may be served under this name."""
 
     kind = "name"
+
+
+@lru_cache(maxsize=1 << 16)  # a change compares the ids of all adapters
+def _int_id(revision: str) -> int:
+    number = int.from_bytes(hashlib.sha256(revision.encode()).digest()[:8], "big")
+    return _RESERVED_IDS + number % ((1 << 31) - _RESERVED_IDS)
 
 
 def check_name(name: str) -> None:

@@ -72,6 +72,8 @@ class RevisionStore:
             ) from error
         for leftover in (*self._revisions.glob(".*"), *directory.glob(".upload-*")):  # of a server that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        # Counted anew only when it says that the store is full: looking at thousands of copies takes long.
+        self._used = self.nbytes()
 
     def close(self) -> None:
         """Let another server use the directory."""
@@ -95,13 +97,15 @@ class RevisionStore:
             if place.exists() and _intact(place, revision.digest):
                 return self._at(revision, place)
             shutil.rmtree(place, ignore_errors=True)  # a damaged one
-            used = self.nbytes()
-            if used + revision.nbytes > self.max_bytes:
+            if self._used + revision.nbytes > self.max_bytes:
+                self._used = self.nbytes()
+            if self._used + revision.nbytes > self.max_bytes:
                 raise NoRoomError(
-                    f"the revision store has {used:,} of {self.max_bytes:,} bytes in use and the adapter needs "
-                    f"{revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
+                    f"the revision store has {self._used:,} of {self.max_bytes:,} bytes in use and the adapter "
+                    f"needs {revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
                 )
             copy.rename(place)
+            self._used += revision.nbytes
             return self._at(revision, place)
         except OSError as error:
             raise self._no_room(error) from error
@@ -135,6 +139,8 @@ class RevisionStore:
 
     def remove(self, revision: Revision) -> None:
         """Delete a revision's files; nothing happens if they are gone already."""
+        if revision.path.exists():
+            self._used -= revision.nbytes
         shutil.rmtree(revision.path, ignore_errors=True)
 
     def keep_only(self, revisions: Iterable[Revision]) -> None:
@@ -143,6 +149,7 @@ class RevisionStore:
         for path in self._revisions.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+        self._used = self.nbytes()
 
     def nbytes(self) -> int:
         """Bytes of all weights in the store, without those that are still being checked."""

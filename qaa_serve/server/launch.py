@@ -118,17 +118,18 @@ def _stand_before(
     state = StateCollector(catalogue, turns, metrics.labels)
     app.include_router(make_router(catalogue, lambda: state.account, turns, options.adapters))
 
+    def status() -> Status:
+        if engine.errored:
+            return "engine dead"
+        if gate.draining:
+            return "draining"
+        return "ready" if catalogue.ready else "loading"
+
     @app.get("/ready", tags=["adapters"], responses={503: {"model": Readiness}})
     async def ready() -> JSONResponse:
         """Whether requests are taken: the engine is up, the adapters of the start are published."""
-        status: Status = "ready"
-        if engine.errored:
-            status = "engine dead"
-        elif gate.draining:
-            status = "draining"
-        elif not catalogue.ready:
-            status = "loading"
-        return JSONResponse(Readiness(status=status).model_dump(), 200 if status == "ready" else 503)
+        readiness = Readiness(status=status())
+        return JSONResponse(readiness.model_dump(), 200 if readiness.status == "ready" else 503)
 
     gate = Gate(
         app,
@@ -141,7 +142,7 @@ def _stand_before(
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
         request_log=_log_request if options.log_format == "json" else None,
     )
-    state.is_draining = lambda: gate.draining
+    state.status = status
     return gate, state
 
 

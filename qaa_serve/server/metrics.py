@@ -90,7 +90,12 @@ FAMILIES = (
     ),
     Family("qaa_process_memory_bytes", "gauge", ("process",), "resident memory of the server, engine and workers"),
     Family("qaa_adapters", "gauge", ("state",), "adapters by state: served, rejected"),
-    Family("qaa_adapter_rejected", "gauge", ("adapter",), "1 while a directory's newest content is not served"),
+    Family(
+        "qaa_adapter_rejected",
+        "gauge",
+        ("adapter",),
+        "1 while a directory's newest content is not served (other: how many)",
+    ),
     Family("qaa_adapter_load_seconds", "histogram", (), "reading an adapter into the engine"),
     Family("qaa_adapter_swaps_total", "counter", ("result",), "published, rejected, removed, rolled_back"),
     Family(
@@ -101,6 +106,7 @@ FAMILIES = (
     ),
     Family("qaa_adapter_evictions_total", "counter", ("tier",), "adapters that made room for others: host"),
     Family("qaa_circuit_seconds", "histogram", ("backend",), "the circuits of one layer in one step, sampled"),
+    Family("qaa_ready", "gauge", (), "1 while requests are taken, as /ready says"),
     Family("qaa_draining", "gauge", (), "1 while the server takes no more requests"),
     Family("qaa_build_info", "gauge", ("version", "vllm", "torch"), "always 1"),
 )
@@ -142,15 +148,21 @@ class AdapterLabels:
         if len(self._others) > 10 * self.limit + 100:  # bounded, whatever names come
             self._others = Tally(dict(self._others.most_common(5 * self.limit + 50)))
         least, count = min(self._labelled.items(), key=lambda item: item[1], default=("", 0))
-        if self.limit and self._others[name] > 1.5 * count + 10:
+        if self.limit and (count == 0 or self._others[name] > 1.5 * count + 10):
             self._labelled[name] = self._others.pop(name)
             self._others[least] = self._labelled.pop(least)
             return name, least
         return OTHER, None
 
+    def __iter__(self) -> Iterator[str]:
+        """Adapters that have a label of their own."""
+        return iter(list(self._labelled))
+
     def of(self, name: str) -> str:
-        """An adapter's label now, without counting anything."""
-        return name if name in self._labelled or len(self._labelled) < self.limit else OTHER
+        """An adapter's label now; one that has none gets a free one, though nothing is counted."""
+        if name not in self._labelled and len(self._labelled) < self.limit:
+            self._labelled[name] = 0
+        return name if name in self._labelled else OTHER
 
 
 class ServerMetrics(Observer):
@@ -344,7 +356,7 @@ class StateCollector(Collector):
 
     def __init__(self, catalogue: Catalogue, turns: Turns, labels: AdapterLabels):
         self.account = EngineAccount({}, {}, {})
-        self.is_draining: Callable[[], bool] = lambda: False
+        self.status: Callable[[], str] = lambda: "loading"
         self._catalogue = catalogue
         self._turns = turns
         self._labels = labels
@@ -354,12 +366,13 @@ class StateCollector(Collector):
         entries = list(self._catalogue.entries.values())
         cache = self._catalogue.cache
         served = sum(entry.current is not None for entry in entries)
-        rejected = [entry.name for entry in entries if entry.rejection is not None]
-        yield _gauge("qaa_adapters", {("served",): served, ("rejected",): len(rejected)})
-        yield _gauge("qaa_adapter_rejected", {(self._labels.of(name),): 1 for name in rejected})
+        rejected = {entry.name: int(entry.rejection is not None) for entry in entries}
+        yield _gauge("qaa_adapters", {("served",): served, ("rejected",): sum(rejected.values())})
+        yield _gauge("qaa_adapter_rejected", self._by_label(rejected))
         turns = self._turns
-        waiting = {name: turns.waiting(name) for name in turns.running}
-        in_flight = {name: running + waiting[name] for name, running in turns.running.items()}
+        idle = dict.fromkeys((*rejected, *self._labels), 0)  # a zero is there to be seen, and to be plotted
+        waiting = idle | {name: turns.waiting(name) for name in turns.running}
+        in_flight = idle | {name: running + waiting[name] for name, running in turns.running.items()}
         yield _gauge("qaa_requests_in_flight", self._by_label(in_flight))
         yield _gauge("qaa_requests_waiting", self._by_label(waiting))
         tiers: Tally[tuple[str, ...]] = Tally()
@@ -372,7 +385,9 @@ class StateCollector(Collector):
         yield _gauge("qaa_adapter_bytes", tiers)
         yield _gauge("qaa_adapter_cache_bytes", {(): cache.nbytes})
         yield _gauge("qaa_adapter_cache_capacity_bytes", {(): cache.capacity})
-        yield _gauge("qaa_draining", {(): self.is_draining()})
+        status = self.status()
+        yield _gauge("qaa_ready", {(): status == "ready"})
+        yield _gauge("qaa_draining", {(): status == "draining"})
         devices: dict[tuple[str, ...], float] = {
             (d, kind): size for d, kinds in self.account.devices.items() for kind, size in kinds.items()
         }

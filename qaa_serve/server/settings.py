@@ -345,6 +345,10 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
         )
     if args.lora_modules:
         raise UsageError("--lora-modules: put the adapters' directories into --adapters DIR instead")
+    if getattr(args, "default_mm_loras", None):
+        raise UsageError(
+            "--default-mm-loras: qaa-serve serves adapters by the name that a request asks for; leave it out"
+        )
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
         raise UsageError(
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING: vLLM's own routes would change weights under running requests and "
