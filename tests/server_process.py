@@ -28,8 +28,8 @@ def free_port() -> int:
 class ServerProcess:
     """`command` with --port added; `wait_until` is what its log says when it serves.
 
-    `measuring`: an engine of one process and one thread. On two cores the usual two, which wait for each other by
-    spinning, starve the client: it then sees its own pauses of a second and more. And nobody looks at its connections.
+    `measuring`: an engine of one process and one thread. On two cores the usual two processes, which wait for each
+    other by spinning, starve the client: it then sees its own pauses of a second and more.
     """
 
     def __init__(self, command: list[str], log: Path, wait_until: str = "Ready on", *, measuring: bool = False):

@@ -26,7 +26,7 @@ class Circuits(Protocol):
         """Set the angles (c, rows, n) of the circuits first, ..., first + c - 1."""
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Expectation values, as ``reference`` has them; tensors on the circuits' device, nothing is differentiated.
+        """Expectation values, as ``reference`` has them, of tensors on the circuits' device; no gradients.
 
         Args:
             x: (tokens, width) of any floating dtype, any strides.
@@ -45,8 +45,8 @@ class Circuits(Protocol):
 class Backend(NamedTuple):
     """Where a backend is and what it is for.
 
-    Its module has ``missing(device) -> str | None``: why it cannot run on such a device and what to do about it, and
-    a class of ``Circuits``, or ``expectation_values`` itself where it is not for serving.
+    Its module has ``missing(device) -> str | None``, why it cannot run on such a device and what to do about it; and
+    a class of ``Circuits`` where it is for serving, ``expectation_values`` where that can do more, or both.
     """
 
     module: str
