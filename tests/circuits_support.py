@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -12,8 +13,10 @@ from importlib import import_module
 import pennylane as qml
 import pytest
 import torch
+import triton_interpreter
+from custatevec_interpreter import interpreted
 
-from qaa_serve.circuits import Ansatz, get_backend
+from qaa_serve.circuits import MAX_QUBITS, Ansatz, get_backend
 from qaa_serve.circuits.backends import ExpectationValues
 
 #: Fresh at each run; a failing test prints it, and QAA_TEST_SEED=<it> runs the same inputs again.
@@ -46,6 +49,8 @@ class Traits:
         double: computes in float64 when x is float64.
         differentiable: has gradients with respect to x and theta.
         needs: a module without which it cannot run here.
+        around: gives what must be in place while it runs.
+        most_qubits: it takes.
     """
 
     device: str = "cuda"
@@ -53,12 +58,19 @@ class Traits:
     double: bool = False
     differentiable: bool = False
     needs: str | None = None
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    most_qubits: int = MAX_QUBITS
 
 
 #: A new backend gets a line here, and with it the whole suite.
 TRAITS = {
     "reference": Traits(device="cpu", always_double=True, double=True, differentiable=True),
     "torch": Traits(device="cpu", double=True, differentiable=True),
+    "cpu": Traits(device="cpu"),
+    "triton": Traits(device="cuda" if torch.cuda.is_available() else "cpu", needs="triton", most_qubits=14),
+    "cuquantum": Traits(needs="cuquantum.bindings.custatevec")
+    if torch.cuda.is_available()
+    else Traits(device="cpu", around=interpreted),
 }
 
 
@@ -73,9 +85,12 @@ class Backend:
     def __call__(
         self, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if ansatz.qubits > self.traits.most_qubits:
+            pytest.skip(f"backend {self.name!r} takes at most {self.traits.most_qubits} qubits")
         device = self.traits.device
         moved = None if index is None else index.to(device)
-        return self.function(x.to(device), theta.to(device), ansatz, moved).cpu()
+        with self.traits.around():
+            return self.function(x.to(device), theta.to(device), ansatz, moved).cpu()
 
     def precision(self, x: torch.Tensor) -> torch.dtype:
         """The dtype in which it computes, and returns, for such an x."""
@@ -96,6 +111,8 @@ def open_backend(name: str) -> Backend:
             import_module(traits.needs)
         except ImportError as error:
             pytest.skip(f"backend {name!r} needs {traits.needs}: {error}")
+    if name == "triton" and traits.device == "cpu":
+        return Backend(name, traits, triton_interpreter.expectation_values)
     return Backend(name, traits, get_backend(name))
 
 

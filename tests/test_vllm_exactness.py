@@ -88,7 +88,7 @@ def start(root: Path, architecture: str) -> Served:
     adapters: dict[str | None, Adapter | Path | None] = {
         None: None,
         "attention": make_qaa(root / "attention", base, attention, 1),
-        "everything": make_qaa(root / "everything", base, attention + mlp, 2, ansatz="ry_ring", layers=3),
+        "everything": make_qaa(root / "everything", base, attention + mlp, 2, 0.5, ansatz="ry_ring", layers=3),
         "some": make_qaa(
             root / "some", base, (attention[0], attention[2], mlp[-1]), 3,
             ansatz="strongly_entangling", layers=1, heads=2, weight_dtype=torch.bfloat16,

@@ -2,16 +2,17 @@
 
 A slot of a layer holds a LoRA adapter (A and B in vLLM's stacked tensors) or a QAA one (circuits here, B with
 scale folded in in vLLM's stacked tensor). Slices of a packed layer (q, k, v) have circuits of their own over
-one embedded x.
+one x. All slots' circuits of one form lie in one backend's tables, so that a mixed batch is one call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
@@ -27,8 +28,9 @@ from vllm.lora.layers import (
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from qaa_serve.circuits.torch_batched import FusedCircuits, embed, fuse, lengths, run
-from vllm_qaa.plan import NOTHING, CircuitForm, StepPlan, TokenGroup
+from qaa_serve.circuits import Circuits
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
 from vllm_qaa.timing import TIMER
 
 #: One tensor, or one per slice of a packed layer (None: slice not adapted); vLLM's own convention.
@@ -38,36 +40,41 @@ DELTA_OP = "vllm_qaa::add_delta"
 
 
 class PlanHolder:
-    """The current step's plan; one for all layers of a model."""
+    """The current step's plan and the circuits' backend; one for all layers of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, circuits: type[Circuits]) -> None:
         self.plan: StepPlan = NOTHING
+        self.circuits = circuits
 
 
-@dataclass(frozen=True)
 class SlotCircuits:
-    """The circuits of one slot: `slices` of the packed layer are adapted, `heads` circuits each."""
-
-    slices: tuple[int, ...]
-    heads: int
-    fused: FusedCircuits  # len(slices) * heads circuits, slice by slice
-
-
-@dataclass(frozen=True)
-class SlotStack:
-    """The circuits and B of the slots of a token group.
+    """A layer's circuits of one form, in all slots.
 
     Attributes:
-        slices: the slices of the packed layer that any of the slots adapts.
-        heads: circuits a slice.
-        fused: G * len(slices) * heads circuits, slot by slot, slice by slice.
-        weights: B of each of the slices, (G, d_out, heads * columns).
+        circuits: room for `slots * slices * heads` of them.
+        table: (slots, slices * heads) int32, the number of each slot's circuits, slice by slice; -1 for none.
+        key: the table's content.
+        weights: on a CPU (slots, heads * columns, d_out) float32, B transposed; else empty.
     """
 
-    slices: tuple[int, ...]
-    heads: int
-    fused: FusedCircuits
-    weights: tuple[torch.Tensor, ...]
+    def __init__(self, circuits: Circuits, slots: int, readouts: int, weights: torch.Tensor):
+        self.circuits = circuits
+        self.table = torch.full((slots, readouts), -1, dtype=torch.int32, device=weights.device)
+        self.weights = weights
+        self.key = b""
+
+    def put(self, slot: int, readout: int, theta: torch.Tensor) -> None:
+        """Give a slot the circuits (heads, rows, n) of a slice, whose first readout is given."""
+        first = slot * self.table.shape[1] + readout
+        self.circuits.put(first, theta)
+        numbers = torch.arange(first, first + len(theta), dtype=torch.int32, device=self.table.device)
+        self.table[slot, readout : readout + len(theta)] = numbers
+        self.key = self.table.cpu().numpy().tobytes()
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.table[slot] = -1
+        self.key = self.table.cpu().numpy().tobytes()
 
 
 class QAALayerMixin(BaseLayerWithLoRA):
@@ -85,15 +92,18 @@ class QAALayerMixin(BaseLayerWithLoRA):
         """As vLLM's, and room for circuits in each slot."""
         super().create_lora_weights(max_loras, lora_config, model_config)
         self._theta: list[dict[int, torch.Tensor] | None] = [None] * max_loras
-        self._slots: list[SlotCircuits | None] = [None] * max_loras
-        self._stacks: dict[tuple[int, ...], SlotStack] = {}
-        self._stacks_plan: StepPlan = NOTHING
+        self._forms: list[CircuitForm | None] = [None] * max_loras
+        self._circuits: dict[CircuitForm, SlotCircuits] = {}
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         super().reset_lora(index)
-        self._theta[index] = self._slots[index] = None
-        self._stacks.clear()
+        self._theta[index] = None
+        form, self._forms[index] = self._forms[index], None
+        if form is not None:
+            self._circuits[form].clear(index)
+            if form not in self._forms:
+                del self._circuits[form]
 
     def set_lora(self, index: int, lora_a: PerSlice, lora_b: PerSlice) -> None:
         """Fill a slot.
@@ -114,13 +124,33 @@ class QAALayerMixin(BaseLayerWithLoRA):
         self._theta[index] = angles
 
     def prepare_circuits(self, index: int, form: CircuitForm) -> None:
-        """Build the fused circuits of a slot from the angles that `set_lora` was given."""
+        """Build the circuits of a slot from the angles that `set_lora` was given."""
         angles = self._theta[index]
         if angles is None:
             return
-        qubits = next(iter(angles.values())).shape[-1]
-        theta = torch.cat(list(angles.values())).to(self.device, torch.float32)
-        self._slots[index] = SlotCircuits(tuple(angles), form.heads, fuse(theta, form.ansatz(qubits)))
+        if form not in self._circuits:
+            qubits = next(iter(angles.values())).shape[-1]
+            self._circuits[form] = self._make_circuits(form, qubits)
+        slot_circuits = self._circuits[form]
+        self._forms[index] = form
+        for i, theta in angles.items():
+            slot_circuits.put(index, i * form.heads, theta.to(self.device, torch.float32))
+            if slot_circuits.weights.numel():
+                b = self.lora_b_stacked[i][index, 0, :, : slot_circuits.weights.shape[1]]
+                slot_circuits.weights[index, :, self._columns()[i]] = b.T
+
+    def _make_circuits(self, form: CircuitForm, qubits: int) -> SlotCircuits:
+        assert self._plans is not None  # only bound layers are given circuits
+        ansatz, slots, readouts = form.ansatz(qubits), len(self._forms), self.n_slices * form.heads
+        circuits = self._plans.circuits(ansatz, slots * readouts, torch.device(self.device))
+        on_cpu = torch.device(self.device).type == "cpu"
+        shape = (slots, form.heads * ansatz.columns, sum(self.output_slices)) if on_cpu else (0,)
+        with torch.inference_mode(False):  # tensors of a step may not be changed outside of one
+            return SlotCircuits(circuits, slots, readouts, torch.zeros(shape, device=self.device))
+
+    def circuit_bytes(self) -> int:
+        """Bytes of the circuits' tables of all slots, and of what goes with them."""
+        return sum(here.circuits.nbytes + here.weights.nbytes for here in self._circuits.values())
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
@@ -161,9 +191,6 @@ class QAALayerMixin(BaseLayerWithLoRA):
                 f"{self._qaa_name} was given {x.shape[0]} tokens in a step of {plan.num_tokens}: this model "
                 "runs the layer on part of the tokens, which adapters do not support"
             )
-        if plan is not self._stacks_plan:
-            self._stacks.clear()
-            self._stacks_plan = plan
         if x.device.type == "cpu":
             self._add_on_cpu(plan, x, output)
         else:
@@ -172,19 +199,30 @@ class QAALayerMixin(BaseLayerWithLoRA):
     def _add_on_cpu(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
         # vLLM's torch kernels gather the whole A and B for every token, and with index -1, those of the last
         # slot for tokens without an adapter. Products by slot are right and several times faster.
-        for group in plan.lora:
-            (slot,) = group.slots
-            rows = _take(x, group)
+        for lora in plan.lora:
+            rows = _take(x, lora)
             for i, columns in enumerate(self._columns()):
-                a, b = self.lora_a_stacked[i][slot, 0], self.lora_b_stacked[i][slot, 0]
-                _add(output[:, columns], group, rows.to(a.dtype) @ a.T @ b.T)
-        for group, stack, z in self._readouts(plan, x):
+                a, b = self.lora_a_stacked[i][lora.slot, 0], self.lora_b_stacked[i][lora.slot, 0]
+                _add(output[:, columns], lora, rows.to(a.dtype) @ a.T @ b.T)
+        groups, x = self._groups(plan, x)
+        with TIMER.sample(x.device) if groups else nullcontext():
+            for group in groups:
+                self._add_circuits(group, x, output)
+
+    def _add_circuits(self, group: CircuitTokens, x: torch.Tensor, output: torch.Tensor) -> None:
+        here = self._circuits[group.form]
+        if isinstance(here.circuits, CompiledCircuits):
             if not self._adds_b_z():
-                continue
-            for position, i in enumerate(stack.slices):
-                b = stack.weights[position]  # (G, d_out, heads * columns)
-                update = z[:, position].to(b.dtype) @ b.transpose(1, 2)  # (G, T, d_out)
-                _add(output[:, self._columns()[i]], group, update.flatten(0, 1))
+                return
+            ends = np.cumsum(self.output_slices)
+            here.circuits.add_to(output, x, group.rows, group.slots, here.table, here.weights, ends)
+            return
+        z = self._readout(group, here, x)  # (T, slices, rank)
+        for slot in group.present if self._adds_b_z() else ():
+            chosen = group.slots == slot
+            for i, columns in enumerate(self._columns()):
+                update = z[chosen, i] @ here.weights[slot, :, columns]
+                output[:, columns].index_add_(0, group.rows[chosen], update.to(output.dtype))
 
     def _add_with_punica(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
         # QAA slots have A = 0, so vLLM's shrink leaves their rows at zero for z to be written to.
@@ -192,63 +230,26 @@ class QAALayerMixin(BaseLayerWithLoRA):
         z_all = x.new_zeros(self.n_slices, x.shape[0], rank, dtype=torch.float32)
         if plan.lora:
             self.punica_wrapper.add_shrink(z_all, x, self.lora_a_stacked, 1.0)
-        for group, stack, z in self._readouts(plan, x):
-            if not self._adds_b_z():
-                continue
-            for position, i in enumerate(stack.slices):
-                z_all[i, group.tokens.flatten(), : z.shape[-1]] = z[:, position].flatten(0, 1)
+        groups, x = self._groups(plan, x)
+        with TIMER.sample(x.device) if groups else nullcontext():
+            readouts = [self._readout(group, self._circuits[group.form], x) for group in groups]
+        for group, z in zip(groups, readouts, strict=True):
+            if self._adds_b_z():
+                z_all[:, group.rows, : z.shape[-1]] = z.transpose(0, 1)
         self.punica_wrapper.add_expand(output, z_all, self.lora_b_stacked, self.output_slices, add_inputs=True)
 
-    def _readouts(self, plan: StepPlan, x: torch.Tensor) -> list[tuple[TokenGroup, SlotStack, torch.Tensor]]:
-        """(group, its slots' circuits, z (G, slices, T, heads * columns)) for every group with circuits here."""
-        groups = [g for g in plan.qaa if any(self._slots[slot] is not None for slot in g.slots)]
+    def _groups(self, plan: StepPlan, x: torch.Tensor) -> tuple[list[CircuitTokens], torch.Tensor]:
+        """The groups that have circuits in this layer, and the whole x where the input is cut over the ranks."""
+        groups = [g for g in plan.qaa if any(self._forms[slot] is not None for slot in g.present)]
         if groups and self._input_is_sharded():
             # z is a function of the whole x, unlike A x, which is a sum over its parts.
             x = tensor_model_parallel_all_gather(x)
-        if groups and TIMER.is_due():
-            with TIMER.measure(x.device):
-                return [self._readout(group, x) for group in groups]
-        return [self._readout(group, x) for group in groups]
+        return groups, x
 
-    def _readout(self, group: TokenGroup, x: torch.Tensor) -> tuple[TokenGroup, SlotStack, torch.Tensor]:
-        """(the group, its slots' circuits, z) of one group."""
-        stack = self._stack_of(group.slots)
-        ansatz, rows = stack.fused.ansatz, _take(x, group)
-        psi = embed(rows, ansatz).view(*group.tokens.shape, -1)  # (G, T, 2**n)
-        if len(group.slots) > 1:
-            psi = psi.repeat_interleave(len(stack.slices) * stack.heads, dim=0)
-        z = run(psi, stack.fused)  # (G * slices * heads, T, n)
-        z = z.view(len(group.slots), len(stack.slices), stack.heads, *z.shape[1:]).transpose(2, 3).flatten(3)
-        if ansatz.length:
-            z = z * lengths(rows).view(len(group.slots), 1, -1, 1)
-        return group, stack, z
-
-    def _stack_of(self, slots: tuple[int, ...]) -> SlotStack:
-        """The circuits of some slots, of which at least one has any; kept as long as the plan and the slots."""
-        if slots not in self._stacks:
-            self._stacks[slots] = self._stack(slots)
-        return self._stacks[slots]
-
-    def _stack(self, slots: tuple[int, ...]) -> SlotStack:
-        present = [circuits for slot in slots if (circuits := self._slots[slot]) is not None]
-        heads, rank = present[0].heads, present[0].heads * present[0].fused.ansatz.columns
-        if len(slots) == 1:
-            slices, fused = present[0].slices, present[0].fused
-        else:
-            slices = tuple(sorted({i for circuits in present for i in circuits.slices}))
-            fused = present[0].fused.empty(len(slots) * len(slices) * heads)
-            for tensor in fused.tensors():
-                tensor.zero_()  # a slot without circuits for a slice gives z = 0 there
-            for position, slot in enumerate(slots):
-                if (circuits := self._slots[slot]) is None:
-                    continue
-                for part, i in enumerate(circuits.slices):
-                    to = (position * len(slices) + slices.index(i)) * heads
-                    for target, source in zip(fused.tensors(), circuits.fused.tensors(), strict=True):
-                        target[to : to + heads] = source[part * heads : (part + 1) * heads]
-        index = slice(slots[0], slots[0] + 1) if len(slots) == 1 else list(slots)
-        weights = tuple(self.lora_b_stacked[i][index, 0, :, :rank] for i in slices)
-        return SlotStack(slices, heads, fused, weights)
+    def _readout(self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor) -> torch.Tensor:
+        """z of a group's tokens, (T, slices, heads * columns)."""
+        z = here.circuits.run(_take(x, group), group.index(here.table, here.key))
+        return z.view(len(z), self.n_slices, -1)
 
     def _input_is_sharded(self) -> bool:
         return self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear)
@@ -263,18 +264,18 @@ class QAALayerMixin(BaseLayerWithLoRA):
         return [slice(end - size, end) for end, size in zip(ends, self.output_slices, strict=True)]
 
 
-def _take(x: torch.Tensor, group: TokenGroup) -> torch.Tensor:
-    """The rows of x that belong to a group, slot by slot: (G * T, d_in)."""
-    return x[group.span] if group.span is not None else x[group.tokens.flatten()]
+def _take(x: torch.Tensor, tokens: CircuitTokens | LoRATokens) -> torch.Tensor:
+    """The rows of x that are meant: (T, d_in)."""
+    return x[tokens.span] if tokens.span is not None else x[tokens.rows]
 
 
-def _add(columns: torch.Tensor, group: TokenGroup, update: torch.Tensor) -> None:
-    """columns[rows of the group] += update; a row belongs to one slot only."""
+def _add(columns: torch.Tensor, group: LoRATokens, update: torch.Tensor) -> None:
+    """columns[rows of the group] += update."""
     update = update.to(columns.dtype)
     if group.span is not None:
         columns[group.span] += update
     else:
-        columns.index_add_(0, group.tokens.flatten(), update)
+        columns.index_add_(0, group.rows, update)
 
 
 def _delta_op(x: torch.Tensor, output: torch.Tensor, layer: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,19 +29,37 @@ class CircuitForm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenGroup:
-    """Adapter slots of one kind with equally many tokens each.
+class CircuitTokens:
+    """The tokens of one step whose adapters share a form of circuits.
 
     Attributes:
-        form: the circuits' form; None for LoRA slots.
-        slots: (G,) slot numbers.
-        tokens: (G, T) row numbers of x; row g are the tokens of slots[g].
-        span: the tokens as a slice where G = 1 and they lie side by side, so that views do instead of copies.
+        form: of the circuits.
+        present: the slots that these tokens use.
+        rows: (T,) int64 row numbers of x, ascending.
+        slots: (T,) int64, the slot of each.
+        span: the rows as a slice where they lie side by side, so that views do instead of copies.
     """
 
-    form: CircuitForm | None
-    slots: tuple[int, ...]
-    tokens: torch.Tensor
+    form: CircuitForm
+    present: tuple[int, ...]
+    rows: torch.Tensor
+    slots: torch.Tensor
+    span: slice | None
+    _indexes: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    def index(self, table: torch.Tensor, key: bytes) -> torch.Tensor:
+        """The tokens' rows of a table (slots, readouts); made once for all layers whose table has that key."""
+        if key not in self._indexes:
+            self._indexes[key] = table[self.slots]
+        return self._indexes[key]
+
+
+@dataclass(frozen=True)
+class LoRATokens:
+    """The tokens of one step that have the LoRA adapter of a slot; rows and span as for circuits."""
+
+    slot: int
+    rows: torch.Tensor
     span: slice | None
 
 
@@ -51,13 +69,13 @@ class StepPlan:
 
     Attributes:
         num_tokens: rows of x that the plan covers; rows behind them are padding.
-        qaa: groups of QAA slots.
-        lora: groups of LoRA slots, one slot each.
+        qaa: those of QAA adapters, form by form.
+        lora: those of LoRA adapters, slot by slot.
     """
 
     num_tokens: int
-    qaa: tuple[TokenGroup, ...]
-    lora: tuple[TokenGroup, ...]
+    qaa: tuple[CircuitTokens, ...]
+    lora: tuple[LoRATokens, ...]
 
     @property
     def empty(self) -> bool:
@@ -74,42 +92,42 @@ def make_plan(
     forms: Sequence[CircuitForm | None],
     device: torch.device,
 ) -> StepPlan:
-    """Group a step's tokens by adapter slot.
+    """Group a step's tokens by what is to be done with them.
 
     Args:
         token_ids: the adapter's integer id for every token, 0 for none.
         slot_to_id: the adapter id in each slot, None for a free slot.
         forms: the form of the circuits in each slot, None for LoRA.
-        device: where the row numbers are needed.
+        device: where the row and slot numbers are needed.
 
     Raises:
         RuntimeError: if a token's adapter is in no slot.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
     slot_of = {adapter: slot for slot, adapter in enumerate(slot_to_id) if adapter is not None}
-    equal: dict[tuple[CircuitForm, int], list[tuple[int, np.ndarray]]] = {}
+    slots = np.full(len(ids), -1)
+    alike: dict[CircuitForm, list[int]] = {}
     lora = []
     for adapter in np.unique(ids[ids > 0]).tolist():
         slot = slot_of.get(adapter)
         if slot is None:
             raise RuntimeError(f"adapter {adapter} is wanted in this step but is in no slot")
-        rows = np.flatnonzero(ids == adapter)
+        slots[ids == adapter] = slot
         form = forms[slot]
         if form is None:
-            lora.append(_group(None, [(slot, rows)], device))
+            lora.append(LoRATokens(slot, *_rows(slots == slot, device)))
         else:
-            equal.setdefault((form, len(rows)), []).append((slot, rows))
-    qaa = tuple(_group(form, members, device) for (form, _), members in equal.items())
-    return StepPlan(len(ids), qaa, tuple(lora))
+            alike.setdefault(form, []).append(slot)
+    qaa = []
+    for form, present in alike.items():
+        rows, span = _rows(np.isin(slots, present), device)
+        qaa.append(CircuitTokens(form, tuple(present), rows, torch.from_numpy(slots).to(device)[rows], span))
+    return StepPlan(len(ids), tuple(qaa), tuple(lora))
 
 
-def _group(form: CircuitForm | None, members: list[tuple[int, np.ndarray]], device: torch.device) -> TokenGroup:
-    rows = np.stack([rows for _, rows in members])
-    first, last = int(rows[0, 0]), int(rows[0, -1])
-    adjacent = len(members) == 1 and last - first + 1 == rows.shape[1]
-    return TokenGroup(
-        form,
-        tuple(slot for slot, _ in members),
-        torch.from_numpy(rows).to(device),
-        slice(first, last + 1) if adjacent else None,
-    )
+def _rows(chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, slice | None]:
+    """The numbers of the rows that are chosen, and as a slice where they lie side by side."""
+    rows = np.flatnonzero(chosen)
+    first, last = int(rows[0]), int(rows[-1])
+    span = slice(first, last + 1) if last - first + 1 == len(rows) else None
+    return torch.from_numpy(rows).to(device), span

@@ -121,11 +121,28 @@ def apply() -> None:
             f"the QAA plugin does not fit vLLM {version}: {'; '.join(problems)}. "
             "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
         )
+    _let_llvmlite_be_looked_at()
     originals = [getattr(import_module(seam.module), seam.attribute) for seam in SEAMS]
     replacements = [seam.replace(original) for seam, original in zip(SEAMS, originals, strict=True)]
     for seam, original, replacement in zip(SEAMS, originals, replacements, strict=True):
         setattr(import_module(seam.module), seam.attribute, replacement)
         _applied.append((seam, original))
+
+
+def _let_llvmlite_be_looked_at() -> None:
+    """Have llvmlite's library object say that it has no attributes of its own.
+
+    When a CPU worker starts, vLLM 0.32 asks every object of every loaded module for its `__dict__`. llvmlite's
+    makes a C function of whatever name it is asked for, and the worker ends. numba, which the compiled circuits
+    need, loads llvmlite; vLLM does too where it speculates with n-grams.
+    """
+    try:
+        ffi = import_module("llvmlite.binding.ffi")
+    except ImportError:
+        return
+    table = getattr(ffi.lib, "_fntab", None)
+    if isinstance(table, dict):
+        table["__dict__"] = {}
 
 
 def undo() -> None:

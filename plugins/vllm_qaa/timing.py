@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -29,14 +29,13 @@ class CircuitTimer:
         self._sum_s = 0.0
         self._pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
-    def is_due(self) -> bool:
-        """Whether this call is to be timed."""
+    def sample(self, device: torch.device) -> AbstractContextManager[None]:
+        """Time what happens within, if it is this call's turn."""
         self._calls += 1
-        return self._calls % EVERY == 0
+        return self._measure(device) if self._calls % EVERY == 0 else nullcontext()
 
     @contextmanager
-    def measure(self, device: torch.device) -> Iterator[None]:
-        """Time what happens within."""
+    def _measure(self, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             begun = time.perf_counter()
             yield

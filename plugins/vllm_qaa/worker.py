@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +24,16 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, load_adapter, read_config
-from qaa_serve.circuits import MAX_QUBITS
+from qaa_serve.circuits import MAX_QUBITS, Circuits, choose_backend, circuits_of
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
 from vllm_qaa.timing import TIMER
 
 _DIGEST = re.compile(r"[0-9a-f]{12}")
+
+#: In vLLM's additional_config: it reaches every worker, wherever it runs.
+BACKEND_KEY = "qaa_backend"
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vllm"
 
@@ -69,7 +74,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
     """vLLM's slots and host cache, with a plan of each step's tokens."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
-        self._plans = PlanHolder()
+        self._plans = PlanHolder(_choose_circuits(vllm_config))
         self._context_layers = vllm_config.compilation_config.static_forward_context
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
@@ -183,6 +188,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
         manager = self._adapter_manager
         slot_bytes = sum(tensor[0].nbytes for tensor in self._slot_tensors())
+        slot_bytes += self._circuit_bytes() // manager.lora_slots
         return [
             (lora_id, _host_bytes(adapter), slot_bytes if lora_id in manager.lora_index_to_id else 0)
             for lora_id, adapter in manager.list_adapters().items()
@@ -193,7 +199,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         sizes = {
             "weights": _distinct_bytes([*runner.model.parameters(), *runner.model.buffers()]),
             "kv_cache": _distinct_bytes(runner.kv_caches),
-            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()),
+            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()) + self._circuit_bytes(),
         }
         if torch.device(self.device).type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
@@ -202,6 +208,10 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
         # Pages that were never written are not resident yet, so the parts may sum to more.
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
+
+    def _circuit_bytes(self) -> int:
+        layers = self._adapter_manager.modules.values()
+        return sum(layer.circuit_bytes() for layer in layers if isinstance(layer, QAALayerMixin))
 
     def _slot_tensors(self) -> Iterator[torch.Tensor]:
         for layer in self._adapter_manager.modules.values():
@@ -379,6 +389,25 @@ def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: 
             f"qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was made for another "
             "base"
         )
+
+
+def _choose_circuits(vllm_config: VllmConfig) -> type[Circuits]:
+    """The circuits' backend that --qaa-backend names, or `qaa_backend` in vLLM's --additional-config.
+
+    Raises:
+        ValueError: if it cannot run here.
+    """
+    asked = vllm_config.additional_config.get(BACKEND_KEY, "auto")
+    device = torch.device(vllm_config.device_config.device_type)
+    name, reason = choose_backend(asked, device)
+    logger.info("QAA circuits run on the backend %r (%s)", name, reason)
+    TIMER.backend = name
+    circuits = circuits_of(name)
+    if circuits is CompiledCircuits:
+        begun = time.perf_counter()
+        CompiledCircuits.compile(vllm_config.model_config.dtype)
+        logger.info("Compiled for this CPU, or found compiled, in %.1f s", time.perf_counter() - begun)
+    return circuits
 
 
 def _split_graphs_at_delta(vllm_config: VllmConfig, device: Any) -> None:

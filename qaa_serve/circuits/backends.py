@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -45,8 +46,8 @@ class Circuits(Protocol):
 class Backend(NamedTuple):
     """Where a backend is and what it is for.
 
-    Its module has ``missing(device) -> str | None``, why it cannot run on such a device and what to do about it; and
-    a class of ``Circuits`` where it is for serving, ``expectation_values`` where that can do more, or both.
+    Its module has ``missing(device) -> str | None``, why it cannot run on such a device and what to do about it;
+    and a class of ``Circuits`` where it is for serving, ``expectation_values`` where that can do more, or both.
     """
 
     module: str
@@ -57,6 +58,9 @@ class Backend(NamedTuple):
 BACKENDS = {
     "reference": Backend("reference", None, "complex128, gate by gate, CPU; for checking"),
     "torch": Backend("torch_batched", "TorchCircuits", "float32, fused gates, CPU or GPU, differentiable"),
+    "triton": Backend("triton_fused", "TritonCircuits", "float32, one kernel, GPU"),
+    "cuquantum": Backend("custatevec", "CuStateVecCircuits", "complex64 on cuStateVec, GPU"),
+    "cpu": Backend("cpu_fused", "CompiledCircuits", "float32, compiled for this CPU by numba"),
 }
 
 #: What `auto` tries, first to last.
@@ -146,7 +150,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         if reason := missing(name, device):
             raise ValueError(f"the circuit backend {name!r} cannot run here: {reason}. Or choose 'auto'")
         return name, "as asked"
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in (known for known in _PREFERENCE if known in BACKENDS):
         if (reason := missing(candidate, device)) is None:
             return candidate, "; ".join([f"first that can run on {device.type}", *passed_over])
@@ -154,7 +158,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     raise AssertionError("torch runs everywhere")
 
 
-def _module(name: str) -> object:
+def _module(name: str) -> ModuleType:
     if name not in BACKENDS:
         known = "; ".join(f"{key} ({backend.purpose})" for key, backend in BACKENDS.items())
         raise ValueError(f"unknown circuit backend {name!r}; known are: {known}")

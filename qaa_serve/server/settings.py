@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from rich.console import Console
 
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
+from qaa_serve.circuits import BACKENDS, choose_backend
 from qaa_serve.registry import Revision, RevisionStore, StoreError, scan
 from qaa_serve.server.gate import is_loopback
 from qaa_serve.server.keys import KeyFileError, KeyRing, client_key, read_admin_keys, read_client_keys
@@ -169,6 +171,13 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-adapter-bytes", **size, default=_GIB, help="largest weights file that is taken (default: 1Gi)"
+    )
+    group.add_argument(
+        "--qaa-backend",
+        choices=("auto", *(name for name, backend in BACKENDS.items() if backend.circuits)),
+        default="auto",
+        help="what runs the circuits; auto takes the first that can run here of cuquantum, triton, cpu (compiled) "
+        "and torch, and the log says which (default: auto)",
     )
     group = parser.add_argument_group("qaa-serve: rights and limits")
     group.add_argument(
@@ -336,8 +345,16 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
     Raises:
         UsageError: if the arguments make no sense together.
     """
+    from vllm.platforms import current_platform
+    from vllm_qaa.worker import BACKEND_KEY
+
     from qaa_serve.server.engine import WORKER_EXTENSION
 
+    try:
+        choose_backend(args.qaa_backend, torch.device(current_platform.device_type))
+    except ValueError as error:
+        raise UsageError(f"--qaa-backend {args.qaa_backend}: {error}") from error
+    args.additional_config = {**(args.additional_config or {}), BACKEND_KEY: args.qaa_backend}
     if args.data_parallel_size > 1 or (args.api_server_count or 1) > 1 or args.headless:
         raise UsageError(
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "

@@ -1,0 +1,251 @@
+"""The compiled CPU backend, ``cpu_kernel``, as serving uses it.
+
+numba is loaded, and compiles, when the first circuits are made.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+
+LANES = 16  # of cpu_simd
+
+
+class _Form(NamedTuple):
+    """An ansatz as the kernel reads it; see ``cpu_kernel._run_tile``."""
+
+    before: np.ndarray
+    after: np.ndarray
+    gathers: np.ndarray
+    moves: np.ndarray
+    closing: bool
+    constant: bool
+    length: bool
+    masks: np.ndarray
+    n: int
+
+
+@lru_cache(maxsize=256)
+def _read_ansatz(ansatz: Ansatz) -> tuple[_Form, tuple[int, ...], tuple[int, ...]]:
+    """The form, and the rows of theta that are RY layers and RZ layers."""
+    n = ansatz.qubits
+    basis = np.arange(2**n)
+    stretches: list[list[Any]] = [[-1, basis, -1]]  # RZ layer, permutation, RZ layer; an RY layer ends each
+    ry_rows: list[int] = []
+    rz_rows: list[int] = []
+    for gate in ansatz.gates():
+        stretch = stretches[-1]
+        if isinstance(gate, Cnots):
+            source = basis
+            for control, target in reversed(gate.pairs):
+                source = source ^ (((source >> (n - 1 - control)) & 1) << (n - 1 - target))
+            stretch[1] = stretch[1][source]
+        elif gate.axis == "Z":
+            stretch[0 if stretch[1] is basis and stretch[0] < 0 else 2] = len(rz_rows)
+            rz_rows.append(gate.row)
+        else:
+            ry_rows.append(gate.row)
+            stretches.append([-1, basis, -1])
+    closing = isinstance(gate, Rotation) and gate.axis == "Y" and ansatz.columns <= n  # the last one
+    stretches[-1][0] = stretches[-1][2] = -1  # phases behind the last RY are not seen
+    before, gathers, after = zip(*stretches, strict=True)
+    masks = [sum(1 << (n - 1 - wire) for wire in wires) for wires in ansatz.observables]
+    form = _Form(
+        np.array(before),
+        np.array(after),
+        np.array(gathers, np.int32),
+        np.array([gather is not basis for gather in gathers]),
+        closing,
+        ansatz.constant,
+        ansatz.length,
+        np.array(masks),
+        n,
+    )
+    return form, tuple(ry_rows), tuple(rz_rows)
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    """A matrix as the kernel reads it: float32, or bfloat16 as uint16 for want of such a type in numpy."""
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.uint16).numpy()
+    return x.float().contiguous().numpy()
+
+
+def _aligned(vectors: int) -> np.ndarray:
+    """So many vectors of zeros, at an address that a vector may be loaded from."""
+    numbers = np.zeros((vectors + 1) * LANES, np.float32)
+    skip = -numbers.ctypes.data % 64 // 4
+    return numbers[skip : skip + vectors * LANES]
+
+
+class CompiledCircuits:
+    """Circuits for serving on a CPU; see ``backends.Circuits``."""
+
+    def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
+        self._kernel: Any = import_module("qaa_serve.circuits.cpu_kernel")
+        self._ansatz = ansatz
+        self._form, self._ry_rows, self._rz_rows = _read_ansatz(ansatz)
+        n = ansatz.qubits
+        lower = n // 2
+        self._table = 2**lower + 2 ** (n - lower)
+        # Zeros: a circuit that has no angles yet gives a state, and so a z, of zero.
+        self._turns = np.zeros((count, len(self._ry_rows) * n * 2), np.float32)
+        self._phases = np.zeros((count, len(self._rz_rows) * self._table * 2), np.float32)
+        self._spaces: dict[tuple[int, int], Any] = {}
+
+    def put(self, first: int, theta: torch.Tensor) -> None:
+        """Set the angles (c, rows, n) of some circuits."""
+        if not len(theta):
+            return
+        n, last = self._ansatz.qubits, first + len(theta)
+        by_bit = theta.detach().double().cpu().numpy()[:, :, ::-1] / 2
+        half = by_bit[:, self._ry_rows]
+        self._turns[first:last] = np.stack([np.cos(half), np.sin(half)], -1).reshape(len(theta), -1)
+        # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)) on each qubit.
+        tables = []
+        for low, high in ((n // 2, n), (0, n // 2)):
+            bits = (np.arange(2 ** (high - low))[:, None] >> np.arange(high - low)) & 1
+            angle = by_bit[:, self._rz_rows, low:high] @ (2.0 * bits - 1).T
+            tables.append(np.stack([np.cos(angle), np.sin(angle)], -1))
+        self._phases[first:last] = np.concatenate(tables, axis=2).reshape(len(theta), -1)
+
+    def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """See ``backends.Circuits``. Many tokens are shared over torch's number of threads."""
+        z = torch.empty(*index.shape, self._ansatz.columns)
+        if not z.numel():
+            return z
+        x_, index_, z_, rows = _array(x), index.contiguous().numpy(), z.numpy(), np.arange(x.shape[0])
+        tables, form = (self._turns, self._phases), tuple(self._form)
+
+        def work(thread: int, begin: int, end: int) -> None:
+            self._kernel.run(x_, rows, index_, tables, form, self._space(thread, x_.shape[1]), begin, end, z_)
+
+        _share(work, x.shape[0])
+        return z
+
+    def add_to(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        table: torch.Tensor,
+        weights: torch.Tensor,
+        ends: np.ndarray,
+    ) -> None:
+        """output[row] += B z(x[row]) for the rows of a batch that have an adapter, all in one compiled call.
+
+        Args:
+            output: (tokens, d_out) float32 or bfloat16, changed in place; x's dtype.
+            x: (tokens, width), contiguous as output is.
+            rows: (T,) int64 row numbers.
+            slots: (T,) int64, which adapter each of them has.
+            table: (slots, slices * heads) int32, the circuits of each adapter, -1 for none.
+            weights: (slots, heads * columns, d_out) float32, B transposed.
+            ends: (slices,) where each slice of a packed layer ends in d_out.
+        """
+        if output.dtype not in (torch.float32, torch.bfloat16) or not output.is_contiguous():
+            update = torch.zeros(output.shape)
+            self.add_to(update, x.float(), rows, slots, table, weights, ends)
+            output += update.to(output.dtype)
+            return
+        index = torch.empty(len(rows), table.shape[1], dtype=torch.int32).numpy()
+        z = np.empty((*index.shape, self._ansatz.columns), np.float32)
+        x_, output_, rows_, slots_ = _array(x), _array(output), rows.numpy(), slots.numpy()
+        table_, weights_ = table.numpy(), weights.numpy()
+        tables, form = (self._turns, self._phases), tuple(self._form)
+
+        def work(thread: int, begin: int, end: int) -> None:
+            space, total = self._space(thread, x_.shape[1]), np.empty(output_.shape[1], np.float32)
+            self._kernel.run_and_add(
+                x_,
+                rows_,
+                slots_,
+                table_,
+                tables,
+                form,
+                space,
+                weights_,
+                ends,
+                total,
+                begin,
+                end,
+                index,
+                z,
+                output_,
+            )
+
+        _share(work, len(rows))
+
+    @classmethod
+    def compile(cls, dtype: torch.dtype) -> None:
+        """Have everything compiled, or read what was compiled before, so that no request waits for it."""
+        circuits = cls(Ansatz("ryrz_ring_ry", 2, 1), 1, torch.device("cpu"))
+        x, one = torch.zeros(1, 4, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        circuits.run(x, one.int().unsqueeze(1))
+        weights = torch.zeros(1, 2, 4)
+        circuits.add_to(x.clone(), x, one, one, one.int().unsqueeze(1), weights, np.array([4]))
+
+    def _space(self, thread: int, width: int) -> Any:
+        return self._spaces.get((thread, width)) or self._make_space(thread, width)
+
+    def _make_space(self, thread: int, width: int) -> Any:
+        n, padded = self._ansatz.qubits, -width % LANES + width
+        size = max(2**n, padded)
+        space = (
+            _aligned(padded).reshape(LANES, padded),
+            _aligned(1),
+            np.zeros(LANES, np.float32),
+            _aligned(size + 1),
+            (*(_aligned(2**n) for _ in range(5)), _aligned(2 * n)),
+            _aligned(self._turns.shape[1]),
+            _aligned(self._phases.shape[1]),
+            _aligned(self._ansatz.columns),
+        )
+        self._spaces[thread, width] = space
+        return space
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the circuits' tables."""
+        return int(self._turns.nbytes + self._phases.nbytes)
+
+
+# ------------------------------------------------------------------------------------ threads
+
+_PER_THREAD = 4 * LANES  # tokens: fewer are not worth waking a thread for
+_pool_lock = threading.Lock()
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _share(work: Any, tokens: int) -> None:
+    """work(thread, begin, end) over so many tokens, on at most as many threads as torch uses.
+
+    The kernel holds no lock of Python's. OpenMP's own threads are left out of it: they would spin beside these.
+    """
+    threads = min(torch.get_num_threads(), tokens // _PER_THREAD)
+    if threads <= 1:
+        work(0, 0, tokens)
+        return
+    ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
+    with _pool_lock:
+        key = os.getpid(), threads
+        pool = _pools.setdefault(key, ThreadPoolExecutor(threads - 1, thread_name_prefix="qaa-circuits"))
+    others = [pool.submit(work, i, ends[i - 1], ends[i]) for i in range(1, threads)]
+    work(0, 0, ends[0])
+    for other in others:
+        other.result()
+
+
+def missing(device: torch.device) -> str | None:
+    """Why it cannot run on such a device."""
+    return None if device.type == "cpu" else "it is for CPUs"
