@@ -237,6 +237,19 @@ def with_options(x: torch.Tensor, angles: torch.Tensor, ansatz: Ansatz) -> torch
 def judge(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None) -> torch.Tensor:
     """What a backend must return, in float64: PennyLane where x is not zero, 0 elsewhere and at index -1."""
     x, theta = x.double(), theta.double()
+    if x.requires_grad or theta.requires_grad:
+        return _judge(x, theta, ansatz, index)
+    # Every backend is asked the same questions, and PennyLane takes longest to answer them.
+    key = ansatz, *(None if t is None else (t.shape, t.numpy().tobytes()) for t in (x, theta, index))
+    if key not in _judged:
+        _judged[key] = _judge(x, theta, ansatz, index)
+    return _judged[key]
+
+
+_judged: dict[object, torch.Tensor] = {}
+
+
+def _judge(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None) -> torch.Tensor:
     nonzero = (x.detach().abs().amax(dim=-1) > 0) | ansatz.constant
     columns = [torch.zeros(len(x), ansatz.columns, dtype=torch.float64)]  # what index -1 picks: the last
     for angles in theta:

@@ -1,0 +1,175 @@
+"""The compiled backend beyond the shared suite: adding B z in place, threads, what a row may do to others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from circuits_support import TOLERANCE, assert_close, fresh_generator, random_theta, random_x
+
+from qaa_serve.circuits import Ansatz, choose_backend, get_backend
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
+
+CPU = torch.device("cpu")
+reference = get_backend("reference")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return fresh_generator()
+
+
+class Layer:
+    """A packed layer of three slices and three slots: the first has all circuits, the second lacks a slice."""
+
+    ends = np.array([5, 9, 26])
+
+    def __init__(self, generator: torch.Generator, heads: int = 1, n: int = 4):
+        self.ansatz = Ansatz("ryrz_ring_ry", n, 2)
+        self.theta = random_theta(generator, 9 * heads, self.ansatz, torch.float32)
+        self.circuits = CompiledCircuits(self.ansatz, 9 * heads, CPU)
+        self.circuits.put(0, self.theta)
+        self.table = torch.arange(9 * heads, dtype=torch.int32).view(3, 3 * heads)
+        self.table[1, heads : 2 * heads] = -1
+        self.weights = torch.randn(3, heads * n, int(self.ends[-1]), generator=generator)
+        self.heads = heads
+
+    def expected(self, output: torch.Tensor, x: torch.Tensor, rows: list[int], slots: list[int]) -> torch.Tensor:
+        """In float64, written out row by row."""
+        output = output.double().clone()
+        for row, slot in zip(rows, slots, strict=True):
+            z = reference(x[row : row + 1], self.theta, self.ansatz, self.table[slot : slot + 1]).flatten()
+            begin, rank = 0, self.weights.shape[1]
+            for part, end in enumerate(self.ends):
+                b = self.weights[slot, :, begin:end].double()
+                output[row, begin:end] += z[part * rank : (part + 1) * rank] @ b
+                begin = end
+        return output
+
+    def add(self, output: torch.Tensor, x: torch.Tensor, rows: list[int], slots: list[int]) -> None:
+        self.circuits.add_to(
+            output, x, torch.tensor(rows), torch.tensor(slots), self.table, self.weights, self.ends
+        )
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 21, 40])
+def test_bz_is_added_to_the_rows_that_have_an_adapter_and_to_no_other(
+    tokens: int, heads: int, generator: torch.Generator
+) -> None:
+    layer = Layer(generator, heads)
+    x, output = random_x(generator, 2 * tokens, 13, torch.float32), torch.full((2 * tokens, 26), torch.nan)
+    rows = list(range(1, 2 * tokens, 2))
+    slots = torch.randint(3, (tokens,), generator=generator).tolist()
+    output[rows] = torch.randn(tokens, 26, generator=generator)
+    expected = layer.expected(output, x, rows, slots)
+    layer.add(output, x, rows, slots)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-5, equal_nan=True)
+
+
+def test_bfloat16_is_rounded_once_and_to_the_nearest(generator: torch.Generator) -> None:
+    layer = Layer(generator)
+    x = random_x(generator, 18, 13, torch.bfloat16)
+    output = (100 * torch.randn(18, 26, generator=generator)).bfloat16()
+    rows, slots = list(range(18)), [0, 1, 2] * 6
+    expected = layer.expected(output, x, rows, slots)
+    layer.add(output, x, rows, slots)
+    error = (output.double() - expected).abs()
+    half_a_step = 2.0 ** (expected.abs().log2().floor() - 8)
+    assert (error <= half_a_step * 1.001 + 1e-6).all()
+
+
+def test_a_bfloat16_row_without_circuits_keeps_its_bits(generator: torch.Generator) -> None:
+    """NaN, infinities, the smallest and the largest numbers pass through the sum with nothing."""
+    layer = Layer(generator)
+    layer.table[:] = -1
+    output = torch.arange(-(2**15), 2**15 - 1, 97, dtype=torch.int16)[: 26 * 20].view(20, 26).view(torch.bfloat16)
+    before = output.clone()
+    layer.add(output, random_x(generator, 20, 13, torch.bfloat16), list(range(20)), [0] * 20)
+    nan = before.isnan()
+    assert torch.equal(output.isnan(), nan)
+    assert torch.equal(output[~nan].view(torch.int16), before[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("kind", ["float16", "columns of a wider output"])
+def test_outputs_that_the_kernel_does_not_write_itself(kind: str, generator: torch.Generator) -> None:
+    layer = Layer(generator)
+    dtype = torch.float16 if kind == "float16" else torch.float32
+    x, wide = random_x(generator, 4, 13, dtype), torch.zeros(4, 30, dtype=dtype)
+    output = wide[:, :26] if kind != "float16" else wide[:, :26].contiguous()
+    expected = layer.expected(output, x, [0, 2], [2, 1])
+    layer.add(output, x, [0, 2], [2, 1])
+    torch.testing.assert_close(output.double(), expected, rtol=2e-3 if kind == "float16" else 0, atol=2e-5)
+    assert (wide[:, 26:] == 0).all()
+
+
+def test_two_threads_give_what_one_gives(generator: torch.Generator) -> None:
+    layer = Layer(generator)
+    x = random_x(generator, 301, 13, torch.float32)
+    rows, slots = list(range(301)), torch.randint(3, (301,), generator=generator).tolist()
+    threads, outputs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outputs.append(torch.zeros(301, 26))
+            layer.add(outputs[-1], x, rows, slots)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outputs)
+    assert (outputs[0] != 0).any(dim=1).all(), "a row was left out"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_no_number_stays_with_itself(bad: float, generator: torch.Generator) -> None:
+    layer = Layer(generator)
+    x = random_x(generator, 16, 13, torch.float32)
+    index = torch.zeros(16, 1, dtype=torch.int32)
+    clean = layer.circuits.run(x, index)
+    x[5, 2] = bad
+    z = layer.circuits.run(x, index)
+    assert z[5].isnan().all()
+    others = [i for i in range(16) if i != 5]
+    assert torch.equal(z[others], clean[others])
+
+
+def test_circuits_are_empty_until_put_and_can_be_put_anew(generator: torch.Generator) -> None:
+    ansatz = Ansatz("strongly_entangling", 5, 2)
+    theta = random_theta(generator, 2, ansatz, torch.float32)
+    circuits = CompiledCircuits(ansatz, 3, CPU)
+    x = random_x(generator, 4, 27, torch.float32)
+    index = torch.tensor([[0, 1, 2]] * 4, dtype=torch.int32)
+    assert (circuits.run(x, index) == 0).all()
+    circuits.put(2, theta[:1])
+    circuits.put(1, theta)
+    expected = reference(x, theta, ansatz, torch.tensor([[-1, 0, 1]] * 4))
+    assert_close(circuits.run(x, index), expected, TOLERANCE[torch.float32])
+
+
+def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None:
+    """What a wide row left behind must not be seen by a narrow one."""
+    ansatz = Ansatz("ryrz_ring_ry", 5, 1)
+    theta = random_theta(generator, 1, ansatz, torch.float32)
+    circuits = CompiledCircuits(ansatz, 1, CPU)
+    circuits.put(0, theta)
+    for width in (32, 17, 2, 30):
+        x = random_x(generator, 3, width, torch.float32)
+        z = circuits.run(x, torch.zeros(3, 1, dtype=torch.int32))
+        assert_close(z, reference(x, theta, ansatz, None), TOLERANCE[torch.float32])
+
+
+# ------------------------------------------------------------------------------------ which backend is taken
+
+
+def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:
+    name, reason = choose_backend("auto", CPU)
+    assert name == "cpu"
+    assert "not cuquantum" in reason
+
+
+def test_a_named_backend_that_cannot_run_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"'cuquantum' cannot run here: .*'auto'"):
+        choose_backend("cuquantum", CPU)
+    with pytest.raises(ValueError, match="for checking, not for serving"):
+        choose_backend("reference", CPU)
+    with pytest.raises(ValueError, match="unknown circuit backend 'cup'"):
+        choose_backend("cup", CPU)
