@@ -100,7 +100,7 @@ def start(args: argparse.Namespace, base: Path, adapters: Path, state: Path) -> 
         "--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(args.clients), "--max-model-len", "512",
         "--strict-adapters", "--disable-uvicorn-access-log", *shlex.split(args.server_options),
     ]  # fmt: skip
-    return ServerProcess(command, state.with_suffix(".log"))
+    return ServerProcess(command, state.with_suffix(".log"), measuring=True)
 
 
 def resident_bytes(server: ServerProcess) -> dict[str, int]:
@@ -217,7 +217,7 @@ def measure(
     began = time.perf_counter()
     server = start(args, base, adapters, place / "state")
     try:
-        server.wait_ready()
+        server.wait_ready(900)
         row: dict[str, Any] = {"adapters": count, "round": round_, "start_s": time.perf_counter() - began}
         time.sleep(2)
         row["resident_bytes"] = resident_bytes(server)

@@ -1,62 +1,137 @@
-"""What our metrics cost: processor time in the server's event loop for a token and for a request.
+"""What our metrics cost in throughput: on and off in turn, in one server under its top load.
 
-    python benchmarks/metrics_cost.py --tokens-per-second 200
+    python benchmarks/metrics_cost.py [--windows 12] [--seconds 8] [--clients 16] [--json FILE]
 
-Calls what the engine's wrapper calls for each output, with outputs as vLLM makes them, and says which share of a
-second that is at a given rate. It is a bound for the loss of throughput: the work is done in the server's process,
-beside the worker's.
+Serves the bundled example and keeps so many streamed requests under way. A signal to the server turns the timing
+and counting of requests off and on between windows of some seconds; the ratio of tokens a second is taken between
+neighbouring windows, on to off, so that a slow spell of the machine falls on both. Off means that the gate's
+observations do nothing; vLLM's own metrics stay on, and so does the page that Prometheus would read.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
+import random
+import shlex
+import signal
 import statistics
-import time
-from types import SimpleNamespace
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-from vllm.v1.metrics import buckets
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "loadtests")]
 
-from qaa_serve.server.metrics import ServerMetrics
+SERVE = "--serve"
 
 
-def main() -> None:
+def serve(arguments: list[str]) -> int:
+    """The server, with a switch: SIGUSR1 turns our metrics off, SIGUSR2 on."""
+    from qaa_serve.cli import main as run
+    from qaa_serve.server import metrics
+
+    class Unobserved(metrics.Observation):
+        def sequence(self) -> metrics.Sequence:
+            return _Unseen(self)
+
+        def end(self, outcome: metrics.Outcome) -> None:
+            pass
+
+    class _Unseen(metrics.Sequence):
+        def __init__(self, observation: metrics.Observation):
+            pass
+
+        def saw(self, output: object) -> None:
+            pass
+
+    observed = metrics.Observation
+
+    def switch(number: int, _: object) -> None:
+        metrics.Observation = Unobserved if number == signal.SIGUSR1 else observed  # type: ignore[misc]
+
+    signal.signal(signal.SIGUSR1, switch)
+    signal.signal(signal.SIGUSR2, switch)
+    return run(arguments)
+
+
+async def measure(url: str, switch: Callable[[int], None], args: argparse.Namespace) -> list[tuple[bool, float]]:
+    """(whether metrics were on, tokens a second) of each window."""
+    import openai
+    import workload
+
+    names = ("base", "brief", "json", "pirate")
+    tokens, stopping = 0, asyncio.Event()
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> None:
+        nonlocal tokens
+        while not stopping.is_set():
+            number += 1
+            model = names[number % len(names)]
+            prompt = workload.english(random.Random(number), 16)
+            chunks = await client.completions.create(
+                model="assistant" if model == "base" else model, prompt=prompt, max_tokens=48, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            async for chunk in chunks:
+                tokens += bool(chunk.choices)
+
+    windows = []
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        load = [asyncio.create_task(ask(client, 100 * i)) for i in range(args.clients)]
+        await asyncio.sleep(args.seconds)
+        for i in range(args.windows + 1):
+            on = i % 2 == 0
+            switch(signal.SIGUSR2 if on else signal.SIGUSR1)
+            await asyncio.sleep(1)  # requests that began before the switch end
+            before = tokens
+            await asyncio.sleep(args.seconds)
+            windows.append((on, (tokens - before) / args.seconds))
+            print(f"metrics {'on ' if on else 'off'} {windows[-1][1]:8.1f} tokens/s", flush=True)
+        stopping.set()
+        await asyncio.gather(*load)
+    return windows
+
+
+def main() -> int:
+    if sys.argv[1:2] == [SERVE]:
+        return serve(sys.argv[2:])
+    from server_process import ServerProcess
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens-per-second", type=float, default=200, help="rate that the share is told for")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of one request")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    metrics = ServerMetrics(
-        CollectorRegistry(),
-        latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
-        first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
-        inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
-    )
-    outputs = [
-        SimpleNamespace(
-            outputs=[SimpleNamespace(index=0, token_ids=[7])], finished=i == args.tokens - 1,
-            prompt_token_ids=[0] * 32, num_cached_tokens=0, metrics=None,
-        )
-        for i in range(args.tokens)
-    ]  # fmt: skip
-    per_request, per_token = [], []
-    for i in range(args.rounds):
-        begun = time.perf_counter()
-        observation = metrics.begin(f"adapter-{i % 300}", "/v1/chat/completions")
-        observation.has_turn()
-        sequence = observation.sequence()
-        between = time.perf_counter()
-        for output in outputs:
-            sequence.saw(output)
-        after = time.perf_counter()
-        observation.end("success")
-        per_token.append((after - between) / args.tokens)
-        per_request.append(time.perf_counter() - begun - (after - between))
-    token, request = statistics.median(per_token), statistics.median(per_request)
-    share = args.tokens_per_second * (token + request / args.tokens)
-    print(f"{1e6 * token:.1f} us a token, {1e6 * request:.0f} us a request (median of {args.rounds})")
-    print(f"{100 * share:.2f} % of a second at {args.tokens_per_second:g} tokens/s in requests of {args.tokens}")
+    with tempfile.TemporaryDirectory(prefix="metrics-") as temporary:
+        command = [sys.executable, str(Path(__file__).resolve()), SERVE, "serve"]
+        command += ["--adapters", str(ROOT / "examples" / "assistant" / "adapters"), "--dtype", "float32"]
+        command += ["--served-model-name", "assistant", "--kv-cache-memory-bytes", "256M"]
+        command += ["--state-dir", f"{temporary}/state", "--disable-uvicorn-access-log"]
+        server = ServerProcess(command, Path(temporary) / "server.log", measuring=True)
+        try:
+            server.wait_ready()
+            windows = asyncio.run(measure(server.url, server.process.send_signal, args))
+        finally:
+            server.stop()
+    ratios = [a / b if on else b / a for (on, a), (_, b) in pairwise(windows)]
+    loss = 100 * (1 - statistics.median(ratios))
+    quartiles = [100 * (1 - q) for q in statistics.quantiles(ratios, n=4)]
+    figures = {
+        "command": shlex.join(["python", "benchmarks/metrics_cost.py", *sys.argv[1:]]),
+        "tokens_per_second": statistics.median(rate for _, rate in windows),
+        "loss_percent_median": loss,
+        "loss_percent_quartiles": [quartiles[2], quartiles[0]],
+    }
+    print(json.dumps(figures, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,8 +68,8 @@ class ServerProcess:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_ready(self) -> ServerProcess:
-        deadline = time.monotonic() + START_LIMIT_S
+    def wait_ready(self, limit_s: float = START_LIMIT_S) -> ServerProcess:
+        deadline = time.monotonic() + limit_s
         while self._wait_until not in self.text():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the server did not start; its log ends with:\n{self.text()[-4000:]}")
@@ -105,7 +105,7 @@ class ServerProcess:
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
                 for connection in connections:
-                    if connection.raddr and not connection.raddr.ip.startswith(("127.", "::1")):
+                    if connection.raddr and not connection.raddr.ip.startswith(("127.", "::1", "::ffff:127.")):
                         self.outside.add(connection.raddr.ip)
 
 
