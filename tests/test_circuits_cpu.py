@@ -119,6 +119,22 @@ def test_two_threads_give_what_one_gives(generator: torch.Generator) -> None:
     assert (outputs[0] != 0).any(dim=1).all(), "a row was left out"
 
 
+def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None:
+    """Arrays of another layout or type would each have the compiler run, for seconds, in somebody's request."""
+    for dtype in (torch.float32, torch.bfloat16):
+        CompiledCircuits.compile(dtype)
+    kernel = CompiledCircuits(Ansatz("ry_ring", 2, 1), 1, CPU)._kernel
+    before = [list(function.signatures) for function in (kernel.run, kernel.run_and_add)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, tokens in ((1, 1), (2, 3), (1, 100)):
+            layer = Layer(generator, heads)
+            x = random_x(generator, tokens, 13, dtype)
+            with torch.inference_mode():
+                layer.add(torch.zeros(tokens, 26, dtype=dtype), x, list(range(tokens)), [tokens % 3] * tokens)
+                layer.circuits.run(x.T.contiguous().T, layer.table[[0] * tokens])
+    assert [list(function.signatures) for function in (kernel.run, kernel.run_and_add)] == before
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_no_number_stays_with_itself(bad: float, generator: torch.Generator) -> None:
     layer = Layer(generator)

@@ -73,6 +73,30 @@ def _read_ansatz(ansatz: Ansatz) -> tuple[_Form, tuple[int, ...], tuple[int, ...
     return form, tuple(ry_rows), tuple(rz_rows)
 
 
+def _numbers(ansatz: Ansatz) -> tuple[int, int]:
+    """How many numbers a circuit's RY gates and its RZ gates take."""
+    _, ry_rows, rz_rows = _read_ansatz(ansatz)
+    n = ansatz.qubits
+    return 2 * len(ry_rows) * n, 2 * len(rz_rows) * (2 ** (n // 2) + 2 ** (n - n // 2))
+
+
+@lru_cache(maxsize=64)
+def _space(thread: int, ansatz: Ansatz, width: int) -> Any:
+    """Room for a tile, of one thread; all layers use the same, so that it stays in the cache."""
+    n, padded = ansatz.qubits, -width % LANES + width
+    turns, phases = _numbers(ansatz)
+    return (
+        _aligned(padded).reshape(LANES, padded),
+        _aligned(1),
+        np.zeros(LANES, np.float32),
+        _aligned(max(2**n, padded) + 1),
+        (*(_aligned(2**n) for _ in range(5)), _aligned(2 * n)),
+        _aligned(turns),
+        _aligned(phases),
+        _aligned(ansatz.columns),
+    )
+
+
 def _array(x: torch.Tensor) -> np.ndarray:
     """A matrix as the kernel reads it: float32, or bfloat16 as uint16 for want of such a type in numpy."""
     if x.dtype == torch.bfloat16:
@@ -94,13 +118,10 @@ class CompiledCircuits:
         self._kernel: Any = import_module("qaa_serve.circuits.cpu_kernel")
         self._ansatz = ansatz
         self._form, self._ry_rows, self._rz_rows = _read_ansatz(ansatz)
-        n = ansatz.qubits
-        lower = n // 2
-        self._table = 2**lower + 2 ** (n - lower)
+        turns, phases = _numbers(ansatz)
         # Zeros: a circuit that has no angles yet gives a state, and so a z, of zero.
-        self._turns = np.zeros((count, len(self._ry_rows) * n * 2), np.float32)
-        self._phases = np.zeros((count, len(self._rz_rows) * self._table * 2), np.float32)
-        self._spaces: dict[tuple[int, int], Any] = {}
+        self._turns = np.zeros((count, turns), np.float32)
+        self._phases = np.zeros((count, phases), np.float32)
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
@@ -126,8 +147,9 @@ class CompiledCircuits:
         x_, index_, z_, rows = _array(x), index.contiguous().numpy(), z.numpy(), np.arange(x.shape[0])
         tables, form = (self._turns, self._phases), tuple(self._form)
 
-        def work(thread: int, begin: int, end: int) -> None:
-            self._kernel.run(x_, rows, index_, tables, form, self._space(thread, x_.shape[1]), begin, end, z_)
+        def work(begin: int, end: int) -> None:
+            space = _space(threading.get_ident(), self._ansatz, x_.shape[1])
+            self._kernel.run(x_, rows, index_, tables, form, space, begin, end, z_)
 
         _share(work, x.shape[0])
         return z
@@ -164,25 +186,13 @@ class CompiledCircuits:
         table_, weights_ = table.numpy(), weights.numpy()
         tables, form = (self._turns, self._phases), tuple(self._form)
 
-        def work(thread: int, begin: int, end: int) -> None:
-            space, total = self._space(thread, x_.shape[1]), np.empty(output_.shape[1], np.float32)
+        def work(begin: int, end: int) -> None:
+            space = _space(threading.get_ident(), self._ansatz, x_.shape[1])
+            total = np.empty(output_.shape[1], np.float32)
             self._kernel.run_and_add(
-                x_,
-                rows_,
-                slots_,
-                table_,
-                tables,
-                form,
-                space,
-                weights_,
-                ends,
-                total,
-                begin,
-                end,
-                index,
-                z,
+                x_, rows_, slots_, table_, tables, form, space, weights_, ends, total, begin, end, index, z,
                 output_,
-            )
+            )  # fmt: skip
 
         _share(work, len(rows))
 
@@ -194,25 +204,6 @@ class CompiledCircuits:
         circuits.run(x, one.int().unsqueeze(1))
         weights = torch.zeros(1, 2, 4)
         circuits.add_to(x.clone(), x, one, one, one.int().unsqueeze(1), weights, np.array([4]))
-
-    def _space(self, thread: int, width: int) -> Any:
-        return self._spaces.get((thread, width)) or self._make_space(thread, width)
-
-    def _make_space(self, thread: int, width: int) -> Any:
-        n, padded = self._ansatz.qubits, -width % LANES + width
-        size = max(2**n, padded)
-        space = (
-            _aligned(padded).reshape(LANES, padded),
-            _aligned(1),
-            np.zeros(LANES, np.float32),
-            _aligned(size + 1),
-            (*(_aligned(2**n) for _ in range(5)), _aligned(2 * n)),
-            _aligned(self._turns.shape[1]),
-            _aligned(self._phases.shape[1]),
-            _aligned(self._ansatz.columns),
-        )
-        self._spaces[thread, width] = space
-        return space
 
     @property
     def nbytes(self) -> int:
@@ -228,20 +219,20 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def _share(work: Any, tokens: int) -> None:
-    """work(thread, begin, end) over so many tokens, on at most as many threads as torch uses.
+    """work(begin, end) over so many tokens, on at most as many threads as torch uses.
 
     The kernel holds no lock of Python's. OpenMP's own threads are left out of it: they would spin beside these.
     """
     threads = min(torch.get_num_threads(), tokens // _PER_THREAD)
     if threads <= 1:
-        work(0, 0, tokens)
+        work(0, tokens)
         return
     ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
     with _pool_lock:
         key = os.getpid(), threads
         pool = _pools.setdefault(key, ThreadPoolExecutor(threads - 1, thread_name_prefix="qaa-circuits"))
-    others = [pool.submit(work, i, ends[i - 1], ends[i]) for i in range(1, threads)]
-    work(0, 0, ends[0])
+    others = [pool.submit(work, ends[i - 1], ends[i]) for i in range(1, threads)]
+    work(0, ends[0])
     for other in others:
         other.result()
 

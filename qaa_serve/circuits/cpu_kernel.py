@@ -545,12 +545,10 @@ def _entry_points(source: str) -> Any:
     the text of the other file that the code is made from.
     """
 
-    @njit(nogil=True, cache=True)
     def run(x, rows_of_x, index, circuits, form, space, begin, end, z):
         len(source)
         _run_batch(x, rows_of_x, index, circuits, form, space, begin, end, z)
 
-    @njit(nogil=True, cache=True)
     def run_and_add(
         x, rows, slots, table, circuits, form, space, weights, ends, total, begin, end, index, z, output
     ):
@@ -563,7 +561,10 @@ def _entry_points(source: str) -> Any:
             of_slices = z[token].reshape(slices, rank)
             _add_to(of_slices, weights[slots[token]], ends, total, output[rows[token]])
 
-    return run, run_and_add
+    try:
+        return njit(nogil=True, cache=True)(run), njit(nogil=True, cache=True)(run_and_add)
+    except RuntimeError:  # there is no directory that may be written to: compiled anew at every start
+        return njit(nogil=True)(run), njit(nogil=True)(run_and_add)
 
 
 run, run_and_add = _entry_points(inspect.getsource(cpu_simd))

@@ -16,7 +16,6 @@ The state stays real up to the first diagonal and is then kept as real and imagi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,21 +95,14 @@ class FusedCircuits:
         """All tensors, each with the circuits on its first axis, in a fixed order."""
         return [t for t in (*self.high, *self.low, *self.phase) if t is not None]
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FusedCircuits:
-        return FusedCircuits(
-            self.ansatz,
-            tuple(map(function, self.high)),
-            tuple(map(function, self.low)),
-            tuple(p if p is None else function(p) for p in self.phase),
-        )
-
     def select(self, circuits: torch.Tensor) -> FusedCircuits:
         """The circuits of those numbers (int64, 1-D), repeats allowed."""
-        return self._map(lambda t: t.index_select(0, circuits))
-
-    def empty(self, circuits: int) -> FusedCircuits:
-        """Uninitialised room for so many circuits of this form."""
-        return self._map(lambda t: t.new_empty(circuits, *t.shape[1:]))
+        return FusedCircuits(
+            self.ansatz,
+            tuple(t.index_select(0, circuits) for t in self.high),
+            tuple(t.index_select(0, circuits) for t in self.low),
+            tuple(t if t is None else t.index_select(0, circuits) for t in self.phase),
+        )
 
     @property
     def nbytes(self) -> int:
