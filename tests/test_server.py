@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import shutil
 import signal
+import time
 
 import httpx
 import openai
@@ -15,6 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
+from otlp import Collector
 from server_process import ServerProcess, gone
 from tiny_models import ATTENTION, MLP, VOCAB, ReferenceModel, make_lora, make_model, make_qaa
 
@@ -46,11 +49,24 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(root):
-    server = ServerProcess(
-        ["qaa-serve", "--adapters", str(root / "adapters"), "--max-loras", "3", *OPTIONS],
-        root / "server.log",
-    )
+def collector():
+    """Where the server sends its traces."""
+    collector = Collector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="module")
+def server(root, collector):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms between two batches of spans
+        server = ServerProcess(
+            [
+                "qaa-serve", "--adapters", str(root / "adapters"), "--max-loras", "3",
+                "--otlp-traces-endpoint", collector.endpoint, *OPTIONS,
+            ],
+            root / "server.log",
+        )  # fmt: skip
     try:
         yield server.wait_ready()
     finally:
@@ -188,6 +204,96 @@ def test_the_log_names_what_was_chosen_and_what_was_rejected(server):
 def test_metrics_and_health(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics").text
+
+
+def revision_of(server, name: str) -> str:
+    return httpx.get(f"{server.url}/v1/adapters/{name}").json()["revision"]
+
+
+def names_in_span(server, model: str) -> dict[str, str]:
+    """What the span of a request for a model is to say of it."""
+    if model == "base":
+        return {"gen_ai.request.model": "base", "gen_ai.response.model": "base"}
+    revision = revision_of(server, model)
+    return {
+        "gen_ai.request.model": model,
+        "gen_ai.response.model": revision,
+        "qaa.adapter": model,
+        "qaa.revision": revision,
+    }
+
+
+class Traced:
+    """One request in a trace of its own; `headers` put it there."""
+
+    def __init__(self):
+        self.trace_id = secrets.token_hex(16)
+        self.headers = {"traceparent": f"00-{self.trace_id}-{secrets.token_hex(8)}-01"}
+
+    def spans(self, collector: Collector, count: int = 1) -> list[dict]:
+        """Its spans, with what they say of models and adapters."""
+        spans = collector.of_trace(self.trace_id, count)
+        return [
+            {key: value for key, value in span.items() if key.startswith("qaa.") or key.endswith(".model")}
+            for span in spans
+        ]
+
+
+@pytest.mark.parametrize("model", ["base", "one", "lora"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_trace_names_the_adapter_and_its_revision(server, collector, model, stream):
+    client = server.client()
+    asked = {"model": model, "stream": stream, **GREEDY}
+    chat, text = Traced(), Traced()
+    messages = [{"role": "user", "content": words(6)}]
+    answers = (
+        client.chat.completions.create(messages=messages, extra_headers=chat.headers, **asked),
+        client.completions.create(prompt=words(6), extra_headers=text.headers, **asked),
+    )
+    if stream:
+        assert all(list(answer) for answer in answers)
+    expected = [names_in_span(server, model)]
+    assert (chat.spans(collector), text.spans(collector)) == (expected, expected)
+
+
+def test_every_choice_has_a_span_that_names_the_adapter(server, collector):
+    traced = Traced()
+    server.client().completions.create(
+        model="two", prompt=words(7), n=2, max_tokens=4, temperature=0.8, seed=1, extra_headers=traced.headers
+    )
+    assert traced.spans(collector, 2) == [names_in_span(server, "two")] * 2
+
+
+def test_traces_of_one_batch_are_not_mixed_up(server, collector):
+    requests = [(MODELS[i % len(MODELS)], Traced()) for i in range(10)]
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            asked = [
+                client.completions.create(model=model, prompt=words(8), extra_headers=traced.headers, **GREEDY)
+                for model, traced in requests
+            ]
+            await asyncio.gather(*asked)
+
+    asyncio.run(ask_all())
+    for model, traced in requests:
+        assert traced.spans(collector) == [names_in_span(server, model)], model
+
+
+def test_after_a_hot_swap_traces_name_the_new_revision(server, collector, root):
+    """And the old one where a client still asks for that. The last use of the adapter `three`."""
+    old = revision_of(server, "three")
+    make_qaa(root / "adapters" / "three", root / "base", ("q_proj",), 33)
+    deadline = time.monotonic() + 30
+    while revision_of(server, "three") == old:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    traced, pinned = Traced(), Traced()
+    for model, trace in (("three", traced), (old, pinned)):
+        server.client().completions.create(model=model, prompt=words(9), extra_headers=trace.headers, **GREEDY)
+    assert traced.spans(collector) == [names_in_span(server, "three")]
+    (span,) = pinned.spans(collector)
+    assert (span["qaa.adapter"], span["qaa.revision"]) == ("three", old)
 
 
 def test_nothing_leaves_the_machine(server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -18,10 +19,8 @@ from qaa_serve.adapters import load_adapter
 TOLERANCE = 1e-4  # |d logprob|, float32
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def make_adapters(root: Path) -> Path:
     """Row-parallel layers (o_proj, down_proj) gather x before the embedding; all options of an adapter."""
-    root = tmp_path_factory.mktemp("parallel")
     base = make_model(root / "base", "qwen2")
     every = ATTENTION["qwen2"] + MLP["qwen2"]
     make_qaa(root / "adapters" / "all", base, every, 1)
@@ -31,16 +30,25 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def server(root):
-    server = ServerProcess(
+def start(root: Path, *options: str) -> ServerProcess:
+    return ServerProcess(
         [
-            "qaa-serve", "--adapters", str(root / "adapters"), "--tensor-parallel-size", "2", "--dtype", "float32",
+            "qaa-serve", "--adapters", str(root / "adapters"), "--dtype", "float32",
             "--kv-cache-memory-bytes", "64M", "--max-loras", "3", "--state-dir", str(root / "state"),
-            "--max-num-batched-tokens", "64", "--max-num-seqs", "8",
+            "--max-num-batched-tokens", "64", "--max-num-seqs", "8", *options,
         ],
         root / "server.log",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_adapters(tmp_path_factory.mktemp("parallel"))
+
+
+@pytest.fixture(scope="module")
+def server(root):
+    server = start(root, "--tensor-parallel-size", "2")
     try:
         yield server.wait_ready()
     finally:
@@ -61,7 +69,8 @@ def ids(seed: int, length: int) -> list[int]:
     return [int(word[1:]) for word in words(seed, length).split()]
 
 
-def test_mixed_requests_are_exact(server, root):
+def check_mixed_requests(server: ServerProcess, root: Path) -> None:
+    """Requests of one batch for base, QAA and LoRA are answered as transformers answers them."""
     reference = ReferenceModel(root / "base")
     adapters = root / "adapters"
     worn = {name: load_adapter(adapters / name) for name in ("all", "rows", "options")}
@@ -79,7 +88,8 @@ def test_mixed_requests_are_exact(server, root):
         assert max(abs(a - b) for a, b in zip(logprobs, best, strict=True)) <= TOLERANCE, model
 
 
-def test_an_adapter_is_replaced_in_both_workers(server, root):
+def replace_adapter(server: ServerProcess, root: Path) -> bool:
+    """Replace an adapter by the directory; whether answers came to be the new one's."""
     prompt = ids(9, 8)
     changed = make_qaa(root / "adapters" / "all", root / "base", ("q_proj", "o_proj"), 9)
     text = greedy(ReferenceModel(root / "base"), changed, " ".join(f"t{i}" for i in prompt), 10)
@@ -93,7 +103,15 @@ def test_an_adapter_is_replaced_in_both_workers(server, root):
                 await asyncio.sleep(0.1)
         return False
 
-    assert asyncio.run(wait_for_it())
+    return asyncio.run(wait_for_it())
+
+
+def test_mixed_requests_are_exact(server, root):
+    check_mixed_requests(server, root)
+
+
+def test_an_adapter_is_replaced_in_both_workers(server, root):
+    assert replace_adapter(server, root)
     family = server.family()
     assert sum("Worker" in " ".join(process.cmdline()) for process in family) == 2
     server.process.terminate()

@@ -27,6 +27,7 @@ from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleW
 from qaa_serve.circuits import MAX_QUBITS, Circuits, choose_backend, circuits_of
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
+from vllm_qaa.memory import device_memory, host_free
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
 from vllm_qaa.timing import TIMER
 
@@ -195,17 +196,17 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         ]
 
     def memory(self, runner: Any) -> dict[str, int]:
-        """Bytes by kind; on a CPU `other` is of this process and `free` of the machine."""
+        """Bytes by kind; on a CPU `other` is of this process, and `free` of the machine or its container."""
         sizes = {
             "weights": _distinct_bytes([*runner.model.parameters(), *runner.model.buffers()]),
             "kv_cache": _distinct_bytes(runner.kv_caches),
             "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()) + self._circuit_bytes(),
         }
-        if torch.device(self.device).type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            used = total - free
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            free, used = device_memory(device)
         else:
-            free, used = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+            free, used = host_free(), psutil.Process().memory_info().rss
         # Pages that were never written are not resident yet, so the parts may sum to more.
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.logger import init_logger
@@ -145,15 +146,24 @@ async def running_engine(args: Any) -> AsyncIterator[AdapterEngine]:
     """The engine that vLLM's arguments describe; it is stopped at the end."""
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    engine = AdapterEngine.from_vllm_config(
-        config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    with _naming_spans(config):
+        engine = AdapterEngine.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
     try:
         await engine.reset_mm_cache()
         yield engine
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
+
+
+def _naming_spans(config: VllmConfig) -> AbstractContextManager[object]:
+    if config.observability_config.otlp_traces_endpoint is None:
+        return nullcontext()
+    from qaa_serve.server.traces import spans_name_adapters  # vLLM can do without OpenTelemetry
+
+    return spans_name_adapters(config.model_config.served_model_name)

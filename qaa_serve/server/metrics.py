@@ -86,7 +86,8 @@ FAMILIES = (
         "qaa_device_memory_bytes",
         "gauge",
         ("device", "kind"),
-        "weights, kv_cache, adapters (slots), other, free; on a CPU, of the worker's memory and the machine's",
+        "weights, kv_cache, adapters (slots), other, free; on a CPU, of the worker's process and of its machine "
+        "or container",
     ),
     Family("qaa_process_memory_bytes", "gauge", ("process",), "resident memory of the server, engine and workers"),
     Family("qaa_adapters", "gauge", ("state",), "adapters by state: served, rejected"),
