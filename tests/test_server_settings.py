@@ -134,6 +134,17 @@ def test_the_user_overrides_every_choice(parser, root, capsys):
         (["--adapters", "{root}/adapters", "--api-server-count", "2"], "one API server"),
         (["--adapters", "{root}/adapters", "--data-parallel-size", "2"], "one API server"),
         (["--adapters", "{root}/adapters", "--headless"], "one API server"),
+        (["--adapters", "{root}/adapters", "--qaa-backend", "cuquantum"], "cannot run here"),
+        (
+            [
+                "--adapters",
+                "{root}/adapters",
+                "--otlp-traces-endpoint",
+                "http://127.0.0.1:1",
+                "--disable-log-stats",
+            ],
+            "leave out --disable-log-stats",
+        ),
         (["--adapters", "{root}/adapters", "--lora-modules", "a={root}/adapters/one"], "put the adapters"),
         (["--adapters", "{root}/adapters", "--worker-extension-cls", "a.B"], "needs its own"),
         (["--adapters", "{root}/adapters", "--state-dir", "/proc/nowhere"], "cannot be written"),

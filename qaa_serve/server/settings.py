@@ -366,6 +366,8 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
         raise UsageError(
             "--default-mm-loras: qaa-serve serves adapters by the name that a request asks for; leave it out"
         )
+    if args.otlp_traces_endpoint and args.disable_log_stats:
+        raise UsageError("--otlp-traces-endpoint: vLLM's spans need statistics, so leave out --disable-log-stats")
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
         raise UsageError(
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING: vLLM's own routes would change weights under running requests and "
@@ -428,14 +430,15 @@ def _rank_class(revisions: Sequence[Revision]) -> int:
 
 def _choose_memory(args: argparse.Namespace, choose: Callable[[str, Any, str], None]) -> None:
     """Memory for adapters; and on a CPU, for the KV cache, where vLLM would take nearly all there is."""
-    import psutil
     from vllm.platforms import current_platform
+    from vllm_qaa.memory import host_free
 
-    size = min(psutil.virtual_memory().available // 4, 8 * _GIB)
+    free = host_free()
+    size = min(free // 4, 8 * _GIB)
     choose("adapter_cache_bytes", size, "adapters in memory: a quarter of what is free, at most 8 GiB")
     if not current_platform.is_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return
-    size = min(psutil.virtual_memory().available // 4, 4 * _GIB)
+    size = min(free // 4, 4 * _GIB)
     choose("kv_cache_memory_bytes", size, "KV cache on a CPU: a quarter of the free memory, at most 4 GiB")
 
 
