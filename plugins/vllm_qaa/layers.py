@@ -63,12 +63,15 @@ class SlotCircuits:
         self.weights = weights
         self.key = b""
 
-    def put(self, slot: int, readout: int, theta: torch.Tensor) -> None:
-        """Give a slot the circuits (heads, rows, n) of a slice, whose first readout is given."""
-        first = slot * self.table.shape[1] + readout
-        self.circuits.put(first, theta)
-        numbers = torch.arange(first, first + len(theta), dtype=torch.int32, device=self.table.device)
-        self.table[slot, readout : readout + len(theta)] = numbers
+    def put(self, slot: int, angles: dict[int, torch.Tensor]) -> None:
+        """Give a slot the circuits (heads, rows, n) of some slices."""
+        readouts = self.table.shape[1]
+        numbers = [-1] * readouts
+        for i, theta in angles.items():
+            here = range(i * len(theta), (i + 1) * len(theta))
+            numbers[here.start : here.stop] = [slot * readouts + readout for readout in here]
+            self.circuits.put(slot * readouts + here.start, theta)
+        self.table[slot] = torch.tensor(numbers, dtype=torch.int32)
         self.key = self.table.cpu().numpy().tobytes()
 
     def clear(self, slot: int) -> None:
@@ -133,9 +136,9 @@ class QAALayerMixin(BaseLayerWithLoRA):
             self._circuits[form] = self._make_circuits(form, qubits)
         slot_circuits = self._circuits[form]
         self._forms[index] = form
-        for i, theta in angles.items():
-            slot_circuits.put(index, i * form.heads, theta.to(self.device, torch.float32))
-            if slot_circuits.weights.numel():
+        slot_circuits.put(index, {i: theta.to(self.device, torch.float32) for i, theta in angles.items()})
+        if slot_circuits.weights.numel():
+            for i in angles:
                 b = self.lora_b_stacked[i][index, 0, :, : slot_circuits.weights.shape[1]]
                 slot_circuits.weights[index, :, self._columns()[i]] = b.T
 

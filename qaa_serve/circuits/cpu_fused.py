@@ -80,6 +80,18 @@ def _numbers(ansatz: Ansatz) -> tuple[int, int]:
     return 2 * len(ry_rows) * n, 2 * len(rz_rows) * (2 ** (n // 2) + 2 ** (n - n // 2))
 
 
+@lru_cache
+def _signs(bits: int) -> np.ndarray:
+    """(bits, 2**bits) float64: -1 where a bit of a number is 0, 1 where it is 1."""
+    return 2.0 * ((np.arange(2**bits) >> np.arange(bits)[:, None]) & 1) - 1
+
+
+def _cos_and_sin(angles: np.ndarray, target: np.ndarray) -> None:
+    """Write them, taken in float64, to target[..., 0] and target[..., 1]."""
+    np.cos(angles, out=target[..., 0], casting="same_kind")
+    np.sin(angles, out=target[..., 1], casting="same_kind")
+
+
 @lru_cache(maxsize=64)
 def _space(thread: int, ansatz: Ansatz, width: int) -> Any:
     """Room for a tile, of one thread; all layers use the same, so that it stays in the cache."""
@@ -127,17 +139,17 @@ class CompiledCircuits:
         """Set the angles (c, rows, n) of some circuits."""
         if not len(theta):
             return
-        n, last = self._ansatz.qubits, first + len(theta)
-        by_bit = theta.detach().double().cpu().numpy()[:, :, ::-1] / 2
-        half = by_bit[:, self._ry_rows]
-        self._turns[first:last] = np.stack([np.cos(half), np.sin(half)], -1).reshape(len(theta), -1)
+        n, count = self._ansatz.qubits, len(theta)
+        half = theta.detach().double().cpu().numpy()[:, :, ::-1] / 2  # by bit
+        turns = self._turns[first : first + count].reshape(count, -1, n, 2)
+        _cos_and_sin(half[:, self._ry_rows], turns)
         # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)) on each qubit.
-        tables = []
-        for low, high in ((n // 2, n), (0, n // 2)):
-            bits = (np.arange(2 ** (high - low))[:, None] >> np.arange(high - low)) & 1
-            angle = by_bit[:, self._rz_rows, low:high] @ (2.0 * bits - 1).T
-            tables.append(np.stack([np.cos(angle), np.sin(angle)], -1))
-        self._phases[first:last] = np.concatenate(tables, axis=2).reshape(len(theta), -1)
+        if self._rz_rows:
+            phases = self._phases[first : first + count].reshape(count, len(self._rz_rows), -1, 2)
+            lower, upper, size = n // 2, n - n // 2, 2 ** (n - n // 2)
+            angles = half[:, self._rz_rows]
+            _cos_and_sin(angles[..., lower:] @ _signs(upper), phases[:, :, :size])
+            _cos_and_sin(angles[..., :lower] @ _signs(lower), phases[:, :, size:])
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """See ``backends.Circuits``. Many tokens are shared over torch's number of threads."""
