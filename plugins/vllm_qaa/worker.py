@@ -233,8 +233,13 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             raise RuntimeError(
                 f"{len(lora_requests)} adapters in one step, and {self._adapter_manager.lora_slots} slots"
             )
+        manager = self._adapter_manager
         for request in lora_requests:
-            super().add_adapter(request)
+            # vLLM's own way lists all adapters for each of them, milliseconds where there are thousands.
+            if manager.get_adapter(request.lora_int_id) is None or request.load_inplace:
+                super().add_adapter(request)
+            else:
+                manager.activate_adapter(request.lora_int_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         staged = self._staged.pop(lora_request.lora_int_id, None)

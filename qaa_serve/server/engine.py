@@ -25,7 +25,8 @@ logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the nam
 #: What vLLM mixes into its workers, for AdapterEngine to ask.
 WORKER_EXTENSION = "vllm_qaa.worker.AdapterRPC"
 
-_POLL_S, _MAX_POLL_S = 0.05, 0.5
+#: How often a worker is asked whether it has read an adapter: between steps, where each question costs; else.
+_POLL_S, _IDLE_POLL_S, _MAX_POLL_S = 0.05, 0.002, 0.5
 
 
 class AdapterEngine(AsyncLLM):
@@ -87,7 +88,7 @@ class AdapterEngine(AsyncLLM):
         try:
             await self.collective_rpc("qaa_stage", args=(revision.revision, revision.int_id, str(revision.path)))
             # Every call takes its turn between two steps, so few are made.
-            wait_s = _POLL_S
+            wait_s = _POLL_S if self.output_processor.has_unfinished_requests() else _IDLE_POLL_S
             while None in (sizes := await self.collective_rpc("qaa_staged_bytes", args=(revision.int_id,))):
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, _MAX_POLL_S)
