@@ -2,14 +2,14 @@
 
     python benchmarks/circuits.py [--qubits 8 9 10 12] [--tokens 1 64 256] [--json FILE] [--plot FILE.png]
 
-One circuit of the default ansatz, 2 layers, on each token; x is float32 and 2**n wide. With `identical` adapters all
-tokens have the same angles, with `distinct` each has its own (up to 256 different ones). Angles are put in before.
-PennyLane's default.qubit computes in float64, its lightning devices in complex64.
+One circuit of the default ansatz, 2 layers, on each token; x is float32 and 2**n wide. With `identical` adapters
+all tokens have the same angles, with `distinct` each has its own (up to 256 different ones). Angles are put in
+before. PennyLane's default.qubit computes in float64, its lightning devices in complex64.
 
 What disagrees with the reference is not timed, and the exit status is then 1. The others take turns, one
 measurement each; a measurement is as many calls in a row as take about 2 ms, on a GPU with one wait at its end.
-Printed are medians: a call, a call's share for one token, how many times as long default.qubit takes, and the
-floor with how many times as long as that it took. A CPU computes with one thread.
+Printed are medians: a call, a call's share for one token, the floor and how many times as long the call took, and
+how many times as fast as default.qubit it was. A CPU computes with one thread.
 
 The floor is the longer of two times, neither of which these gates can do without:
 - memory: x read and z written once, over the bandwidth. On a CPU a small x is in a cache already when it is timed.
@@ -118,8 +118,7 @@ def pennylane_circuit(
     else:
         simulator, differentiation = qml.device(device, wires=qubits, c_dtype=np.complex64), None
 
-    @qml.qnode(simulator, interface="torch", diff_method=differentiation)
-    def circuit(psi: torch.Tensor, theta: torch.Tensor) -> list[object]:
+    def gates(psi: torch.Tensor, theta: torch.Tensor) -> list[object]:
         qml.StatePrep(psi, wires=wires)
         for layer in range(LAYERS):
             for k in wires:
@@ -131,6 +130,8 @@ def pennylane_circuit(
         for k in wires:
             qml.RY(theta[..., 2 * LAYERS, k], wires=k)
         return [qml.expval(qml.PauliZ(k)) for k in wires]
+
+    circuit = qml.QNode(gates, simulator, interface="torch", diff_method=differentiation)
 
     def evaluate(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         psi = torch.nn.functional.normalize(x.double())
@@ -211,7 +212,7 @@ def operations(ansatz: Ansatz) -> int:
             closing = i == len(gates) - 1
             per_amplitude += (1 if closing else 2) * ansatz.qubits * parts
     squares, sums = 2 * parts - 1, 2
-    return (per_amplitude + squares + sums) * 2**ansatz.qubits
+    return (per_amplitude + squares + sums) << ansatz.qubits
 
 
 def floor(case: Case, peak: Peak) -> tuple[float, str]:
@@ -316,10 +317,10 @@ def describe(row: Mapping[str, Any]) -> str:
     what = f"n = {row['qubits']:2}  tokens {row['tokens']:4}  {row['adapters']:9}  {row['backend']:15}"
     if "problem" in row:
         return f"{what}  NOT TIMED: {row['problem']}"
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:7.1f} times as fast as default.qubit"
+    ratio = "" if row["ratio"] is None else f"  {row['ratio']:6.1f} times as fast as default.qubit"
     return (
         f"{what} {row['us']:11.1f} us {row['us_a_token']:10.2f} us a token  "
-        f"floor {row['floor_us']:9.2f} us ({row['bound']}), {row['times_floor']:7.1f} times that {ratio}"
+        f"floor {row['floor_us']:8.3g} us ({row['bound']}), {row['times_floor']:8.3g} times that{ratio}"
     )
 
 
@@ -356,7 +357,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str) -> None:
 
     most = max(row["tokens"] for row in rows)
     shown = [row for row in rows if row["tokens"] == most and row["adapters"] == "identical" and "us" in row]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name in dict.fromkeys(row["backend"] for row in shown):
         points = [(row["qubits"], row["us_a_token"]) for row in shown if row["backend"] == name]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -366,7 +367,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     axes.set_xticks([qubits for qubits, _ in least])
     axes.set_xlabel("qubits")
     axes.set_ylabel(f"microseconds for a token and circuit, {most} tokens")
-    axes.legend()
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=150)
 
 

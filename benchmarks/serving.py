@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
     add("--hidden", type=int, default=768)
     add("--layers", type=int, default=12)
     add("--prompt", type=int, default=256, help="tokens of the prefill")
+    add("--batches", type=int, nargs="+", default=[1, 16], help="requests of the decode steps, 64 at most")
     add("--dtype", default="bfloat16")
     add("--stock", action="store_true", help="without the plugin: vLLM's LoRA against its base")
     add("--json", type=Path)
@@ -54,7 +55,7 @@ def make_base(directory: Path, args: argparse.Namespace) -> Path:
     config = LlamaConfig(
         hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, vocab_size=1024,
-        max_position_embeddings=1024,
+        max_position_embeddings=max(1024, args.prompt + 1),
     )  # fmt: skip
     LlamaForCausalLM(config).to(getattr(torch, args.dtype)).save_pretrained(directory)
     return directory
@@ -97,9 +98,9 @@ class Engine:
 
         self.llm = LLM(
             str(base), dtype=args.dtype, enable_lora=True, max_loras=ADAPTERS, max_lora_rank=16, max_num_seqs=64,
-            max_cpu_loras=2 * ADAPTERS, max_model_len=512, enable_prefix_caching=False, skip_tokenizer_init=True,
-            kv_cache_memory_bytes=512 << 20, disable_log_stats=True, async_scheduling=False,
-            additional_config={"qaa_backend": args.backend},
+            max_cpu_loras=2 * ADAPTERS, max_model_len=max(512, args.prompt + 1), enable_prefix_caching=False,
+            skip_tokenizer_init=True, kv_cache_memory_bytes=512 << 20, disable_log_stats=True,
+            async_scheduling=False, additional_config={"qaa_backend": args.backend},
         )  # fmt: skip
         self._adapters = adapters
         self._ids: dict[str, int] = {}
@@ -156,12 +157,11 @@ class Engine:
             raise SystemExit("no layer has circuits: nothing is measured")
 
 
-def batches(stock: bool) -> dict[str, dict[str, list[str | None]]]:
+def batches(stock: bool, sizes: list[int]) -> dict[str, dict[str, list[str | None]]]:
     """What is timed: situation -> kind -> the adapter of each request."""
     qaa, lora = [f"qaa{i}" for i in range(ADAPTERS)], [f"lora{i}" for i in range(ADAPTERS)]
     situations: dict[str, dict[str, list[str | None]]] = {
-        "decode 1": {"base": [None], "LoRA": lora[:1], "QAA": qaa[:1]},
-        "decode 16": {"base": [None] * 16, "LoRA": lora[:1] * 16, "QAA": qaa[:1] * 16},
+        **{f"decode {n}": {"base": [None] * n, "LoRA": lora[:1] * n, "QAA": qaa[:1] * n} for n in sizes},
         "decode 16, 16 adapters": {"base": [None] * 16, "LoRA": [*lora], "QAA": [*qaa]},
         "decode 16, mixed": {"base": [None] * 16, "QAA": [None] * 4 + lora[:4] + qaa[:8]},
         "prefill": {"base": [None], "LoRA": lora[:1], "QAA": qaa[:1]},
@@ -176,7 +176,7 @@ def batches(stock: bool) -> dict[str, dict[str, list[str | None]]]:
 def measure(engine: Engine, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """situation -> kind -> milliseconds, ratio to the base and its spread over the runs."""
     results: dict[str, dict[str, Any]] = {}
-    for situation, kinds in batches(args.stock).items():
+    for situation, kinds in batches(args.stock, args.batches).items():
         prefill = situation == "prefill"
 
         def once(names: list[str | None], prefill: bool = prefill) -> float:
@@ -185,7 +185,7 @@ def measure(engine: Engine, args: argparse.Namespace) -> dict[str, dict[str, Any
 
         for names in kinds.values():
             once(names)
-        if not args.stock and situation == "decode 1":
+        if not args.stock and not results:
             engine.check()
         runs: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(args.runs):

