@@ -83,7 +83,8 @@ def _numbers(ansatz: Ansatz) -> tuple[int, int]:
 @lru_cache
 def _signs(bits: int) -> np.ndarray:
     """(bits, 2**bits) float64: -1 where a bit of a number is 0, 1 where it is 1."""
-    return 2.0 * ((np.arange(2**bits) >> np.arange(bits)[:, None]) & 1) - 1
+    signs: np.ndarray = 2.0 * ((np.arange(2**bits) >> np.arange(bits)[:, None]) & 1) - 1
+    return signs
 
 
 def _cos_and_sin(angles: np.ndarray, target: np.ndarray) -> None:
