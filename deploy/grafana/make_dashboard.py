@@ -102,8 +102,8 @@ ROWS: dict[str, list[Panel]] = {
               about="Of the server with the most."),
         Panel("Adapters rejected", "none", {"": f'max(qaa_adapters{{{SERVER}, state="rejected"}})'}, "stat", 3,
               thresholds=RED_ABOVE_0),
-        Panel("Servers draining", "none", {"": f"sum(qaa_draining{{{SERVER}}})"}, "stat", 3,
-              thresholds=[(1, "yellow")]),
+        Panel("Servers", "none",
+              {"ready": f"sum(qaa_ready{{{SERVER}}})", "draining": f"sum(qaa_draining{{{SERVER}}})"}, "stat", 3),
     ],
     "Traffic": [
         Panel("Requests by adapter", "reqps", {"{{adapter}}": rate(REQUESTS, "adapter")}, width=12),
