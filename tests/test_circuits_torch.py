@@ -90,32 +90,6 @@ def test_each_circuit_may_have_states_of_its_own(ansatz: Ansatz, generator: torc
     assert_close(z.reshape(6, 1, 4), judge(x, theta, ansatz, index), DOUBLE)
 
 
-def test_room_for_circuits_is_only_read_where_it_was_written(ansatz: Ansatz, generator: torch.Generator) -> None:
-    """How the server uses it: slots are filled one by one, and a batch selects some of them."""
-    theta = random_theta(generator, 2, ansatz, torch.float32)
-    x = random_x(generator, 3, 13, torch.float32)
-    fused = fuse(theta, ansatz)
-    room = fused.empty(5)
-    for tensor in room.tensors():
-        tensor.fill_(torch.nan)
-    for slots, circuits in zip(room.tensors(), fused.tensors(), strict=True):
-        slots[4], slots[1] = circuits[0], circuits[1]
-    z = run(embed(x, ansatz).unsqueeze(0), room.select(torch.tensor([4, 1, 4])))
-    expected = judge(x, theta, ansatz)
-    assert_close(z, expected[:, [0, 1, 0]].transpose(0, 1), SINGLE)
-    assert run(embed(x, ansatz).unsqueeze(0), room.select(torch.tensor([0]))).isnan().all()
-
-
-def test_room_has_the_shape_and_size_of_its_circuits(ansatz: Ansatz, generator: torch.Generator) -> None:
-    fused = fuse(random_theta(generator, 2, ansatz, torch.float32), ansatz)
-    room = fused.empty(6)
-    assert room.ansatz == ansatz
-    assert room.nbytes == 3 * fused.nbytes == sum(t.numel() * t.element_size() for t in room.tensors())
-    for slots, circuits in zip(room.tensors(), fused.tensors(), strict=True):
-        assert slots.dtype == circuits.dtype
-        assert slots.shape == (6, *circuits.shape[1:])
-
-
 def test_fused_matrices_are_orthogonal_and_phases_have_length_one(
     ansatz: Ansatz, generator: torch.Generator
 ) -> None:
