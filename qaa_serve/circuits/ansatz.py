@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, combinations, islice
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 #: A state of more qubits than this no longer fits the backends' tables; 2**16 is wider than any layer in use.
 MAX_QUBITS = 16
@@ -122,6 +121,26 @@ def check_width(x: torch.Tensor, ansatz: Ansatz) -> None:
     if x.shape[-1] > most:
         beside = " beside the constant" if ansatz.constant else ""
         raise ValueError(f"x is {x.shape[-1]} wide; {ansatz.qubits} qubits hold at most {most} numbers{beside}")
+
+
+def checked_index(
+    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
+) -> torch.Tensor:
+    """The arguments of ``expectation_values``, checked; the index, every circuit for every token where it is None.
+
+    Raises:
+        ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
+        IndexError: if index names a circuit that is not there.
+    """
+    check_width(x, ansatz)
+    if theta.shape[1:] != ansatz.theta_shape:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    count = theta.shape[0]
+    if index is None:
+        return torch.arange(count, device=x.device).expand(x.shape[0], -1)
+    if index.numel() and int(index.max()) >= count:
+        raise IndexError(f"index names circuit {int(index.max())}; there are {count}, counted from 0")
+    return index
 
 
 def _ring(qubits: int, reach: int = 1) -> Iterator[Cnots]:

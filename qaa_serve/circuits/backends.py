@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, check_width
+from qaa_serve.circuits.ansatz import Ansatz, checked_index
 
 ExpectationValues: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Ansatz, torch.Tensor | None], torch.Tensor]
 
@@ -111,15 +111,8 @@ def evaluate(
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
         IndexError: if index names a circuit that is not there.
     """
-    check_width(x, ansatz)
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
-    count = theta.shape[0]
-    if index is None:
-        index = torch.arange(count, device=x.device).expand(x.shape[0], -1)
-    if index.numel() and int(index.max()) >= count:
-        raise IndexError(f"index names circuit {int(index.max())}; there are {count}, counted from 0")
-    circuits = make(ansatz, count, x.device)
+    index = checked_index(x, theta, ansatz, index)
+    circuits = make(ansatz, len(theta), x.device)
     circuits.put(0, theta)
     return circuits.run(x, index.to(torch.int32))
 

@@ -35,7 +35,7 @@ _MOST_BITS = 4  # qubits a pass: 16 amplitudes, half of AVX-512's registers
 # ------------------------------------------------------------------------------------ operations on vectors
 
 
-def _ry_in_registers(bits: int, parts: int) -> Any:
+def _ry_in_registers(bits: int) -> Any:
     """RY on ``bits`` neighbouring qubits of 2**bits amplitudes, from one state to another or to itself.
 
     Its integers: the first amplitude, the distance to the next, the number of the lowest qubit's angle.
@@ -43,24 +43,20 @@ def _ry_in_registers(bits: int, parts: int) -> Any:
 
     def code(block: Block) -> None:
         first, stride, turn = block.arguments[-3:]
-        turns = 2 * parts
-        angles = [
-            (block.load(turns, block.offset(turn, 2 * bit)), block.load(turns, block.offset(turn, 2 * bit + 1)))
-            for bit in range(bits)
-        ]
         places = [block.offset(first, i, stride) for i in range(2**bits)]
-        for part in range(parts):
-            amplitudes: Registers = [block.load(part, place) for place in places]
-            for bit, (cos, sin) in enumerate(angles):
-                for i in range(2**bits):
-                    if not i >> bit & 1:
-                        off, on = amplitudes[i], amplitudes[i | 1 << bit]
-                        amplitudes[i] = block.minus(block.times(cos, off), block.times(sin, on))
-                        amplitudes[i | 1 << bit] = block.plus(block.times(sin, off), block.times(cos, on))
-            for amplitude, place in zip(amplitudes, places, strict=True):
-                block.store(amplitude, parts + part, place)
+        amplitudes: Registers = [block.load(0, place) for place in places]
+        for bit in range(bits):
+            cos = block.load(2, block.offset(turn, 2 * bit))
+            sin = block.load(2, block.offset(turn, 2 * bit + 1))
+            for i in range(2**bits):
+                if not i >> bit & 1:
+                    off, on = amplitudes[i], amplitudes[i | 1 << bit]
+                    amplitudes[i] = block.minus(block.times(cos, off), block.times(sin, on))
+                    amplitudes[i | 1 << bit] = block.plus(block.times(sin, off), block.times(cos, on))
+        for amplitude, place in zip(amplitudes, places, strict=True):
+            block.store(amplitude, 1, place)
 
-    return emit(2 * parts + 1, 3, code)
+    return emit(3, 3, code)
 
 
 def _phase(parts: int) -> Any:
@@ -121,26 +117,20 @@ def _halve(bits: int) -> Any:
     return emit(2, 3, code)
 
 
-def _overlaps(bits: int, parts: int) -> Any:
+def _overlaps(bits: int) -> Any:
     """Add <X> / 2 of ``bits`` neighbouring qubits over 2**bits amplitudes; integers as for RY, the last z's."""
 
     def code(block: Block) -> None:
         first, stride, z = block.arguments[-3:]
-        places = [block.offset(first, i, stride) for i in range(2**bits)]
-        states: list[Registers] = [[block.load(part, place) for place in places] for part in range(parts)]
+        amplitudes: Registers = [block.load(0, block.offset(first, i, stride)) for i in range(2**bits)]
         for bit in range(bits):
             overlap = block.total(
-                [
-                    block.times(amplitudes[i], amplitudes[i | 1 << bit])
-                    for amplitudes in states
-                    for i in range(2**bits)
-                    if not i >> bit & 1
-                ]
+                [block.times(amplitudes[i], amplitudes[i | 1 << bit]) for i in range(2**bits) if not i >> bit & 1]
             )
             place = block.offset(z, bit)
-            block.store(block.plus(block.load(parts, place), overlap), parts, place)
+            block.store(block.plus(block.load(1, place), overlap), 1, place)
 
-    return emit(parts + 1, 3, code)
+    return emit(2, 3, code)
 
 
 def _sum_and_difference(block: Block) -> None:
@@ -171,13 +161,11 @@ def _transpose(block: Block) -> None:
         block.store(block.times(row, scale), 2, block.offset(target, i))
 
 
-_ry1_1, _ry2_1, _ry3_1, _ry4_1 = (_ry_in_registers(bits, 1) for bits in (1, 2, 3, 4))
-_ry1_2, _ry2_2, _ry3_2, _ry4_2 = (_ry_in_registers(bits, 2) for bits in (1, 2, 3, 4))
+_ry1, _ry2, _ry3, _ry4 = (_ry_in_registers(bits) for bits in (1, 2, 3, 4))
 _phase_1, _phase_2 = _phase(1), _phase(2)
 _probability_1, _probability_2 = _probability(1), _probability(2)
 _halve1, _halve2, _halve3 = (_halve(bits) for bits in (1, 2, 3))
-_overlaps1_1, _overlaps2_1, _overlaps3_1 = (_overlaps(bits, 1) for bits in (1, 2, 3))
-_overlaps1_2, _overlaps2_2, _overlaps3_2 = (_overlaps(bits, 2) for bits in (1, 2, 3))
+_overlaps1, _overlaps2, _overlaps3 = (_overlaps(bits) for bits in (1, 2, 3))
 _copy_vector, _butterfly, _transpose_16 = (
     emit(2, 2, _copy),
     emit(1, 2, _sum_and_difference),
@@ -189,42 +177,23 @@ _copy_vector, _butterfly, _transpose_16 = (
 
 
 @njit(nogil=True)
-def _rotate_1(source, target, turns, row, n):
-    """A layer of RY on a real state."""
+def _rotate(source, target, turns, row, n):
+    """A layer of RY on a real state, or on the real or the imaginary part of a complex one."""
     low = 0
     while low < n:
         bits, stride, turn = min(n - low, _MOST_BITS), 1 << low, 2 * (row * n + low)
         for outer in range(0, 1 << n, stride << bits):
             for first in range(outer, outer + stride):
                 if bits == 4:
-                    _ry4_1(source, target, turns, first, stride, turn)
+                    _ry4(source, target, turns, first, stride, turn)
                 elif bits == 3:
-                    _ry3_1(source, target, turns, first, stride, turn)
+                    _ry3(source, target, turns, first, stride, turn)
                 elif bits == 2:
-                    _ry2_1(source, target, turns, first, stride, turn)
+                    _ry2(source, target, turns, first, stride, turn)
                 else:
-                    _ry1_1(source, target, turns, first, stride, turn)
+                    _ry1(source, target, turns, first, stride, turn)
         low += bits
         source = target
-
-
-@njit(nogil=True)
-def _rotate_2(re, im, turns, row, n):
-    """A layer of RY on a complex state."""
-    low = 0
-    while low < n:
-        bits, stride, turn = min(n - low, _MOST_BITS), 1 << low, 2 * (row * n + low)
-        for outer in range(0, 1 << n, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 4:
-                    _ry4_2(re, im, re, im, turns, first, stride, turn)
-                elif bits == 3:
-                    _ry3_2(re, im, re, im, turns, first, stride, turn)
-                elif bits == 2:
-                    _ry2_2(re, im, re, im, turns, first, stride, turn)
-                else:
-                    _ry1_2(re, im, re, im, turns, first, stride, turn)
-        low += bits
 
 
 @njit(nogil=True)
@@ -245,26 +214,19 @@ def _read_z(p, z, n):
 
 
 @njit(nogil=True)
-def _read_x(re, im, is_complex, x, n):
-    """Add <X> / 2 of the qubit of each bit to x[bit]."""
+def _read_x(part, x, n):
+    """Add what the real or the imaginary part gives to <X> / 2 of the qubit of each bit to x[bit]."""
     low = 0
     while low < n:
         bits, stride = min(n - low, 3), 1 << low
         for outer in range(0, 1 << n, stride << bits):
             for first in range(outer, outer + stride):
-                if is_complex:
-                    if bits == 3:
-                        _overlaps3_2(re, im, x, first, stride, low)
-                    elif bits == 2:
-                        _overlaps2_2(re, im, x, first, stride, low)
-                    else:
-                        _overlaps1_2(re, im, x, first, stride, low)
-                elif bits == 3:
-                    _overlaps3_1(re, x, first, stride, low)
+                if bits == 3:
+                    _overlaps3(part, x, first, stride, low)
                 elif bits == 2:
-                    _overlaps2_1(re, x, first, stride, low)
+                    _overlaps2(part, x, first, stride, low)
                 else:
-                    _overlaps1_1(re, x, first, stride, low)
+                    _overlaps1(part, x, first, stride, low)
         low += bits
 
 
@@ -325,11 +287,10 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
             source, a, b, c, d = c, c, d, a, b
         if closing and stretch == stretches - 1:
             break
+        _rotate(source, a, turns, stretch, n)
         if is_complex:
-            _rotate_2(a, b, turns, stretch, n)
-        else:
-            _rotate_1(source, a, turns, stretch, n)
-            source = a
+            _rotate(b, b, turns, stretch, n)
+        source = a
     gather = gathers[stretches]
     for j in range(size):
         if is_complex:
@@ -348,7 +309,9 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
     _read_z(p, sums, n)
     if closing:
         x = sums[n * LANES :]
-        _read_x(source, b, is_complex, x, n)
+        _read_x(source, x, n)
+        if is_complex:
+            _read_x(b, x, n)
         row = (stretches - 1) * n
         for bit in range(n):  # the angle is twice the half angle
             for lane in range(LANES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation, check_width
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation, checked_index
 
 
 def missing(device: torch.device) -> str | None:
@@ -34,13 +34,7 @@ def expectation_values(
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
         IndexError: if index names a circuit that is not there.
     """
-    check_width(x, ansatz)
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
-    if index is None:
-        index = torch.arange(theta.shape[0]).expand(x.shape[0], -1)
-    if index.numel() and int(index.max()) >= theta.shape[0]:
-        raise IndexError(f"index names circuit {int(index.max())}; there are {theta.shape[0]}, counted from 0")
+    index = checked_index(x, theta, ansatz, index)
     z = torch.zeros(*index.shape, ansatz.columns, dtype=torch.float64)
     for circuit in range(theta.shape[0]):
         token, readout = (index == circuit).nonzero(as_tuple=True)
