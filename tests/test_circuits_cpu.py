@@ -7,7 +7,7 @@ import pytest
 import torch
 from circuits_support import TOLERANCE, assert_close, fresh_generator, random_theta, random_x
 
-from qaa_serve.circuits import Ansatz, choose_backend, get_backend
+from qaa_serve.circuits import Ansatz, backends, choose_backend, get_backend
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
 
 CPU = torch.device("cpu")
@@ -48,16 +48,17 @@ class Layer:
 
     def add(self, output: torch.Tensor, x: torch.Tensor, rows: list[int], slots: list[int]) -> None:
         self.circuits.add_to(
-            output, x, torch.tensor(rows), torch.tensor(slots), self.table, self.weights, self.ends
+            output, x, np.array(rows), np.array(slots), self.table.numpy(), self.weights.numpy(), self.ends
         )
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 21, 40])
+@pytest.mark.parametrize("qubits", [4, 8])
 def test_bz_is_added_to_the_rows_that_have_an_adapter_and_to_no_other(
-    tokens: int, heads: int, generator: torch.Generator
+    qubits: int, tokens: int, heads: int, generator: torch.Generator
 ) -> None:
-    layer = Layer(generator, heads)
+    layer = Layer(generator, heads, qubits)
     x, output = random_x(generator, 2 * tokens, 13, torch.float32), torch.full((2 * tokens, 26), torch.nan)
     rows = list(range(1, 2 * tokens, 2))
     slots = torch.randint(3, (tokens,), generator=generator).tolist()
@@ -122,7 +123,7 @@ def test_two_threads_give_what_one_gives(generator: torch.Generator) -> None:
 def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None:
     """Arrays of another layout or type would each have the compiler run, for seconds, in somebody's request."""
     for dtype in (torch.float32, torch.bfloat16):
-        CompiledCircuits.compile(dtype)
+        CompiledCircuits.compile(Ansatz("ry_ring", 2, 1), 4, 1, dtype, CPU)
     kernel = CompiledCircuits(Ansatz("ry_ring", 2, 1), 1, CPU)._kernel
     before = [list(function.signatures) for function in (kernel.run, kernel.run_and_add)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -135,17 +136,45 @@ def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None
     assert [list(function.signatures) for function in (kernel.run, kernel.run_and_add)] == before
 
 
+@pytest.mark.parametrize("tokens", [3, 16])  # one by one, and as a tile
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_no_number_stays_with_itself(bad: float, generator: torch.Generator) -> None:
-    layer = Layer(generator)
-    x = random_x(generator, 16, 13, torch.float32)
-    index = torch.zeros(16, 1, dtype=torch.int32)
+def test_a_row_that_is_no_number_stays_with_itself(bad: float, tokens: int, generator: torch.Generator) -> None:
+    layer = Layer(generator, n=8)
+    x = random_x(generator, tokens, 13, torch.float32)
+    index = torch.zeros(tokens, 1, dtype=torch.int32)
     clean = layer.circuits.run(x, index)
-    x[5, 2] = bad
+    x[1, 2] = bad
     z = layer.circuits.run(x, index)
-    assert z[5].isnan().all()
-    others = [i for i in range(16) if i != 5]
+    assert z[1].isnan().all()
+    others = [i for i in range(tokens) if i != 1]
     assert torch.equal(z[others], clean[others])
+    index[1] = -1
+    assert (layer.circuits.run(x, index)[1] == 0).all()
+
+
+FORMS = {
+    "default": Ansatz("ryrz_ring_ry", 9, 2),
+    "products": Ansatz("ry_ring", 8, 3, readouts=30),
+    "real, few readouts": Ansatz("ry_ring", 10, 1, readouts=3),
+    "constant and length": Ansatz("strongly_entangling", 11, 2, constant=True, length=True),
+}
+
+
+@pytest.mark.parametrize("ansatz", FORMS.values(), ids=FORMS.keys())
+def test_a_few_pairs_give_what_a_tile_gives(ansatz: Ansatz, generator: torch.Generator) -> None:
+    width = 2**ansatz.qubits - 3
+    theta = random_theta(generator, 4, ansatz, torch.float32)
+    circuits = CompiledCircuits(ansatz, 4, CPU)
+    circuits.put(0, theta)
+    x = random_x(generator, 32, width, torch.float32)
+    index = torch.randint(-1, 4, (32, 2), generator=generator, dtype=torch.int32)
+    expected = reference(x, theta, ansatz, index)
+    assert_close(circuits.run(x, index), expected, TOLERANCE[torch.float32])
+    first = 0
+    for tokens in (1, 2, 1, 5, 1):  # of two pairs each; five tokens are a tile, which uses the same spaces
+        part = slice(first, first + tokens)
+        assert_close(circuits.run(x[part], index[part]), expected[part], TOLERANCE[torch.float32])
+        first += tokens
 
 
 def test_circuits_are_empty_until_put_and_can_be_put_anew(generator: torch.Generator) -> None:
@@ -163,11 +192,11 @@ def test_circuits_are_empty_until_put_and_can_be_put_anew(generator: torch.Gener
 
 def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None:
     """What a wide row left behind must not be seen by a narrow one."""
-    ansatz = Ansatz("ryrz_ring_ry", 5, 1)
+    ansatz = Ansatz("ryrz_ring_ry", 8, 1)
     theta = random_theta(generator, 1, ansatz, torch.float32)
     circuits = CompiledCircuits(ansatz, 1, CPU)
     circuits.put(0, theta)
-    for width in (32, 17, 2, 30):
+    for width in (256, 17, 2, 130):
         x = random_x(generator, 3, width, torch.float32)
         z = circuits.run(x, torch.zeros(3, 1, dtype=torch.int32))
         assert_close(z, reference(x, theta, ansatz, None), TOLERANCE[torch.float32])
@@ -177,9 +206,23 @@ def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None
 
 
 def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:
-    name, reason = choose_backend("auto", CPU)
-    assert name == "cpu"
-    assert "not cuquantum" in reason
+    assert choose_backend("auto", CPU) == ("cpu", "first that can run on cpu")
+
+
+@pytest.mark.parametrize(
+    ("there", "name"), [(("cuquantum", "triton"), "cuquantum"), (("triton",), "triton"), ((), "torch")]
+)
+def test_auto_on_a_gpu_prefers_cuquantum_and_says_what_is_missing(
+    there: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        backends, "missing", lambda name, _: None if name in (*there, "torch") else f"install {name}"
+    )
+    chosen, reason = choose_backend("auto", torch.device("cuda"))
+    assert chosen == name
+    assert [other for other in ("cuquantum", "triton") if f"not {other}: install {other}" in reason] == [
+        other for other in ("cuquantum", "triton") if other not in there
+    ]
 
 
 def test_a_named_backend_that_cannot_run_says_what_to_do() -> None:

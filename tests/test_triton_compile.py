@@ -16,6 +16,9 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from triton_compile import SHARED, compile_for
 
+from qaa_serve.circuits.triton_fused import TritonCircuits
+from qaa_serve.circuits.triton_kernel import circuit_kernel
+
 #: Bytes a thread may keep in memory for want of registers, where it is not none: in registers it has 512.
 SPILLED = {13: 128, 14: 256}
 
@@ -34,6 +37,24 @@ def test_sizes_in_use_fit_the_hardware(apart: ProcessPoolExecutor, qubits: int, 
     assert found.spilled_bytes <= SPILLED.get(qubits, 0), found
     assert found.shared_bytes <= SHARED[arch][0], found
     assert found.programs >= (2 if qubits < 14 else 1), found
+
+
+def _compiled_ahead_and_at_the_launch(ansatz: Ansatz, dtype: torch.dtype) -> tuple[int, ...]:
+    """How many kernels there are after a launch in a layer of three slices, and after compiling ahead."""
+    compile_for(90, ansatz, dtype)
+    kernels = circuit_kernel.device_caches[90][0]
+    counts = [len(kernels)]
+    for other in (dtype, torch.float16):
+        TritonCircuits.compile(ansatz, 2**ansatz.qubits, 3, other, torch.device("cpu"))
+        counts.append(len(kernels))
+    return tuple(counts)
+
+
+def test_what_is_compiled_ahead_is_what_is_launched(apart: ProcessPoolExecutor) -> None:
+    launched, ahead, other = apart.submit(
+        _compiled_ahead_and_at_the_launch, Ansatz("ry_ring", 6, 3), torch.bfloat16
+    ).result()
+    assert (ahead, other) == (launched, launched + 1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ one x. All slots' circuits of one form lie in one backend's tables, so that a mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
@@ -55,13 +56,16 @@ class SlotCircuits:
         table: (slots, slices * heads) int32, the number of each slot's circuits, slice by slice; -1 for none.
         key: the table's content.
         weights: on a CPU (slots, heads * columns, d_out) float32, B transposed; else empty.
+        arrays: on a CPU table and weights as numpy sees them, and where the slices end in d_out.
     """
 
-    def __init__(self, circuits: Circuits, slots: int, readouts: int, weights: torch.Tensor):
+    def __init__(self, circuits: Circuits, slots: int, slices: Sequence[int], heads: int, weights: torch.Tensor):
         self.circuits = circuits
-        self.table = torch.full((slots, readouts), -1, dtype=torch.int32, device=weights.device)
+        self.table = torch.full((slots, len(slices) * heads), -1, dtype=torch.int32, device=weights.device)
         self.weights = weights
         self.key = b""
+        if weights.device.type == "cpu":
+            self.arrays = self.table.numpy(), weights.numpy(), np.cumsum(slices)
 
     def put(self, slot: int, angles: dict[int, torch.Tensor]) -> None:
         """Give a slot the circuits (heads, rows, n) of some slices."""
@@ -149,7 +153,8 @@ class QAALayerMixin(BaseLayerWithLoRA):
         on_cpu = torch.device(self.device).type == "cpu"
         shape = (slots, form.heads * ansatz.columns, sum(self.output_slices)) if on_cpu else (0,)
         with torch.inference_mode(False):  # tensors of a step may not be changed outside of one
-            return SlotCircuits(circuits, slots, readouts, torch.zeros(shape, device=self.device))
+            weights = torch.zeros(shape, device=self.device)
+            return SlotCircuits(circuits, slots, self.output_slices, form.heads, weights)
 
     def circuit_bytes(self) -> int:
         """Bytes of the circuits' tables of all slots, and of what goes with them."""
@@ -217,8 +222,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
         if isinstance(here.circuits, CompiledCircuits):
             if not self._adds_b_z():
                 return
-            ends = np.cumsum(self.output_slices)
-            here.circuits.add_to(output, x, group.rows, group.slots, here.table, here.weights, ends)
+            here.circuits.add_to(output, x, *group.arrays, *here.arrays)
             return
         z = self._readout(group, here, x)  # (T, slices, rank)
         for slot in group.present if self._adds_b_z() else ():

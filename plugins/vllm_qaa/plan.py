@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,11 @@ class CircuitTokens:
     slots: torch.Tensor
     span: slice | None
     _indexes: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """On a CPU: rows and slots as numpy sees them."""
+        return self.rows.numpy(), self.slots.numpy()
 
     def index(self, table: torch.Tensor, key: bytes) -> torch.Tensor:
         """The tokens' rows of a table (slots, readouts); made once for all layers whose table has that key."""

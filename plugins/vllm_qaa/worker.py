@@ -24,7 +24,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, load_adapter, read_config
-from qaa_serve.circuits import MAX_QUBITS, Circuits, choose_backend, circuits_of
+from qaa_serve.circuits import MAX_QUBITS, Ansatz, Circuits, choose_backend, circuits_of
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
 from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
 from vllm_qaa.memory import device_memory, host_free
@@ -77,6 +77,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
         self._plans = PlanHolder(_choose_circuits(vllm_config))
         self._context_layers = vllm_config.compilation_config.static_forward_context
+        self._dtype = vllm_config.model_config.dtype
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
         self.takes_slots = True
@@ -116,6 +117,18 @@ class QAAModelManager(LRUCacheLoRAModelManager):
                     if isinstance(layer, QAALayerMixin):
                         layer.prepare_circuits(slot, form)
         return activated
+
+    def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Compile what circuits of a form would be compiled for in their first step.
+
+        Args:
+            form: the circuits'.
+            runs: (qubits, width of x, readouts of a token) of the layers that have such circuits.
+        """
+        for qubits, width, readouts in runs:
+            self._plans.circuits.compile(
+                form.ansatz(qubits), width, readouts, self._dtype, torch.device(self.device)
+            )
 
     def remove_all_adapters(self) -> None:
         """As vLLM's; no step may use a plan made for slots that are gone."""
@@ -266,12 +279,15 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank (vLLM's limit is 512)"
             )
         config = adapter.config
+        form = CircuitForm(config.circuit(MAX_QUBITS), config.heads)
         loras = {}
+        runs: set[tuple[int, int, int]] = set()  # qubits, width of x, readouts of a token
         for name, weights in adapter.modules.items():
             module = self._served_name(name)
             # Modules of other pipeline stages are kept too; vLLM takes what is here.
             if (place := self._adapter_manager.find(module)) is not None:
                 _check_qaa(name, config, weights, place)
+                runs.add((weights.qubits, place.widths()[0], place.layer.n_slices * form.heads))
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
@@ -281,7 +297,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 lora_b=b.to(self.lora_config.lora_dtype),
                 scaling=1.0,
             )
-        form = CircuitForm(config.circuit(MAX_QUBITS), config.heads)
+        self._adapter_manager.compile_circuits(form, runs)
         return QAAModel(request.lora_int_id, adapter.rank, loras, form)
 
     def _refuse_settings(self, request: LoRARequest) -> None:
@@ -411,7 +427,8 @@ def _choose_circuits(vllm_config: VllmConfig) -> type[Circuits]:
     circuits = circuits_of(name)
     if circuits is CompiledCircuits:
         begun = time.perf_counter()
-        CompiledCircuits.compile(vllm_config.model_config.dtype)
+        any_form = Ansatz("ryrz_ring_ry", 1, 1)  # one code serves all
+        CompiledCircuits.compile(any_form, 2, 1, vllm_config.model_config.dtype, device)
         logger.info("Compiled for this CPU, or found compiled, in %.1f s", time.perf_counter() - begun)
     return circuits
 

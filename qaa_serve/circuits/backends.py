@@ -42,6 +42,13 @@ class Circuits(Protocol):
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
 
+    @classmethod
+    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what a run on x (tokens, width) of that dtype would compile, so that no request waits for it.
+
+        From any thread, beside runs in another one.
+        """
+
 
 class Backend(NamedTuple):
     """Where a backend is and what it is for.
@@ -63,8 +70,8 @@ BACKENDS = {
     "cpu": Backend("cpu_fused", "CompiledCircuits", "float32, compiled for this CPU by numba"),
 }
 
-#: What `auto` tries, first to last.
-_PREFERENCE = ("cuquantum", "triton", "cpu", "torch")
+#: What `auto` tries on a kind of device, first to last.
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuquantum", "triton", "torch")}
 
 
 def get_backend(name: str) -> ExpectationValues:
@@ -144,7 +151,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
             raise ValueError(f"the circuit backend {name!r} cannot run here: {reason}. Or choose 'auto'")
         return name, "as asked"
     passed_over: list[str] = []
-    for candidate in (known for known in _PREFERENCE if known in BACKENDS):
+    for candidate in _PREFERENCE.get(device.type, ("torch",)):
         if (reason := missing(candidate, device)) is None:
             return candidate, "; ".join([f"first that can run on {device.type}", *passed_over])
         passed_over.append(f"not {candidate}: {reason}")

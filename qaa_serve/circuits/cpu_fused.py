@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
@@ -18,6 +19,7 @@ import torch
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
 
 LANES = 16  # of cpu_simd
+_DTYPES = torch.float32, torch.bfloat16  # of an output that the kernel writes to
 
 
 class _Form(NamedTuple):
@@ -103,6 +105,7 @@ def _space(thread: int, ansatz: Ansatz, width: int) -> Any:
         _aligned(1),
         np.zeros(LANES, np.float32),
         _aligned(max(2**n, padded) + 1),
+        _aligned(max(2**n // LANES, padded) + 1),
         (*(_aligned(2**n) for _ in range(5)), _aligned(2 * n)),
         _aligned(turns),
         _aligned(phases),
@@ -130,11 +133,14 @@ class CompiledCircuits:
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
         self._kernel: Any = import_module("qaa_serve.circuits.cpu_kernel")
         self._ansatz = ansatz
-        self._form, self._ry_rows, self._rz_rows = _read_ansatz(ansatz)
+        form, self._ry_rows, self._rz_rows = _read_ansatz(ansatz)
+        self._form = tuple(form)
+        self._spaces: dict[tuple[int, int], Any] = {}
         turns, phases = _numbers(ansatz)
         # Zeros: a circuit that has no angles yet gives a state, and so a z, of zero.
         self._turns = np.zeros((count, turns), np.float32)
         self._phases = np.zeros((count, phases), np.float32)
+        self._tables = self._turns, self._phases
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
@@ -158,11 +164,10 @@ class CompiledCircuits:
         if not z.numel():
             return z
         x_, index_, z_, rows = _array(x), index.contiguous().numpy(), z.numpy(), np.arange(x.shape[0])
-        tables, form = (self._turns, self._phases), tuple(self._form)
 
-        def work(begin: int, end: int) -> None:
-            space = _space(threading.get_ident(), self._ansatz, x_.shape[1])
-            self._kernel.run(x_, rows, index_, tables, form, space, begin, end, z_)
+        def work(part: slice) -> None:
+            space = self._space(x_.shape[1])
+            self._kernel.run(x_, rows[part], index_[part], self._tables, self._form, space, z_[part])
 
         _share(work, x.shape[0])
         return z
@@ -171,10 +176,10 @@ class CompiledCircuits:
         self,
         output: torch.Tensor,
         x: torch.Tensor,
-        rows: torch.Tensor,
-        slots: torch.Tensor,
-        table: torch.Tensor,
-        weights: torch.Tensor,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        table: np.ndarray,
+        weights: np.ndarray,
         ends: np.ndarray,
     ) -> None:
         """output[row] += B z(x[row]) for the rows of a batch that have an adapter, all in one compiled call.
@@ -186,37 +191,38 @@ class CompiledCircuits:
             slots: (T,) int64, which adapter each of them has.
             table: (slots, slices * heads) int32, the circuits of each adapter, -1 for none.
             weights: (slots, heads * columns, d_out) float32, B transposed.
-            ends: (slices,) where each slice of a packed layer ends in d_out.
+            ends: (slices,) int64, where each slice of a packed layer ends in d_out.
         """
-        if output.dtype not in (torch.float32, torch.bfloat16) or not output.is_contiguous():
+        if output.dtype not in _DTYPES or not output.is_contiguous():
             update = torch.zeros(output.shape)
             self.add_to(update, x.float(), rows, slots, table, weights, ends)
             output += update.to(output.dtype)
             return
-        index = torch.empty(len(rows), table.shape[1], dtype=torch.int32).numpy()
-        z = np.empty((*index.shape, self._ansatz.columns), np.float32)
-        x_, output_, rows_, slots_ = _array(x), _array(output), rows.numpy(), slots.numpy()
-        table_, weights_ = table.numpy(), weights.numpy()
-        tables, form = (self._turns, self._phases), tuple(self._form)
+        x_, output_ = _array(x), _array(output)
 
-        def work(begin: int, end: int) -> None:
-            space = _space(threading.get_ident(), self._ansatz, x_.shape[1])
-            total = np.empty(output_.shape[1], np.float32)
+        def work(part: slice) -> None:
+            space = self._space(x_.shape[1])
             self._kernel.run_and_add(
-                x_, rows_, slots_, table_, tables, form, space, weights_, ends, total, begin, end, index, z,
-                output_,
-            )  # fmt: skip
+                x_, rows[part], slots[part], table, self._tables, self._form, space, weights, ends, output_
+            )
 
         _share(work, len(rows))
 
+    def _space(self, width: int) -> Any:
+        """The calling thread's, kept here because to hash an ansatz takes longer than to look up two numbers."""
+        key = threading.get_ident(), width
+        if key not in self._spaces:
+            self._spaces[key] = _space(key[0], self._ansatz, width)
+        return self._spaces[key]
+
     @classmethod
-    def compile(cls, dtype: torch.dtype) -> None:
-        """Have everything compiled, or read what was compiled before, so that no request waits for it."""
-        circuits = cls(Ansatz("ryrz_ring_ry", 2, 1), 1, torch.device("cpu"))
-        x, one = torch.zeros(1, 4, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-        circuits.run(x, one.int().unsqueeze(1))
-        weights = torch.zeros(1, 2, 4)
-        circuits.add_to(x.clone(), x, one, one, one.int().unsqueeze(1), weights, np.array([4]))
+    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile everything for a dtype, or read what was compiled before: one code serves all circuits."""
+        circuits = cls(ansatz, 1, device)
+        x, one = torch.zeros(1, width, dtype=dtype), np.zeros(1, np.int64)
+        table, weights = np.full((1, readouts), -1, np.int32), np.zeros((1, ansatz.columns, 1), np.float32)
+        circuits.run(x, torch.from_numpy(table))
+        circuits.add_to(torch.zeros(1, 1, dtype=dtype), x, one, one, table, weights, np.ones(readouts, np.int64))
 
     @property
     def nbytes(self) -> int:
@@ -231,21 +237,21 @@ _pool_lock = threading.Lock()
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def _share(work: Any, tokens: int) -> None:
-    """work(begin, end) over so many tokens, on at most as many threads as torch uses.
+def _share(work: Callable[[slice], None], tokens: int) -> None:
+    """work(part) over so many tokens, on at most as many threads as torch uses.
 
     The kernel holds no lock of Python's. OpenMP's own threads are left out of it: they would spin beside these.
     """
-    threads = min(torch.get_num_threads(), tokens // _PER_THREAD)
+    threads = min(torch.get_num_threads(), tokens // _PER_THREAD) if tokens >= 2 * _PER_THREAD else 1
     if threads <= 1:
-        work(0, tokens)
+        work(slice(0, tokens))
         return
     ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
     with _pool_lock:
         key = os.getpid(), threads
         pool = _pools.setdefault(key, ThreadPoolExecutor(threads - 1, thread_name_prefix="qaa-circuits"))
-    others = [pool.submit(work, ends[i - 1], ends[i]) for i in range(1, threads)]
-    work(0, ends[0])
+    others = [pool.submit(work, slice(ends[i - 1], ends[i])) for i in range(1, threads)]
+    work(slice(0, ends[0]))
     for other in others:
         other.result()
 

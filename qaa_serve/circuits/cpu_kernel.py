@@ -1,13 +1,18 @@
-"""The compiled CPU backend: sixteen circuits at a time, one in each lane of a vector.
+"""The compiled CPU backend: circuits on vectors of sixteen numbers, in one of two ways.
 
-A tile is sixteen pairs of a token and a circuit. Its states are 2**n vectors, amplitude by amplitude, so that a
-gate on any qubit is plain arithmetic between whole vectors, whatever circuits the lanes have: a batch in which
-every token has an adapter of its own costs what a batch of one adapter costs.
+**A tile** is sixteen pairs of a token and a circuit, one in each lane. Its states are 2**n vectors, amplitude by
+amplitude, so that a gate on any qubit is plain arithmetic between whole vectors, whatever circuits the lanes have:
+a batch in which every token has an adapter of its own costs what a batch of one adapter costs.
 
-- RY gates act on four qubits at a time in registers: one pass over the state for every four qubits.
+**A few pairs** would leave lanes of a tile empty. From 8 qubits on they run one by one instead, with sixteen
+amplitudes of the one state in a vector.
+
+- RY gates act on four qubits at a time in registers, one pass over the state for every four qubits. Within a
+  vector they act on the transpose of sixteen vectors, together with the four qubits above: one pass for eight.
 - RZ gates of a layer are one phase an amplitude: the product of a phase of its upper and one of its lower qubits.
-- A CNOT ring permutes amplitudes; with the phases before it, it is one pass.
-- A closing RY layer is not run: RY(t)^dagger Z RY(t) = cos(t) Z - sin(t) X, so <Z> and <X> are read out instead.
+- A CNOT ring permutes amplitudes; in a tile it is one pass with the phases before it.
+- In a tile a closing RY layer is not run: RY(t)^dagger Z RY(t) = cos(t) Z - sin(t) X, so <Z> and <X> are read out
+  instead.
 - <Z> of all qubits comes from one halving of the probabilities: sums go on, differences are the readout.
 
 The state is real until the first RZ. Everything is float32; angles are halved and their sines taken in float64.
@@ -26,208 +31,49 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from qaa_serve.circuits import cpu_simd
-from qaa_serve.circuits.cpu_simd import LANES, Block, Registers, emit
-
-_MOST_BITS = 4  # qubits a pass: 16 amplitudes, half of AVX-512's registers
-
-
-# ------------------------------------------------------------------------------------ operations on vectors
-
-
-def _ry_in_registers(bits: int) -> Any:
-    """RY on ``bits`` neighbouring qubits of 2**bits amplitudes, from one state to another or to itself.
-
-    Its integers: the first amplitude, the distance to the next, the number of the lowest qubit's angle.
-    """
-
-    def code(block: Block) -> None:
-        first, stride, turn = block.arguments[-3:]
-        places = [block.offset(first, i, stride) for i in range(2**bits)]
-        amplitudes: Registers = [block.load(0, place) for place in places]
-        for bit in range(bits):
-            cos = block.load(2, block.offset(turn, 2 * bit))
-            sin = block.load(2, block.offset(turn, 2 * bit + 1))
-            for i in range(2**bits):
-                if not i >> bit & 1:
-                    off, on = amplitudes[i], amplitudes[i | 1 << bit]
-                    amplitudes[i] = block.minus(block.times(cos, off), block.times(sin, on))
-                    amplitudes[i | 1 << bit] = block.plus(block.times(sin, off), block.times(cos, on))
-        for amplitude, place in zip(amplitudes, places, strict=True):
-            block.store(amplitude, 1, place)
-
-    return emit(3, 3, code)
-
-
-def _phase(parts: int) -> Any:
-    """target[j] = source[i] * upper * lower, complex; its integers: i, j, the two phases' numbers."""
-
-    def code(block: Block) -> None:
-        i, j, upper, lower = block.arguments[-4:]
-        phases = parts + 2
-        a, b = block.load(phases, upper), block.load(phases, block.offset(upper, 1))
-        c, d = block.load(phases, lower), block.load(phases, block.offset(lower, 1))
-        cos = block.minus(block.times(a, c), block.times(b, d))
-        sin = block.plus(block.times(a, d), block.times(b, c))
-        re = block.load(0, i)
-        if parts == 1:
-            block.store(block.times(re, cos), 1, j)
-            block.store(block.times(re, sin), 2, j)
-        else:
-            im = block.load(1, i)
-            block.store(block.minus(block.times(re, cos), block.times(im, sin)), 2, j)
-            block.store(block.plus(block.times(re, sin), block.times(im, cos)), 3, j)
-
-    return emit(parts + 3, 4, code)
-
-
-def _copy(block: Block) -> None:
-    i, j = block.arguments[-2:]
-    block.store(block.load(0, i), 1, j)
-
-
-def _probability(parts: int) -> Any:
-    """target[j] = |source[i]|**2; its integers: i, j."""
-
-    def code(block: Block) -> None:
-        i, j = block.arguments[-2:]
-        squares = [block.times(a, a) for a in (block.load(part, i) for part in range(parts))]
-        block.store(squares[0] if parts == 1 else block.plus(*squares), parts, j)
-
-    return emit(parts + 1, 2, code)
-
-
-def _halve(bits: int) -> Any:
-    """Sum 2**bits probabilities, and add their differences over each of the qubits to z.
-
-    Its integers: the first probability, where the sum goes, the number of the lowest qubit's z.
-    """
-
-    def code(block: Block) -> None:
-        first, target, z = block.arguments[-3:]
-        values: Registers = [block.load(0, block.offset(first, i)) for i in range(2**bits)]
-        for bit in range(bits):
-            pairs = list(zip(values[::2], values[1::2], strict=True))
-            values = [block.plus(off, on) for off, on in pairs]
-            difference = block.total([block.minus(off, on) for off, on in pairs])
-            place = block.offset(z, bit)
-            block.store(block.plus(block.load(1, place), difference), 1, place)
-        block.store(values[0], 0, target)
-
-    return emit(2, 3, code)
-
-
-def _overlaps(bits: int) -> Any:
-    """Add <X> / 2 of ``bits`` neighbouring qubits over 2**bits amplitudes; integers as for RY, the last z's."""
-
-    def code(block: Block) -> None:
-        first, stride, z = block.arguments[-3:]
-        amplitudes: Registers = [block.load(0, block.offset(first, i, stride)) for i in range(2**bits)]
-        for bit in range(bits):
-            overlap = block.total(
-                [block.times(amplitudes[i], amplitudes[i | 1 << bit]) for i in range(2**bits) if not i >> bit & 1]
-            )
-            place = block.offset(z, bit)
-            block.store(block.plus(block.load(1, place), overlap), 1, place)
-
-    return emit(2, 3, code)
-
-
-def _sum_and_difference(block: Block) -> None:
-    i, j = block.arguments[-2:]
-    off, on = block.load(0, i), block.load(0, j)
-    block.store(block.plus(off, on), 0, i)
-    block.store(block.minus(off, on), 0, j)
-
-
-def _transpose(block: Block) -> None:
-    """Sixteen numbers of each of sixteen rows, to sixteen vectors; each row times its scale.
-
-    Its integers: the first number in vectors, a row's length in vectors, where they go, where the scales are.
-    """
-    first, length, target, scales = block.arguments[-4:]
-    rows: Registers = [block.load(0, block.offset(first, i, length)) for i in range(LANES)]
-    step = 1
-    while step < LANES:  # swap the blocks off the diagonal, of one number, then of 2 x 2, ...
-        low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
-        high = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
-        for i in range(LANES):
-            if not i & step:
-                a, b = rows[i], rows[i + step]
-                rows[i], rows[i + step] = block.shuffle(a, b, low), block.shuffle(a, b, high)
-        step *= 2
-    scale = block.load(1, scales)
-    for i, row in enumerate(rows):
-        block.store(block.times(row, scale), 2, block.offset(target, i))
-
-
-_ry1, _ry2, _ry3, _ry4 = (_ry_in_registers(bits) for bits in (1, 2, 3, 4))
-_phase_1, _phase_2 = _phase(1), _phase(2)
-_probability_1, _probability_2 = _probability(1), _probability(2)
-_halve1, _halve2, _halve3 = (_halve(bits) for bits in (1, 2, 3))
-_overlaps1, _overlaps2, _overlaps3 = (_overlaps(bits) for bits in (1, 2, 3))
-_copy_vector, _butterfly, _transpose_16 = (
-    emit(2, 2, _copy),
-    emit(1, 2, _sum_and_difference),
-    emit(3, 4, _transpose),
+from qaa_serve.circuits import cpu_gates, cpu_simd
+from qaa_serve.circuits.cpu_gates import (
+    LANE_BITS,
+    butterfly,
+    copy_vector,
+    phase_1,
+    phase_2,
+    probability_1,
+    probability_2,
+    read_x,
+    read_z,
+    rotate,
+    rotate_lanes,
+    spread,
+    to_lanes,
 )
+from qaa_serve.circuits.cpu_simd import LANES
 
+#: Pairs of a token and a circuit that are run one by one instead of as a tile.
+_FEW = 6
 
-# ------------------------------------------------------------------------------------ the circuit of a tile
+#: Qubits of a state that can be: sixteen vectors of amplitudes.
+_LEAST_QUBITS = 8
 
-
-@njit(nogil=True)
-def _rotate(source, target, turns, row, n):
-    """A layer of RY on a real state, or on the real or the imaginary part of a complex one."""
-    low = 0
-    while low < n:
-        bits, stride, turn = min(n - low, _MOST_BITS), 1 << low, 2 * (row * n + low)
-        for outer in range(0, 1 << n, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 4:
-                    _ry4(source, target, turns, first, stride, turn)
-                elif bits == 3:
-                    _ry3(source, target, turns, first, stride, turn)
-                elif bits == 2:
-                    _ry2(source, target, turns, first, stride, turn)
-                else:
-                    _ry1(source, target, turns, first, stride, turn)
-        low += bits
-        source = target
+# ------------------------------------------------------------------------------------ a circuit
 
 
 @njit(nogil=True)
-def _read_z(p, z, n):
-    """Add <Z> of the qubit of each bit to z[bit]; p is used up."""
-    bit, size = 0, 1 << n
-    while bit < n:
-        bits = min(n - bit, 3)
-        size >>= bits
-        for i in range(size):
-            if bits == 3:
-                _halve3(p, z, i << 3, i, bit)
-            elif bits == 2:
-                _halve2(p, z, i << 2, i, bit)
-            else:
-                _halve1(p, z, i << 1, i, bit)
-        bit += bits
+def _shift_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved, bits, lower):
+    """A layer of RZ, and behind it a permutation where there is one, on a state of 2**bits vectors.
 
-
-@njit(nogil=True)
-def _read_x(part, x, n):
-    """Add what the real or the imaginary part gives to <X> / 2 of the qubit of each bit to x[bit]."""
-    low = 0
-    while low < n:
-        bits, stride = min(n - low, 3), 1 << low
-        for outer in range(0, 1 << n, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 3:
-                    _overlaps3(part, x, first, stride, low)
-                elif bits == 2:
-                    _overlaps2(part, x, first, stride, low)
-                else:
-                    _overlaps1(part, x, first, stride, low)
-        low += bits
+    ``phases`` has for every layer the cosine and sine of each number that the upper bits may be, then of each that
+    the ``lower`` bits may be.
+    """
+    upper_phases = 1 << (bits - lower)
+    base = layer * (upper_phases + (1 << lower))
+    for j in range(1 << bits):
+        i = gather[j] if moved else j
+        upper, below = 2 * (base + (i >> lower)), 2 * (base + upper_phases + (i & ((1 << lower) - 1)))
+        if is_complex:
+            phase_2(re, im, to_re, to_im, phases, i, j, upper, below)
+        else:
+            phase_1(re, to_re, to_im, phases, i, j, upper, below)
 
 
 @njit(nogil=True)
@@ -248,70 +94,53 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
         z: (columns,) vectors, written.
     """
     size, lower = 1 << n, n // 2
-    table = (1 << lower) + (1 << (n - lower))
     a, b, c, d, p, sums = spaces
     stretches = len(moves) - 1
     source, is_complex = embedded, False
     for stretch in range(stretches):
+        gather = gathers[stretch]
         if before[stretch] >= 0:
-            base = before[stretch] * table
-            gather = gathers[stretch]
-            for j in range(size):
-                i = gather[j]
-                upper_phase = 2 * (base + (i >> lower))
-                lower_phase = 2 * (base + (1 << (n - lower)) + (i & ((1 << lower) - 1)))
-                if is_complex:
-                    _phase_2(source, b, c, d, phases, i, j, upper_phase, lower_phase)
-                else:
-                    _phase_1(source, c, d, phases, i, j, upper_phase, lower_phase)
+            _shift_phases(source, b, is_complex, c, d, phases, before[stretch], gather, moves[stretch], n, lower)
             is_complex = True
             source, a, b, c, d = c, c, d, a, b
         elif moves[stretch]:
-            gather = gathers[stretch]
             for j in range(size):
-                _copy_vector(source, c, gather[j], j)
+                copy_vector(source, c, gather[j], j)
             if is_complex:
                 for j in range(size):
-                    _copy_vector(b, d, gather[j], j)
+                    copy_vector(b, d, gather[j], j)
             source, a, b, c, d = c, c, d, a, b
         if after[stretch] >= 0:
-            base = after[stretch] * table
-            for j in range(size):
-                upper_phase = 2 * (base + (j >> lower))
-                lower_phase = 2 * (base + (1 << (n - lower)) + (j & ((1 << lower) - 1)))
-                if is_complex:
-                    _phase_2(source, b, c, d, phases, j, j, upper_phase, lower_phase)
-                else:
-                    _phase_1(source, c, d, phases, j, j, upper_phase, lower_phase)
+            _shift_phases(source, b, is_complex, c, d, phases, after[stretch], gather, False, n, lower)
             is_complex = True
             source, a, b, c, d = c, c, d, a, b
         if closing and stretch == stretches - 1:
             break
-        _rotate(source, a, turns, stretch, n)
+        rotate(source, a, turns, 2 * stretch * n, 0, n)
         if is_complex:
-            _rotate(b, b, turns, stretch, n)
+            rotate(b, b, turns, 2 * stretch * n, 0, n)
         source = a
     gather = gathers[stretches]
     for j in range(size):
         if is_complex:
-            _probability_2(source, b, p, gather[j], j)
+            probability_2(source, b, p, gather[j], j)
         else:
-            _probability_1(source, p, gather[j], j)
+            probability_1(source, p, gather[j], j)
     if len(masks) > n:  # products of Pauli-Z: a Walsh-Hadamard transform holds all of them
         for bit in range(n):
             for outer in range(0, size, 2 << bit):
                 for i in range(outer, outer + (1 << bit)):
-                    _butterfly(p, i, i + (1 << bit))
+                    butterfly(p, i, i + (1 << bit))
         for column in range(len(masks)):
-            _copy_vector(p, z, masks[column], column)
+            copy_vector(p, z, masks[column], column)
         return
     sums[:] = 0
-    _read_z(p, sums, n)
+    read_z(p, sums, n)
     if closing:
         x = sums[n * LANES :]
-        _read_x(source, x, n)
+        read_x(source, x, n)
         if is_complex:
-            _read_x(b, x, n)
+            read_x(b, x, n)
         row = (stretches - 1) * n
         for bit in range(n):  # the angle is twice the half angle
             for lane in range(LANES):
@@ -323,6 +152,85 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
     for column in range(len(masks)):
         bit = n - 1 - column
         z[column * LANES : (column + 1) * LANES] = sums[bit * LANES : (bit + 1) * LANES]
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def _total(vector):
+    """The sum of a vector's lanes."""
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += vector[lane]
+    return total
+
+
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def _difference(vector, bit):
+    """The sum of the lanes whose number has a bit off, less those that have it on."""
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += -vector[lane] if lane >> bit & 1 else vector[lane]
+    return total
+
+
+@njit(nogil=True)
+def _permute(source, target, gather):
+    """target[j] = source[gather[j]], of numbers."""
+    for j in range(len(gather)):
+        target[j] = source[np.uint32(gather[j])]  # numba looks whether a signed number counts from the end
+
+
+@njit(nogil=True)
+def _run_one(embedded, turns, phases, before, gathers, moves, after, masks, n, spaces, z):
+    """One circuit on one embedded state.
+
+    Arguments as of ``_run_tile``, but a state and ``z`` are numbers instead of vectors. A vector of ``turns`` is
+    one number sixteen times. ``phases`` has (RZ layers, 2**upper + 2**lower / 16, 2) vectors: those of the upper
+    bits are such too, those of the lower bits are of sixteen neighbours.
+    """
+    size, vectors, lower = 1 << n, n - LANE_BITS, n // 2 - LANE_BITS
+    a, b, c, d, p, sums = spaces
+    stretches = len(moves) - 1
+    source, is_complex = embedded, False
+    for stretch in range(stretches):
+        gather = gathers[stretch]
+        if before[stretch] >= 0:
+            _shift_phases(source, b, is_complex, c, d, phases, before[stretch], gather, False, vectors, lower)
+            is_complex = True
+            source, a, b, c, d = c, c, d, a, b
+        if moves[stretch]:
+            _permute(source, c, gather)
+            if is_complex:
+                _permute(b, d, gather)
+            source, a, b, c, d = c, c, d, a, b
+        if after[stretch] >= 0:
+            _shift_phases(source, b, is_complex, c, d, phases, after[stretch], gather, False, vectors, lower)
+            is_complex = True
+            source, a, b, c, d = c, c, d, a, b
+        rotate_lanes(source, a, turns, 2 * stretch * n, vectors)
+        if is_complex:
+            rotate_lanes(b, b, turns, 2 * stretch * n, vectors)
+        source = a
+    for j in range(1 << vectors):
+        if is_complex:
+            probability_2(source, b, p, j, j)
+        else:
+            probability_1(source, p, j, j)
+    if moves[stretches]:
+        _permute(p, c, gathers[stretches])
+        p = c
+    if len(masks) > n:
+        for bit in range(n):
+            for outer in range(0, size, 2 << bit):
+                for i in range(outer, outer + (1 << bit)):
+                    p[i], p[i + (1 << bit)] = p[i] + p[i + (1 << bit)], p[i] - p[i + (1 << bit)]
+        for column in range(len(masks)):
+            z[column] = p[masks[column]]
+        return
+    sums[:] = 0
+    read_z(p, sums, vectors)  # leaves in p the sums over the vectors
+    for column in range(len(masks)):
+        bit = n - 1 - column
+        z[column] = _total(sums[(bit - LANE_BITS) * LANES :]) if bit >= LANE_BITS else _difference(p, bit)
 
 
 # ------------------------------------------------------------------------------------ batches of tokens
@@ -361,6 +269,21 @@ def _(source, row):
 
 
 @njit(nogil=True)
+def _read_token(source, row, constant):
+    """A token to the beginning of ``row``: what its amplitudes are multiplied by, and ||x|| / sqrt(width)."""
+    width = len(source)
+    squares, unit = _read_row(source, row), np.float32(1)
+    if not 1e-30 < squares < 1e30:  # they overflow or vanish, or all are 0: over the largest
+        unit = np.max(np.abs(row))
+        if unit == 0:
+            return 0.0, 0.0
+        row /= unit
+        squares = np.sum(row * row)
+    norm = math.sqrt(squares)
+    return (math.sqrt(0.5) if constant else 1.0) / norm, norm / math.sqrt(width) * unit
+
+
+@njit(nogil=True)
 def _embed(x, tokens, constant, rows, scales, lengths, embedded):
     """The tokens of a tile as amplitudes, a token a lane; a lane without a token (-1) gets zeros.
 
@@ -369,26 +292,28 @@ def _embed(x, tokens, constant, rows, scales, lengths, embedded):
     width, padded = x.shape[1], rows.shape[1]
     for lane in range(LANES):
         scales[lane] = lengths[lane] = 0
-        row = rows[lane]
         if tokens[lane] < 0:
-            row[:] = 0
-            continue
-        squares, unit = _read_row(x[tokens[lane]], row), np.float32(1)
-        if not 1e-30 < squares < 1e30:  # they overflow or vanish, or all are 0: over the largest
-            unit = np.max(np.abs(row))
-            if unit == 0:
-                continue
-            row /= unit
-            squares = np.sum(row * row)
-        norm = math.sqrt(squares)
-        scales[lane] = (math.sqrt(0.5) if constant else 1.0) / norm
-        lengths[lane] = norm / math.sqrt(width) * unit
+            rows[lane] = 0
+        else:
+            scales[lane], lengths[lane] = _read_token(x[tokens[lane]], rows[lane], constant)
     flat = rows.reshape(-1)
     for block in range(padded // LANES):
-        _transpose_16(flat, scales, embedded, block, padded // LANES, block * LANES, 0)
+        to_lanes(flat, scales, embedded, block, padded // LANES, block * LANES, 0)
     if constant:
         for lane in range(LANES):
             embedded[width * LANES + lane] = math.sqrt(0.5) if scales[lane] > 0 else 1.0
+
+
+@njit(nogil=True)
+def _embed_one(source, constant, embedded):
+    """A token as the amplitudes of one state, zeros behind it: ||x|| / sqrt(width)."""
+    width = len(source)
+    scale, length = _read_token(source, embedded[:width], constant)
+    for i in range(width):
+        embedded[i] *= np.float32(scale)
+    if constant:
+        embedded[width] = math.sqrt(0.5) if scale > 0 else 1.0
+    return length
 
 
 @njit(nogil=True)
@@ -396,8 +321,9 @@ def _spread(table, circuits, lanes):
     """Each lane's row of a table, (circuits, numbers), as vectors; zeros for circuit -1."""
     first = circuits[0]
     if np.all(circuits == first):
-        for i in range(table.shape[1]):
-            lanes[i * LANES : (i + 1) * LANES] = table[first, i] if first >= 0 else 0
+        row = table[first]
+        for i in range(len(row)):
+            spread(row, lanes, i, i)
         return
     for lane in range(LANES):
         circuit = circuits[lane]
@@ -406,49 +332,80 @@ def _spread(table, circuits, lanes):
 
 
 @njit(nogil=True)
-def _run_batch(x, rows_of_x, index, circuits, form, space, begin, end, z):
-    """The circuits of the tokens from begin to end, token t being row rows_of_x[t] of x."""
+def _spread_one(turns, phases, n, lane_turns, lane_phases):
+    """A circuit's rows of the tables as the vectors that ``_run_one`` reads."""
+    for i in range(len(turns)):
+        spread(turns, lane_turns, i, i)
+    uppers, lowers = 1 << (n - n // 2), 1 << (n // 2)
+    vector = 0
+    for first in range(0, len(phases), 2 * (uppers + lowers)):
+        for i in range(first, first + 2 * uppers):
+            spread(phases, lane_phases, i, vector)
+            vector += 1
+        for block in range(first + 2 * uppers, first + 2 * (uppers + lowers), 2 * LANES):
+            for i in range(2):  # cosines, sines
+                for lane in range(LANES):
+                    lane_phases[vector * LANES + lane] = phases[block + 2 * lane + i]
+                vector += 1
+
+
+@njit(nogil=True)
+def _run_batch(x, rows_of_x, index, circuits, form, space, z):
+    """The circuits of a batch, token t being row rows_of_x[t] of x."""
     turns_of, phases_of = circuits
     before, after, gathers, moves, closing, constant, length, masks, n = form
-    rows, scales, lengths, embedded, spaces, lane_turns, lane_phases, lane_z = space
-    readouts, columns = index.shape[1], len(masks)
+    rows, scales, lengths, embedded, state, spaces, lane_turns, lane_phases, lane_z = space
+    count, readouts = index.shape
     tokens, parts, wanted = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     places = np.empty(LANES, np.int64)
-    had, spread = np.full(LANES, -2, np.int64), np.full(LANES, -2, np.int64)
+    had, had_circuits, had_one = np.full(LANES, -2, np.int64), np.full(LANES, -2, np.int64), -1
+    few, length_of_one = _FEW if n >= _LEAST_QUBITS else 0, 0.0
     # Whole tiles hold sixteen tokens for one readout; what is left over, tokens with all their readouts.
-    whole = (end - begin) // LANES
-    rest = ((end - begin) % LANES) * readouts
+    whole = count // LANES
+    rest = (count % LANES) * readouts
     for tile in range(whole * readouts + (rest + LANES - 1) // LANES):
         for lane in range(LANES):
             if tile < whole * readouts:
-                token, part = begin + tile // readouts * LANES + lane, tile % readouts
+                token, part = tile // readouts * LANES + lane, tile % readouts
             else:
                 entry = (tile - whole * readouts) * LANES + lane
-                token, part = begin + whole * LANES + entry // readouts, entry % readouts
-            inside = token < end
+                token, part = whole * LANES + entry // readouts, entry % readouts
+            inside = token < count
             tokens[lane], parts[lane] = token if inside else -1, part
             places[lane] = rows_of_x[token] if inside else -1
             wanted[lane] = index[token, part] if inside else -1
-        if np.all(wanted < 0):
-            for lane in range(LANES):
-                if tokens[lane] >= 0:
-                    z[tokens[lane], parts[lane]] = 0
-            continue
-        if not np.all(places == had):
-            _embed(x, places, constant, rows, scales, lengths, embedded)
-            had[:] = places
-        if not np.all(wanted == spread):
-            _spread(turns_of, wanted, lane_turns)
-            _spread(phases_of, wanted, lane_phases)
-            spread[:] = wanted
-        _run_tile(
-            embedded, lane_turns, lane_phases, before, gathers, moves, after, closing, masks, n, spaces, lane_z
-        )
+        as_tile = np.sum(wanted >= 0) > few
+        if as_tile:
+            if not np.all(places == had):
+                _embed(x, places, constant, rows, scales, lengths, embedded)
+                had[:] = places
+            if not np.all(wanted == had_circuits):
+                _spread(turns_of, wanted, lane_turns)
+                _spread(phases_of, wanted, lane_phases)
+                had_circuits[:] = wanted
+            _run_tile(
+                embedded, lane_turns, lane_phases, before, gathers, moves, after, closing, masks, n, spaces, lane_z
+            )
         for lane in range(LANES):
-            if tokens[lane] >= 0:
-                scale = lengths[lane] if length else np.float32(1)
-                for column in range(columns):
-                    z[tokens[lane], parts[lane], column] = lane_z[column * LANES + lane] * scale
+            if tokens[lane] < 0:
+                continue
+            row = z[tokens[lane], parts[lane]]
+            if wanted[lane] < 0:
+                row[:] = 0
+            elif as_tile:
+                for column in range(len(row)):
+                    row[column] = lane_z[column * LANES + lane]
+                if length:
+                    row *= lengths[lane]
+            else:
+                if places[lane] != had_one:
+                    had_one = places[lane]
+                    length_of_one = _embed_one(x[had_one], constant, state)
+                _spread_one(turns_of[wanted[lane]], phases_of[wanted[lane]], n, lane_turns, lane_phases)
+                had_circuits[:] = -2  # they were in the same space
+                _run_one(state, lane_turns, lane_phases, before, gathers, moves, after, masks, n, spaces, row)
+                if length:
+                    row *= np.float32(length_of_one)
 
 
 @njit(nogil=True, fastmath={"contract"})
@@ -505,24 +462,25 @@ def _entry_points(source: str) -> Any:
     """The functions that Python calls.
 
     numba keeps what it compiled beside this file, by this file's date and by what a function closes over: here
-    the text of the other file that the code is made from.
+    the text of the other files that the code is made from.
     """
 
-    def run(x, rows_of_x, index, circuits, form, space, begin, end, z):
+    def run(x, rows_of_x, index, circuits, form, space, z):
         len(source)
-        _run_batch(x, rows_of_x, index, circuits, form, space, begin, end, z)
+        _run_batch(x, rows_of_x, index, circuits, form, space, z)
 
-    def run_and_add(
-        x, rows, slots, table, circuits, form, space, weights, ends, total, begin, end, index, z, output
-    ):
+    def run_and_add(x, rows, slots, table, circuits, form, space, weights, ends, output):
         len(source)
-        for token in range(begin, end):
-            index[token] = table[slots[token]]
-        _run_batch(x, rows, index, circuits, form, space, begin, end, z)
+        count, readouts = len(rows), table.shape[1]
         slices, rank = len(ends), weights.shape[1]
-        for token in range(begin, end):
-            of_slices = z[token].reshape(slices, rank)
-            _add_to(of_slices, weights[slots[token]], ends, total, output[rows[token]])
+        index = np.empty((count, readouts), np.int32)
+        for token in range(count):
+            index[token] = table[slots[token]]
+        z = np.empty((count, slices, rank), np.float32)
+        _run_batch(x, rows, index, circuits, form, space, z.reshape(count, readouts, -1))
+        total = np.empty(output.shape[1], np.float32)
+        for token in range(count):
+            _add_to(z[token], weights[slots[token]], ends, total, output[rows[token]])
 
     try:
         return njit(nogil=True, cache=True)(run), njit(nogil=True, cache=True)(run_and_add)
@@ -530,4 +488,4 @@ def _entry_points(source: str) -> Any:
         return njit(nogil=True)(run), njit(nogil=True)(run_and_add)
 
 
-run, run_and_add = _entry_points(inspect.getsource(cpu_simd))
+run, run_and_add = _entry_points(inspect.getsource(cpu_simd) + inspect.getsource(cpu_gates))

@@ -42,6 +42,14 @@ class Block:
         """The vector at an offset of the array that is the intrinsic's argument of that number."""
         return self._builder.load(self._at(array, offset), align=64)
 
+    def spread(self, array: int, number: Any) -> Any:
+        """One number of an array, not a vector, in every lane."""
+        place = cgutils.gep_inbounds(self._builder, self._pointers[array], number)
+        first = self._builder.insert_element(
+            ir.Constant(_VECTOR, ir.Undefined), self._builder.load(place), ir.Constant(ir.IntType(32), 0)
+        )
+        return self.shuffle(first, first, [0] * LANES)
+
     def store(self, value: Any, array: int, offset: Any) -> None:
         """Write a vector."""
         self._builder.store(value, self._at(array, offset), align=64)

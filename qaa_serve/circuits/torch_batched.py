@@ -261,6 +261,10 @@ class TorchCircuits:
         """Bytes of the circuits' tables."""
         return sum(fused.nbytes for fused in self._fused if fused is not None)
 
+    @classmethod
+    def compile(cls, *_: object) -> None:
+        """Nothing is compiled."""
+
 
 def missing(device: torch.device) -> str | None:
     """Why it cannot run on such a device: it always can."""

@@ -274,3 +274,29 @@ class TritonCircuits:
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
         return self._tables.nbytes
+
+    @classmethod
+    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile the kernel as ``run`` launches it, seconds where Triton's cache does not have it.
+
+        It never ran on a GPU.
+        """
+        from qaa_serve.circuits import triton_kernel
+
+        with torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
+            triton_kernel.circuit_kernel.warmup(
+                dtype,  # in place of a pointer to such numbers
+                width,
+                1,
+                width,
+                torch.int32,
+                readouts,
+                1,
+                readouts,
+                torch.float32,
+                torch.int32,
+                torch.float32,
+                grid=(1,),
+                **constants(ansatz, dtype),
+                **launch_options(ansatz.qubits),
+            )
