@@ -527,6 +527,7 @@ def fuzz_schema(server: ServerProcess, keys: Keys, examples: int) -> tuple[int, 
         "--include-path-regex", "^/(v1/adapters|v1/load_lora_adapter|v1/unload_lora_adapter|ready)",
         "--max-examples", str(examples), "--checks", "not_a_server_error", "--request-timeout", "20",
         "--phases", "examples,coverage,fuzzing", "--no-color", "--max-failures", "5",
+        "--seed", "0", "--generation-database", "none",
     ]  # fmt: skip
     for name, value in keys.headers.items():
         command += ["--header", f"{name}: {value}"]

@@ -18,6 +18,7 @@ from custatevec_interpreter import interpreted
 
 from qaa_serve.circuits import MAX_QUBITS, Ansatz, get_backend
 from qaa_serve.circuits.backends import ExpectationValues
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
 
 #: Fresh at each run; a failing test prints it, and QAA_TEST_SEED=<it> runs the same inputs again.
 SEED = int(os.environ.get("QAA_TEST_SEED") or random.SystemRandom().randrange(2**31))
@@ -62,11 +63,19 @@ class Traits:
     most_qubits: int = MAX_QUBITS
 
 
+@lru_cache
+def compiled() -> AbstractContextManager[object]:
+    """Have the compiled backend compiled, by one of pytest's workers and not by two at once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        CompiledCircuits.compile(Ansatz("ry_ring", 1, 1), 2, 1, dtype, torch.device("cpu"))
+    return nullcontext()
+
+
 #: A new backend gets a line here, and with it the whole suite.
 TRAITS = {
     "reference": Traits(device="cpu", always_double=True, double=True, differentiable=True),
     "torch": Traits(device="cpu", double=True, differentiable=True),
-    "cpu": Traits(device="cpu"),
+    "cpu": Traits(device="cpu", around=compiled),
     "triton": Traits(device="cuda" if torch.cuda.is_available() else "cpu", needs="triton", most_qubits=14),
     "cuquantum": Traits(needs="cuquantum.bindings.custatevec")
     if torch.cuda.is_available()

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from openai import OpenAI
 
 BIN = Path(sys.executable).parent
-START_LIMIT_S = 240
+START_LIMIT_S = 480
+
+#: Below those that Linux gives to whoever asks for any: such a one can go to another before a server is up.
+PORTS = range(12_000, 32_000)
+_given: set[int] = set()
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port of 127.0.0.1 that nobody takes before a server does: pytest's workers have different ones."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = PORTS[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    while True:
+        port = random.SystemRandom().choice(mine)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class ServerProcess:
@@ -82,6 +95,19 @@ class ServerProcess:
             return [self._tree, *self._tree.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine stands still: what it was asked for stays under way, however fast it is or slow the test."""
+        engine = self.family()[1:]
+        assert engine
+        for process in engine:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in engine:
+                process.resume()
 
     def wait_exit(self, limit_s: float = 60) -> int:
         return self.process.wait(limit_s)

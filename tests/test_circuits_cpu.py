@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from circuits_support import TOLERANCE, assert_close, fresh_generator, random_theta, random_x
+from circuits_support import TOLERANCE, assert_close, compiled, fresh_generator, random_theta, random_x
 
 from qaa_serve.circuits import Ansatz, backends, choose_backend, get_backend
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
 
 CPU = torch.device("cpu")
 reference = get_backend("reference")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    compiled()
 
 
 @pytest.fixture
@@ -122,8 +131,6 @@ def test_two_threads_give_what_one_gives(generator: torch.Generator) -> None:
 
 def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None:
     """Arrays of another layout or type would each have the compiler run, for seconds, in somebody's request."""
-    for dtype in (torch.float32, torch.bfloat16):
-        CompiledCircuits.compile(Ansatz("ry_ring", 2, 1), 4, 1, dtype, CPU)
     kernel = CompiledCircuits(Ansatz("ry_ring", 2, 1), 1, CPU)._kernel
     before = [list(function.signatures) for function in (kernel.run, kernel.run_and_add)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -134,6 +141,21 @@ def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None
                 layer.add(torch.zeros(tokens, 26, dtype=dtype), x, list(range(tokens)), [tokens % 3] * tokens)
                 layer.circuits.run(x.T.contiguous().T, layer.table[[0] * tokens])
     assert [list(function.signatures) for function in (kernel.run, kernel.run_and_add)] == before
+
+
+def test_one_process_compiles_at_a_time() -> None:
+    """The next one waits, and finds what the first has compiled."""
+    folder = CompiledCircuits(Ansatz("ry_ring", 2, 1), 1, CPU)._kernel.run.stats.cache_path
+    compiling = threading.Thread(
+        target=CompiledCircuits.compile, args=(Ansatz("ry_ring", 2, 1), 4, 1, torch.float32, CPU)
+    )
+    with open(Path(folder, ".qaa-compiling"), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        compiling.start()
+        compiling.join(0.3)
+        assert compiling.is_alive()
+    compiling.join(30)
+    assert not compiling.is_alive()
 
 
 @pytest.mark.parametrize("tokens", [3, 16])  # one by one, and as a tile

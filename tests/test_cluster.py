@@ -68,10 +68,11 @@ def prometheus(stage, servers):
         ]
     )  # fmt: skip
     try:
+        wait_until(lambda: status(f"http://127.0.0.1:{port}/-/ready") == 200)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,19 @@ def front(stage, servers):
     conf = _nginx_here(directory, port, (servers[0].port, servers[1].port))
     process = subprocess.Popen([binary, "-p", str(directory), "-c", str(conf), "-g", "daemon off;"])
     try:
+        wait_until(lambda: status(f"http://127.0.0.1:{port}/v1/models") == 200)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
+
+
+def status(url: str) -> int | None:
+    """None: nothing answers yet."""
+    try:
+        return httpx.get(url).status_code
+    except httpx.TransportError:
+        return None
 
 
 def query(prometheus: str, expression: str) -> list[dict]:
@@ -147,11 +157,14 @@ def test_prometheus_agrees_with_what_the_clients_counted(servers, prometheus):
                 await client.completions.create(model="nobody", prompt="t5")
             with pytest.raises(openai.BadRequestError):
                 await client.completions.create(model="n0", prompt="t5", max_tokens=-1)
-            stream = await client.completions.create(
-                model="n5", prompt="t5", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
-            )
-            await anext(aiter(stream))
-            await stream.close()
+            with servers[0].held():
+                stream = await client.completions.create(
+                    model="n5", prompt="t5", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+                )
+                await stream.close()
+                async with faults.Admin(servers[0].url, faults.Keys()) as admin, asyncio.timeout(30):
+                    while (await admin.get("n5"))["running"]:
+                        await asyncio.sleep(0.05)
 
     asyncio.run(ask_all())
     expected_requests[("unknown", "completions", "client_error")] = 1

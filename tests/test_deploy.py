@@ -713,7 +713,7 @@ def proxied(tmp_path: Path) -> Iterator[tuple[httpx.Client, Replica, Replica]]:
         client = stack.enter_context(
             httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False)
         )
-        for _ in range(100):
+        for _ in range(600):
             with suppress(httpx.TransportError):
                 if client.get("/nothing").status_code == 404:
                     break

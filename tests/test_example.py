@@ -31,6 +31,7 @@ def server(tmp_path_factory):
         server.stop()
 
 
+@pytest.mark.timeout(1200)  # the server's start, and 1,500 answers
 def test_held_out_prompts(server, tmp_path):
     """The base is right in 90 %; each adapter keeps its behaviour in 90 % and is right in 80 %."""
     command = [sys.executable, str(EXAMPLE / "evaluate.py"), "--base-url", f"{server.url}/v1"]

@@ -161,7 +161,7 @@ def run_locust(stub: Stub, directory: Path, *options: str, seconds: int = 3) -> 
         "--summary", str(directory / "summary.json"), "--only-summary", "--stop-timeout", "2",
         "--prompt-tokens", "uniform:8-40", "--output-tokens", "fixed:5", "--run-time", f"{seconds}s", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=directory)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=directory)
     return Done(done.returncode, done.stdout + done.stderr, directory)
 
 
@@ -169,8 +169,9 @@ def test_closed_users_are_timed_by_class_and_adapters_swapped_meanwhile(stub, tm
     done = run_locust(
         stub, tmp_path, "-u", "6", "-r", "100", "--endpoint", "mix", "--stream-share", "0.8",
         "--popularity", "zipf:1", "--mix", "base=0.4,qaa=0.4,lora=0.2",
-        "--swap", "two=here,there", "--swap-every", "1", "--admin-key", "top", "--api-key", "secret",
+        "--swap", "two=here,there", "--swap-every", "0.5", "--admin-key", "top", "--api-key", "secret",
         "--slo-ttft-ms", "1500", "--slo-inter-token-ms", "500", "--slo-attainment", "0.9",
+        seconds=5,
     )  # fmt: skip
     assert done.status == 0, done.output
     entries, summary = done.entries(), done.summary
@@ -183,8 +184,8 @@ def test_closed_users_are_timed_by_class_and_adapters_swapped_meanwhile(stub, tm
         assert ("end-to-end", name) in entries
         assert ("tokens/s", name) in entries
     # All HTTP requests are answered requests, swaps among them, and nothing else is in locust's total.
-    answered = summary["all"]["answered"]
-    assert int(entries["", "Aggregated"]["Request Count"]) == answered + len(stub.puts)
+    answered, swaps = summary["all"]["answered"], summary["swaps"]["two"]["done"]
+    assert int(entries["", "Aggregated"]["Request Count"]) == answered + swaps
     assert answered == len(stub.bodies) - summary["all"]["unfinished"]
     assert summary["all"]["tokens"] == 5 * answered
     assert summary["all"]["prompt_tokens"] == 5 * answered
@@ -193,16 +194,16 @@ def test_closed_users_are_timed_by_class_and_adapters_swapped_meanwhile(stub, tm
     streamed = sum(body.get("stream", False) for _, body in stub.bodies)
     assert 0.5 < streamed / len(stub.bodies) < 1
     assert {path for path, _ in stub.bodies} == {"/v1/chat/completions", "/v1/completions"}
-    # Swaps: the first before the load, then each second, in turn, with the admin's key.
+    # Swaps: the first before the load, then every half second, in turn, with the admin's key.
     assert stub.puts[:3] == [("two", path, "Bearer top") for path in ("here", "there", "here")]
-    assert summary["swaps"]["two"]["done"] == len(stub.puts)
+    assert swaps in (len(stub.puts), len(stub.puts) - 1), "the end may have cut one off"
     assert "secret" not in (tmp_path / "summary.json").read_text()
     assert "<html" in (tmp_path / "report.html").read_text()[:2000]
     assert (tmp_path / "load_stats_history.csv").stat().st_size > 0
 
     made = subprocess.run(
         [sys.executable, str(LOADTESTS / "report.py"), "summary.json", "--csv", "load", "--output", "out"],
-        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        capture_output=True, text=True, timeout=180, cwd=tmp_path,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     report = (tmp_path / "out" / "report.md").read_text()
@@ -260,7 +261,7 @@ def test_errors_cut_streams_and_refusals_are_told_apart(stub, tmp_path):
 
 
 def test_a_ramp_adds_users_and_reports_the_knee(stub, tmp_path):
-    done = run_locust(stub, tmp_path, "--ramp", "2:1", "-u", "4", seconds=20)
+    done = run_locust(stub, tmp_path, "--ramp", "2:3", "-u", "4", seconds=30)
     assert done.status == 0, done.output
     ramp = done.summary["ramp"]
     assert [step["users"] for step in ramp["steps"]] == [2, 4]

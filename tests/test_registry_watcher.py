@@ -54,6 +54,11 @@ class Watched:
     async def until_served(self, name: str, digest: str | None) -> None:
         await eventually(lambda: self.digest(name) == digest, f"{name} serves {digest}")
 
+    async def looked(self) -> None:
+        """Until a look that began after now has ended."""
+        looks = self.looks
+        await eventually(lambda: self.looks > looks + 1, "it looked")
+
     async def idle(self) -> None:
         """Until everything that lies there has been seen to."""
         looks = self.looks
@@ -89,6 +94,14 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
         await body()
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the watcher takes for the time: `now` goes on when the test says so, however slow the machine is."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(directory_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    return clock
 
 
 def drop(source: Path, target: Path) -> str:
@@ -132,19 +145,22 @@ def test_what_the_trainer_saves_over_an_adapter_replaces_it(tmp_path: Path) -> N
     run(body)
 
 
-def test_a_slow_copy_is_published_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_slow_copy_is_published_when_it_is_complete(tmp_path: Path, clock: SimpleNamespace) -> None:
     async def body() -> None:
         source = make(tmp_path / "new")
-        async with watching(tmp_path, quiet_s=0.5) as watched:
+        async with watching(tmp_path, quiet_s=0.1) as watched:
             place = watched.directory / "a"
             place.mkdir()
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 content = (source / name).read_bytes()
                 for end in range(0, len(content), len(content) // 5):
                     (place / name).write_bytes(content[: end + len(content) // 5])
-                    await asyncio.sleep(0.1)
+                    await watched.looked()
+                    clock.now += 0.09
+                    await watched.looked()
                     assert watched.engine.loads == []
                     assert "a" not in watched.catalogue.entries, "neither served nor rejected"
+            clock.now += 0.09
             await watched.until_served("a", digest_of(source))
             assert watched.rejection("a") is None
 
@@ -164,17 +180,21 @@ def test_a_change_in_place_is_a_new_revision(tmp_path: Path) -> None:
     run(body)
 
 
-def test_a_pair_that_is_half_replaced_is_not_published(tmp_path: Path) -> None:
+def test_a_pair_that_is_half_replaced_is_not_published(tmp_path: Path, clock: SimpleNamespace) -> None:
     """The config of one and the weights of another can be valid together, and nobody's."""
 
     async def body() -> None:
         make(tmp_path / "adapters" / "a", 1)
         other = make(tmp_path / "new", 2, alpha=3.0)
-        async with watching(tmp_path, quiet_s=0.6) as watched:
+        async with watching(tmp_path, quiet_s=0.1) as watched:
             old = watched.digest("a")
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (watched.directory / "a" / name).write_bytes((other / name).read_bytes())
-                await asyncio.sleep(0.2)
+                await watched.looked()
+                clock.now += 0.09
+                await watched.looked()
+                assert watched.digest("a") == old
+            clock.now += 0.09
             await watched.until_served("a", digest_of(other))
             assert [revision.digest for revision in watched.catalogue.entries["a"].kept] == [old]
 
@@ -350,13 +370,10 @@ def test_what_is_being_written_at_the_start_is_not_taken_for_gone(
     run(body)
 
 
-def test_what_may_be_incomplete_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look by look, by a clock of the test's own."""
-    now = 100.0
-    monkeypatch.setattr(directory_module, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+def test_what_may_be_incomplete_is_waited_for(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """Look by look."""
 
     async def body() -> None:
-        nonlocal now
         (tmp_path / "adapters").mkdir()
         watched = Watched(tmp_path, tmp_path / "adapters", quiet_s=1.0)
         look = watched.watcher._look
@@ -364,30 +381,30 @@ def test_what_may_be_incomplete_is_waited_for(tmp_path: Path, monkeypatch: pytes
         sound = (place / WEIGHTS_FILE).read_bytes()
         (place / WEIGHTS_FILE).write_bytes(sound[:-1])
         await look([Path("a")])  # as if it came by a rename
-        now += 0.9
+        clock.now += 0.9
         await look([])
         assert watched.catalogue.entries == {}
         (place / WEIGHTS_FILE).write_bytes(sound)
-        now += 0.2
+        clock.now += 0.2
         await look([Path("a") / WEIGHTS_FILE])
-        now += 0.9
+        clock.now += 0.9
         await look([])
         assert watched.catalogue.entries == {}
-        now += 0.2
+        clock.now += 0.2
         await look([])
         assert watched.digest("a") == digest_of(place)
         (place / WEIGHTS_FILE).write_bytes(sound[:-1])
         await look([])
         assert watched.rejection("a") is None
-        now += 20.0
+        clock.now += 20.0
         await look([])
-        now += 1.1
+        clock.now += 1.1
         await look([])
         assert watched.rejection("a") is not None
         watched.directory.rename(tmp_path / "away")
         for _ in range(3):
             await look([Path("a")])
-            now += 1.1
+            clock.now += 1.1
         assert watched.digest("a") is not None
         watched.store.close()
 

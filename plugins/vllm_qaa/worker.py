@@ -240,6 +240,11 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         finally:
             self._adapter_manager.takes_slots = True
 
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """As vLLM's; what was read for an adapter that did not come is let go too."""
+        self._staged.pop(adapter_id, None)
+        return bool(super().remove_adapter(adapter_id))
+
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """As vLLM's, in an engine step: the adapters of its requests take slots."""
         if len(lora_requests) > self._adapter_manager.lora_slots:

@@ -5,12 +5,15 @@ numba is loaded, and compiles, when the first circuits are made.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,13 +224,30 @@ class CompiledCircuits:
         circuits = cls(ansatz, 1, device)
         x, one = torch.zeros(1, width, dtype=dtype), np.zeros(1, np.int64)
         table, weights = np.full((1, readouts), -1, np.int32), np.zeros((1, ansatz.columns, 1), np.float32)
-        circuits.run(x, torch.from_numpy(table))
-        circuits.add_to(torch.zeros(1, 1, dtype=dtype), x, one, one, table, weights, np.ones(readouts, np.int64))
+        output, ends = torch.zeros(1, 1, dtype=dtype), np.ones(readouts, np.int64)
+        with _alone(circuits._kernel.run.stats.cache_path):
+            circuits.run(x, torch.from_numpy(table))
+            circuits.add_to(output, x, one, one, table, weights, ends)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
         return int(self._turns.nbytes + self._phases.nbytes)
+
+
+@contextmanager
+def _alone(directory: str | None) -> Iterator[None]:
+    """Let one process at a time compile into a directory of numba's.
+
+    numba names what it writes by how much is there, so that two at once may write one file for two kinds of
+    arguments. And workers that start together need not all compile the same.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):  # it cannot be written to, and so nobody does
+            if directory is not None:
+                file = held.enter_context(open(Path(directory, ".qaa-compiling"), "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # ------------------------------------------------------------------------------------ threads

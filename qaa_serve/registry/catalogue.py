@@ -403,7 +403,8 @@ class Catalogue:
         self._settle(entry)
         entry.published = time.time()
         self.entries[entry.name] = entry
-        self._note_pins()
+        if entry.pinned or entry.pinned_revisions:
+            self._note_pins()
         self._log.info(
             "Serving %s adapter %s as %r (rank %d, %d bytes)%s",
             revision.kind,
