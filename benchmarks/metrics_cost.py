@@ -6,12 +6,18 @@ Serves the bundled example and keeps so many streamed requests under way. A sign
 and counting of requests off and on between windows of some seconds; the ratio of tokens a second is taken between
 neighbouring windows, on to off, so that a slow spell of the machine falls on both. Off means that the gate's
 observations do nothing; vLLM's own metrics stay on, and so does the page that Prometheus would read.
+
+A machine's unevenness can be larger than what is looked for. So the time that is spent in the observations is also
+taken while they are on, with what it costs to take it, as a share of the time that passed: all requests go
+through one thread, which can do nothing else meanwhile. That is the most they can cost. Last, the page is read a
+few times.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import random
 import shlex
@@ -19,6 +25,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +37,32 @@ SERVE = "--serve"
 
 
 def serve(arguments: list[str]) -> int:
-    """The server, with a switch: SIGUSR1 turns our metrics off, SIGUSR2 on."""
+    """The server, with a switch: SIGUSR1 turns our metrics off, SIGUSR2 on.
+
+    At each signal the file that is named first gets a line: seconds spent in the observations, and the clock.
+    """
     from qaa_serve.cli import main as run
     from qaa_serve.server import metrics
+
+    account, arguments = Path(arguments[0]), arguments[1:]
+    spent = 0.0
+
+    def timed(method: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(method)
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal spent
+            begun = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent += time.perf_counter() - begun
+
+        return call
+
+    for kind, methods in ((metrics.ServerMetrics, ("begin",)), (metrics.Sequence, ("__init__", "saw")),
+                          (metrics.Observation, ("has_turn", "end"))):  # fmt: skip
+        for name in methods:
+            setattr(kind, name, timed(getattr(kind, name)))
 
     class Unobserved(metrics.Observation):
         def sequence(self) -> metrics.Sequence:
@@ -52,14 +82,19 @@ def serve(arguments: list[str]) -> int:
 
     def switch(number: int, _: object) -> None:
         metrics.Observation = Unobserved if number == signal.SIGUSR1 else observed  # type: ignore[misc]
+        with account.open("a") as file:
+            print(spent, time.perf_counter(), file=file)
 
     signal.signal(signal.SIGUSR1, switch)
     signal.signal(signal.SIGUSR2, switch)
     return run(arguments)
 
 
-async def measure(url: str, switch: Callable[[int], None], args: argparse.Namespace) -> list[tuple[bool, float]]:
-    """(whether metrics were on, tokens a second) of each window."""
+async def measure(
+    url: str, switch: Callable[[int], None], args: argparse.Namespace
+) -> tuple[list[tuple[bool, float]], float]:
+    """(whether metrics were on, tokens a second) of each window; seconds for a page of metrics."""
+    import httpx
     import openai
     import workload
 
@@ -80,6 +115,7 @@ async def measure(url: str, switch: Callable[[int], None], args: argparse.Namesp
                 tokens += bool(chunk.choices)
 
     windows = []
+    page_s = []
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         load = [asyncio.create_task(ask(client, 100 * i)) for i in range(args.clients)]
         await asyncio.sleep(args.seconds)
@@ -91,9 +127,14 @@ async def measure(url: str, switch: Callable[[int], None], args: argparse.Namesp
             await asyncio.sleep(args.seconds)
             windows.append((on, (tokens - before) / args.seconds))
             print(f"metrics {'on ' if on else 'off'} {windows[-1][1]:8.1f} tokens/s", flush=True)
+        switch(signal.SIGUSR2)  # closes the last window's account
         stopping.set()
         await asyncio.gather(*load)
-    return windows
+        for _ in range(5):
+            begun = time.perf_counter()
+            httpx.get(f"{url}/metrics").raise_for_status()
+            page_s.append(time.perf_counter() - begun)
+    return windows, statistics.median(page_s)
 
 
 def main() -> int:
@@ -108,16 +149,23 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="metrics-") as temporary:
-        command = [sys.executable, str(Path(__file__).resolve()), SERVE, "serve"]
+        account = Path(temporary) / "account"
+        command = [sys.executable, str(Path(__file__).resolve()), SERVE, str(account), "serve"]
         command += ["--adapters", str(ROOT / "examples" / "assistant" / "adapters"), "--dtype", "float32"]
         command += ["--served-model-name", "assistant", "--kv-cache-memory-bytes", "256M"]
         command += ["--state-dir", f"{temporary}/state", "--disable-uvicorn-access-log"]
         server = ServerProcess(command, Path(temporary) / "server.log", measuring=True)
         try:
             server.wait_ready()
-            windows = asyncio.run(measure(server.url, server.process.send_signal, args))
+            windows, page_s = asyncio.run(measure(server.url, server.process.send_signal, args))
         finally:
             server.stop()
+        marks = [[float(number) for number in line.split()] for line in account.read_text().splitlines()]
+    shares = [
+        100 * (spent_after - spent) / (after - before)
+        for (on, _), ((spent, before), (spent_after, after)) in zip(windows, pairwise(marks), strict=True)
+        if on
+    ]
     ratios = [a / b if on else b / a for (on, a), (_, b) in pairwise(windows)]
     loss = 100 * (1 - statistics.median(ratios))
     quartiles = [100 * (1 - q) for q in statistics.quantiles(ratios, n=4)]
@@ -126,6 +174,8 @@ def main() -> int:
         "tokens_per_second": statistics.median(rate for _, rate in windows),
         "loss_percent_median": loss,
         "loss_percent_quartiles": [quartiles[2], quartiles[0]],
+        "time_in_observations_percent": {"median": statistics.median(shares), "most": max(shares)},
+        "milliseconds_to_read_the_page": 1e3 * page_s,
     }
     print(json.dumps(figures, indent=2))
     if args.json:

@@ -6,10 +6,12 @@ import types
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import vllm.lora.utils as lora_utils
+import vllm.v1.sample.sampler as sampler
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from vllm.lora.layers import ColumnParallelLinearWithLoRA, FusedMoEWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm_qaa import port, register
@@ -46,6 +48,15 @@ def test_the_order_of_the_classes_stays():
     register()
     after = lora_utils._all_lora_classes
     assert [cls.__name__.removeprefix("QAA") for cls in after] == [cls.__name__ for cls in before]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM's compiled function stays")
+def test_logprobs_on_a_cpu_call_no_compiler():
+    register()
+    x = torch.randn(3, 50)
+    counts = sampler.batched_count_greater_than(x, x[:, :1])
+    assert counts.tolist() == [(row >= row[0]).sum().item() for row in x]
+    assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0"])
