@@ -5,12 +5,13 @@
 Serves the bundled example and keeps so many streamed requests under way. A signal to the server turns the timing
 and counting of requests off and on between windows of some seconds; the ratio of tokens a second is taken between
 neighbouring windows, on to off, so that a slow spell of the machine falls on both. Off means that the gate's
-observations do nothing; vLLM's own metrics stay on, and so does the page that Prometheus would read.
+observations note nothing of a request but its beginning; vLLM's own metrics stay on, and so does the page that
+Prometheus would read.
 
-A machine's unevenness can be larger than what is looked for. So the time that is spent in the observations is also
-taken while they are on, with what it costs to take it, as a share of the time that passed: all requests go
-through one thread, which can do nothing else meanwhile. That is the most they can cost. Last, the page is read a
-few times.
+A machine's unevenness can be larger than what is looked for. So the processor time that is spent in the
+observations is also taken while they are on, with some of what it costs to take it, as a share of the time that
+passed: all requests go through one thread, which can do nothing else meanwhile. Last, the page is read a few
+times.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SERVE = "--serve"
 def serve(arguments: list[str]) -> int:
     """The server, with a switch: SIGUSR1 turns our metrics off, SIGUSR2 on.
 
-    At each signal the file that is named first gets a line: seconds spent in the observations, and the clock.
+    At each signal the file that is named first gets a line: processor seconds in the observations, and the clock.
     """
     from qaa_serve.cli import main as run
     from qaa_serve.server import metrics
@@ -51,11 +52,11 @@ def serve(arguments: list[str]) -> int:
         @functools.wraps(method)
         def call(*args: object, **kwargs: object) -> object:
             nonlocal spent
-            begun = time.perf_counter()
+            begun = time.thread_time()
             try:
                 return method(*args, **kwargs)
             finally:
-                spent += time.perf_counter() - begun
+                spent += time.thread_time() - begun
 
         return call
 
@@ -97,12 +98,12 @@ async def measure(
     import httpx
     import openai
     import workload
+    from prometheus_client.parser import text_string_to_metric_families
 
     names = ("base", "brief", "json", "pirate")
-    tokens, stopping = 0, asyncio.Event()
+    stopping = asyncio.Event()
 
     async def ask(client: openai.AsyncOpenAI, number: int) -> None:
-        nonlocal tokens
         while not stopping.is_set():
             number += 1
             model = names[number % len(names)]
@@ -111,8 +112,14 @@ async def measure(
                 model="assistant" if model == "base" else model, prompt=prompt, max_tokens=48, stream=True,
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
-            async for chunk in chunks:
-                tokens += bool(chunk.choices)
+            async for _ in chunks:  # of one token or, where the client is late, of several
+                pass
+
+    async def generated() -> float:
+        """Tokens, as the engine counts them: vLLM's own metrics stay on."""
+        page = (await asyncio.to_thread(httpx.get, f"{url}/metrics")).text
+        samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == "vllm:generation_tokens_total")
 
     windows = []
     page_s = []
@@ -123,9 +130,10 @@ async def measure(
             on = i % 2 == 0
             switch(signal.SIGUSR2 if on else signal.SIGUSR1)
             await asyncio.sleep(1)  # requests that began before the switch end
-            before = tokens
+            before, begun = await generated(), time.perf_counter()
             await asyncio.sleep(args.seconds)
-            windows.append((on, (tokens - before) / args.seconds))
+            passed, after = time.perf_counter() - begun, await generated()
+            windows.append((on, (after - before) / passed))
             print(f"metrics {'on ' if on else 'off'} {windows[-1][1]:8.1f} tokens/s", flush=True)
         switch(signal.SIGUSR2)  # closes the last window's account
         stopping.set()

@@ -101,9 +101,9 @@ class ServerProcess:
         """The engine stands still: what it was asked for stays under way, however fast it is or slow the test."""
         engine = self.family()[1:]
         assert engine
-        for process in engine:
-            process.suspend()
         try:
+            for process in engine:
+                process.suspend()
             yield
         finally:
             for process in engine:

@@ -165,11 +165,12 @@ def test_a_row_that_is_no_number_stays_with_itself(bad: float, tokens: int, gene
     x = random_x(generator, tokens, 13, torch.float32)
     index = torch.zeros(tokens, 1, dtype=torch.int32)
     clean = layer.circuits.run(x, index)
-    x[1, 2] = bad
+    good, x[1, 2] = x.clone(), bad
     z = layer.circuits.run(x, index)
     assert z[1].isnan().all()
     others = [i for i in range(tokens) if i != 1]
     assert torch.equal(z[others], clean[others])
+    assert torch.equal(layer.circuits.run(good, index), clean), "what it left behind was seen by the next"
     index[1] = -1
     assert (layer.circuits.run(x, index)[1] == 0).all()
 

@@ -1,7 +1,7 @@
 """Where the plugin touches vLLM: module globals that name classes are pointed at subclasses of those classes.
 
 No method is replaced. Every seam is checked first, on the class that is there, and either all of them are
-changed or none.
+changed or none. Two things that a CPU build does badly are put right beside them, where they are found.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ SEAMS = (
     ),
 )
 
-_applied: list[tuple[Seam, Any]] = []  # each seam with the value vLLM had
+_applied: list[tuple[str, str, Any]] = []  # module and global, with the value vLLM had
 
 
 def apply() -> None:
@@ -121,13 +121,16 @@ def apply() -> None:
             f"the QAA plugin does not fit vLLM {version}: {'; '.join(problems)}. "
             "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
         )
+    replacements = [seam.replace(getattr(import_module(seam.module), seam.attribute)) for seam in SEAMS]
+    for seam, replacement in zip(SEAMS, replacements, strict=True):
+        _set(seam.module, seam.attribute, replacement)
     _let_llvmlite_be_looked_at()
     _count_without_compiler()
-    originals = [getattr(import_module(seam.module), seam.attribute) for seam in SEAMS]
-    replacements = [seam.replace(original) for seam, original in zip(SEAMS, originals, strict=True)]
-    for seam, original, replacement in zip(SEAMS, originals, replacements, strict=True):
-        setattr(import_module(seam.module), seam.attribute, replacement)
-        _applied.append((seam, original))
+
+
+def _set(module: str, attribute: str, value: Any) -> None:
+    _applied.append((module, attribute, getattr(import_module(module), attribute)))
+    setattr(import_module(module), attribute, value)
 
 
 def _let_llvmlite_be_looked_at() -> None:
@@ -154,18 +157,18 @@ def _count_without_compiler() -> None:
     """
     from vllm.platforms import current_platform
 
-    sampler = import_module("vllm.v1.sample.sampler")
-    name = "batched_count_greater_than"
-    as_written = getattr(getattr(sampler, name, None), "_torchdynamo_orig_callable", None)
+    module, function = "vllm.v1.sample.sampler", "batched_count_greater_than"
+    compiled = getattr(import_module(module), function, None)
+    as_written = getattr(compiled, "_torchdynamo_orig_callable", None)
     if current_platform.is_cpu() and as_written is not None:
-        setattr(sampler, name, as_written)
+        _set(module, function, as_written)
 
 
 def undo() -> None:
     """Give vLLM its own classes back (for comparisons; engines that exist keep what they have)."""
     while _applied:
-        seam, value = _applied.pop()
-        setattr(import_module(seam.module), seam.attribute, value)
+        module, attribute, value = _applied.pop()
+        setattr(import_module(module), attribute, value)
 
 
 def check_version(version: str) -> None:

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -98,9 +100,18 @@ def _cos_and_sin(angles: np.ndarray, target: np.ndarray) -> None:
     np.sin(angles, out=target[..., 1], casting="same_kind")
 
 
-@lru_cache(maxsize=64)
-def _space(thread: int, ansatz: Ansatz, width: int) -> Any:
-    """Room for a tile, of one thread; all layers use the same, so that it stays in the cache."""
+class _Space:
+    """Room for a tile, of one thread: the arrays that the kernel is given."""
+
+    def __init__(self, ansatz: Ansatz, width: int):
+        self.arrays = _room(ansatz, width)
+
+
+#: All layers whose circuits are alike use the same, so that it stays in the cache; it goes with the last of them.
+_spaces: WeakValueDictionary[tuple[int, Ansatz, int], _Space] = WeakValueDictionary()
+
+
+def _room(ansatz: Ansatz, width: int) -> tuple[Any, ...]:
     n, padded = ansatz.qubits, -width % LANES + width
     turns, phases = _numbers(ansatz)
     return (
@@ -108,7 +119,7 @@ def _space(thread: int, ansatz: Ansatz, width: int) -> Any:
         _aligned(1),
         np.zeros(LANES, np.float32),
         _aligned(max(2**n, padded) + 1),
-        _aligned(max(2**n // LANES, padded) + 1),
+        _aligned(max(2**n, padded) // LANES + 1),
         (*(_aligned(2**n) for _ in range(5)), _aligned(2 * n)),
         _aligned(turns),
         _aligned(phases),
@@ -138,7 +149,7 @@ class CompiledCircuits:
         self._ansatz = ansatz
         form, self._ry_rows, self._rz_rows = _read_ansatz(ansatz)
         self._form = tuple(form)
-        self._spaces: dict[tuple[int, int], Any] = {}
+        self._spaces: dict[tuple[int, int], _Space] = {}
         turns, phases = _numbers(ansatz)
         # Zeros: a circuit that has no angles yet gives a state, and so a z, of zero.
         self._turns = np.zeros((count, turns), np.float32)
@@ -188,8 +199,8 @@ class CompiledCircuits:
         """output[row] += B z(x[row]) for the rows of a batch that have an adapter, all in one compiled call.
 
         Args:
-            output: (tokens, d_out) float32 or bfloat16, changed in place; x's dtype.
-            x: (tokens, width), contiguous as output is.
+            output: (tokens, d_out), changed in place; by the kernel itself if float32 or bfloat16 and contiguous.
+            x: (tokens, width) of output's dtype.
             rows: (T,) int64 row numbers.
             slots: (T,) int64, which adapter each of them has.
             table: (slots, slices * heads) int32, the circuits of each adapter, -1 for none.
@@ -211,12 +222,13 @@ class CompiledCircuits:
 
         _share(work, len(rows))
 
-    def _space(self, width: int) -> Any:
+    def _space(self, width: int) -> tuple[Any, ...]:
         """The calling thread's, kept here because to hash an ansatz takes longer than to look up two numbers."""
         key = threading.get_ident(), width
         if key not in self._spaces:
-            self._spaces[key] = _space(key[0], self._ansatz, width)
-        return self._spaces[key]
+            shared = key[0], self._ansatz, width
+            self._spaces[key] = _spaces.get(shared) or _spaces.setdefault(shared, _Space(self._ansatz, width))
+        return self._spaces[key].arrays
 
     @classmethod
     def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -254,7 +266,7 @@ def _alone(directory: str | None) -> Iterator[None]:
 
 _PER_THREAD = 4 * LANES  # tokens: fewer are not worth waking a thread for
 _pool_lock = threading.Lock()
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools: dict[int, ThreadPoolExecutor] = {}  # one a process; it makes threads as they are needed
 
 
 def _share(work: Callable[[slice], None], tokens: int) -> None:
@@ -268,8 +280,9 @@ def _share(work: Callable[[slice], None], tokens: int) -> None:
         return
     ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
     with _pool_lock:
-        key = os.getpid(), threads
-        pool = _pools.setdefault(key, ThreadPoolExecutor(threads - 1, thread_name_prefix="qaa-circuits"))
+        pool = _pools.setdefault(
+            os.getpid(), ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qaa-circuits")
+        )
     others = [pool.submit(work, slice(ends[i - 1], ends[i])) for i in range(1, threads)]
     work(slice(0, ends[0]))
     for other in others:
@@ -277,5 +290,7 @@ def _share(work: Callable[[slice], None], tokens: int) -> None:
 
 
 def missing(device: torch.device) -> str | None:
-    """Why it cannot run on such a device."""
-    return None if device.type == "cpu" else "it is for CPUs"
+    """Why it cannot run on such a device, and what to do about it."""
+    if device.type != "cpu":
+        return "it is for CPUs"
+    return None if find_spec("numba") else "numba is not installed: pip install numba"

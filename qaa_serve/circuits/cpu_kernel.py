@@ -52,7 +52,7 @@ from qaa_serve.circuits.cpu_simd import LANES
 #: Pairs of a token and a circuit that are run one by one instead of as a tile.
 _FEW = 6
 
-#: Qubits of a state that can be: sixteen vectors of amplitudes.
+#: Qubits that this takes: 2**8 amplitudes are the sixteen vectors of one transpose.
 _LEAST_QUBITS = 8
 
 # ------------------------------------------------------------------------------------ a circuit
@@ -270,7 +270,7 @@ def _(source, row):
 
 @njit(nogil=True)
 def _read_token(source, row, constant):
-    """A token to the beginning of ``row``: what its amplitudes are multiplied by, and ||x|| / sqrt(width)."""
+    """A token to ``row``: what its amplitudes are multiplied by, and ||x|| / sqrt(width)."""
     width = len(source)
     squares, unit = _read_row(source, row), np.float32(1)
     if not 1e-30 < squares < 1e30:  # they overflow or vanish, or all are 0: over the largest
@@ -295,7 +295,7 @@ def _embed(x, tokens, constant, rows, scales, lengths, embedded):
         if tokens[lane] < 0:
             rows[lane] = 0
         else:
-            scales[lane], lengths[lane] = _read_token(x[tokens[lane]], rows[lane], constant)
+            scales[lane], lengths[lane] = _read_token(x[tokens[lane]], rows[lane][:width], constant)
     flat = rows.reshape(-1)
     for block in range(padded // LANES):
         to_lanes(flat, scales, embedded, block, padded // LANES, block * LANES, 0)

@@ -220,6 +220,13 @@ def constants(ansatz: Ansatz, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _check_size(ansatz: Ansatz) -> None:
+    if ansatz.qubits > MOST_QUBITS:
+        raise ValueError(
+            f"the triton backend takes at most {MOST_QUBITS} qubits, not {ansatz.qubits}; choose another one"
+        )
+
+
 class TritonCircuits:
     """Circuits for serving; see ``backends.Circuits``.
 
@@ -228,10 +235,7 @@ class TritonCircuits:
     """
 
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
-        if ansatz.qubits > MOST_QUBITS:
-            raise ValueError(
-                f"the triton backend takes at most {MOST_QUBITS} qubits, not {ansatz.qubits}; choose another one"
-            )
+        _check_size(ansatz)
         from qaa_serve.circuits import triton_kernel
 
         self._kernel = triton_kernel.circuit_kernel
@@ -280,7 +284,11 @@ class TritonCircuits:
         """Compile the kernel as ``run`` launches it, seconds where Triton's cache does not have it.
 
         It never ran on a GPU.
+
+        Raises:
+            ValueError: for more qubits than ``MOST_QUBITS``.
         """
+        _check_size(ansatz)
         from qaa_serve.circuits import triton_kernel
 
         with torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
