@@ -100,6 +100,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
         super().create_lora_weights(max_loras, lora_config, model_config)
         self._theta: list[dict[int, torch.Tensor] | None] = [None] * max_loras
         self._forms: list[CircuitForm | None] = [None] * max_loras
+        self._in_slots: list[SlotCircuits | None] = [None] * max_loras  # of those forms
         self._circuits: dict[CircuitForm, SlotCircuits] = {}
 
     def reset_lora(self, index: int) -> None:
@@ -108,6 +109,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
         self._theta[index] = None
         form, self._forms[index] = self._forms[index], None
         if form is not None:
+            self._in_slots[index] = None
             self._circuits[form].clear(index)
             if form not in self._forms:
                 del self._circuits[form]
@@ -139,7 +141,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             qubits = next(iter(angles.values())).shape[-1]
             self._circuits[form] = self._make_circuits(form, qubits)
         slot_circuits = self._circuits[form]
-        self._forms[index] = form
+        self._forms[index], self._in_slots[index] = form, slot_circuits
         slot_circuits.put(index, {i: theta.to(self.device, torch.float32) for i, theta in angles.items()})
         if slot_circuits.weights.numel():
             for i in angles:
@@ -175,13 +177,14 @@ class QAALayerMixin(BaseLayerWithLoRA):
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._plans is None:
             return super()._apply_lora_to_output(x, output)
-        # Models of the transformers backend carry a batch axis of one.
-        flat_x, flat_output = x.flatten(0, -2), output.flatten(0, -2)
+        if x.ndim > 2:  # models of the transformers backend carry a batch axis of one
+            flat = self._apply_lora_to_output(x.flatten(0, -2), output.flatten(0, -2))
+            return flat.view(output.shape)
         if torch.compiler.is_compiling():
-            torch.ops.vllm_qaa.add_delta(flat_x, flat_output, self._qaa_name)
+            torch.ops.vllm_qaa.add_delta(x, output, self._qaa_name)
         else:
-            self.add_delta(flat_x, flat_output)
-        return flat_output.view(output.shape)
+            self.add_delta(x, output)
+        return output
 
     def add_delta(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Add every adapter's update to the rows of ``output`` that belong to it.
@@ -192,14 +195,14 @@ class QAALayerMixin(BaseLayerWithLoRA):
         """
         assert self._plans is not None  # only bound layers come here
         plan = self._plans.plan
-        if plan.empty:
+        if not (plan.lora or (plan.qaa and self._circuits)):
             return
         if x.shape[0] < plan.num_tokens:
             raise RuntimeError(
                 f"{self._qaa_name} was given {x.shape[0]} tokens in a step of {plan.num_tokens}: this model "
                 "runs the layer on part of the tokens, which adapters do not support"
             )
-        if x.device.type == "cpu":
+        if x.is_cpu:
             self._add_on_cpu(plan, x, output)
         else:
             self._add_with_punica(plan, x, output)
@@ -214,11 +217,12 @@ class QAALayerMixin(BaseLayerWithLoRA):
                 _add(output[:, columns], lora, rows.to(a.dtype) @ a.T @ b.T)
         groups, x = self._groups(plan, x)
         with TIMER.sample(x.device) if groups else nullcontext():
-            for group in groups:
-                self._add_circuits(group, x, output)
+            for group, here in groups:
+                self._add_circuits(group, here, x, output)
 
-    def _add_circuits(self, group: CircuitTokens, x: torch.Tensor, output: torch.Tensor) -> None:
-        here = self._circuits[group.form]
+    def _add_circuits(
+        self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor, output: torch.Tensor
+    ) -> None:
         if isinstance(here.circuits, CompiledCircuits):
             if not self._adds_b_z():
                 return
@@ -239,15 +243,22 @@ class QAALayerMixin(BaseLayerWithLoRA):
             self.punica_wrapper.add_shrink(z_all, x, self.lora_a_stacked, 1.0)
         groups, x = self._groups(plan, x)
         with TIMER.sample(x.device) if groups else nullcontext():
-            readouts = [self._readout(group, self._circuits[group.form], x) for group in groups]
-        for group, z in zip(groups, readouts, strict=True):
+            readouts = [(group, self._readout(group, here, x)) for group, here in groups]
+        for group, z in readouts:
             if self._adds_b_z():
                 z_all[:, group.rows, : z.shape[-1]] = z.transpose(0, 1)
         self.punica_wrapper.add_expand(output, z_all, self.lora_b_stacked, self.output_slices, add_inputs=True)
 
-    def _groups(self, plan: StepPlan, x: torch.Tensor) -> tuple[list[CircuitTokens], torch.Tensor]:
+    def _groups(
+        self, plan: StepPlan, x: torch.Tensor
+    ) -> tuple[list[tuple[CircuitTokens, SlotCircuits]], torch.Tensor]:
         """The groups that have circuits in this layer, and the whole x where the input is cut over the ranks."""
-        groups = [g for g in plan.qaa if any(self._forms[slot] is not None for slot in g.present)]
+        groups = []
+        for group in plan.qaa:
+            for slot in group.present:
+                if (here := self._in_slots[slot]) is not None:
+                    groups.append((group, here))  # a group's slots share a form
+                    break
         if groups and self._input_is_sharded():
             # z is a function of the whole x, unlike A x, which is a sum over its parts.
             x = tensor_model_parallel_all_gather(x)

@@ -16,6 +16,9 @@ BOUNDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
 EVERY = 61
 
 
+_NOTHING = nullcontext()
+
+
 class CircuitTimer:
     """A histogram of the time of a layer's circuits.
 
@@ -32,7 +35,7 @@ class CircuitTimer:
     def sample(self, device: torch.device) -> AbstractContextManager[None]:
         """Time what happens within, if it is this call's turn."""
         self._calls += 1
-        return self._measure(device) if self._calls % EVERY == 0 else nullcontext()
+        return self._measure(device) if self._calls % EVERY == 0 else _NOTHING
 
     @contextmanager
     def _measure(self, device: torch.device) -> Iterator[None]:
