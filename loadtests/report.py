@@ -79,7 +79,9 @@ def plot_percentiles(kind: str) -> Callable[[Axes, Mapping[str, Any], History], 
         limit = (summary["slo"] or {}).get({"TTFT": "ttft_ms", "inter-token": "inter_token_ms"}[kind])
         if limit:
             axes.axhline(limit, color="#c00000", linewidth=0.8, label="SLO")
-        axes.set(xlabel="seconds", ylabel=f"{kind}, ms (last 10 s)", ylim=(0, None))
+        # A limit may be a hundred times what is measured.
+        axes.set(xlabel="seconds", ylabel=f"{kind}, ms (last 10 s)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.legend(ncols=2, fontsize="small")
 
     return plot
