@@ -60,6 +60,7 @@ from circuits import (
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, Circuits, circuits_of, get_backend, torch_batched
 from qaa_serve.circuits.backends import missing
+from qaa_serve.circuits.triton_fused import TritonCircuits
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("triton", "torch", "cuquantum")
@@ -210,6 +211,10 @@ class InterpretedTriton:
     def nbytes(self) -> int:
         return self._theta.nbytes
 
+    @classmethod
+    def compile(cls, *_: object) -> None:
+        pass
+
 
 def interpreted_cuquantum() -> AbstractContextManager[object]:
     from custatevec_interpreter import interpreted
@@ -268,6 +273,15 @@ def mixed_batch(
     return x.to(device), theta, index.to(device)
 
 
+def compiled_kernels(make: type[Circuits]) -> int:
+    """How many variants of its kernel Triton has compiled in this process."""
+    if make is not TritonCircuits:
+        return 0
+    from qaa_serve.circuits.triton_kernel import circuit_kernel
+
+    return sum(len(kernels) for kernels, *_ in circuit_kernel.device_caches.values())
+
+
 def correctness(setting: Setting) -> Findings:
     findings = Findings()
     worst = dict.fromkeys(setting.backends, 0.0)
@@ -284,7 +298,11 @@ def correctness(setting: Setting) -> Findings:
             try:
                 circuits = make(ansatz, CIRCUITS, setting.device)
                 circuits.put(0, theta)
+                make.compile(ansatz, x.shape[1], index.shape[1], dtype, setting.device)
+                ahead = compiled_kernels(make)
                 z = circuits.run(x, index)
+                if compiled_kernels(make) != ahead:
+                    raise ValueError("it was compiled at the launch, though it had been compiled ahead")
                 row["error"] = (z.cpu().double() - expected).abs().max().item()
                 if not row["error"] <= TOLERANCE:
                     raise ValueError(f"off by {row['error']:.1e}")

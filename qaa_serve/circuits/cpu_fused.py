@@ -280,9 +280,8 @@ def _share(work: Callable[[slice], None], tokens: int) -> None:
         return
     ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
     with _pool_lock:
-        pool = _pools.setdefault(
-            os.getpid(), ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qaa-circuits")
-        )
+        if (pool := _pools.get(os.getpid())) is None:
+            pool = _pools[os.getpid()] = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qaa-circuits")
     others = [pool.submit(work, slice(ends[i - 1], ends[i])) for i in range(1, threads)]
     work(slice(0, ends[0]))
     for other in others:
