@@ -16,9 +16,9 @@ OTHER = ("ry_ring", 3, 1)
 
 def test_base_tokens_belong_to_nobody():
     plan = make_plan([0, 0, 0], [7, 8], [FORM, None], CPU)
-    assert plan.empty
+    assert (plan.qaa, plan.lora) == ((), ())
     assert plan.num_tokens == 3
-    assert NOTHING.empty
+    assert (NOTHING.qaa, NOTHING.lora) == ((), ())
 
 
 def test_tokens_side_by_side_are_a_slice():

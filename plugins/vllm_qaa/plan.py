@@ -83,11 +83,6 @@ class StepPlan:
     qaa: tuple[CircuitTokens, ...]
     lora: tuple[LoRATokens, ...]
 
-    @property
-    def empty(self) -> bool:
-        """Whether no token has an adapter."""
-        return not (self.qaa or self.lora)
-
 
 NOTHING = StepPlan(0, (), ())
 
