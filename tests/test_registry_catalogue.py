@@ -285,6 +285,25 @@ def test_a_rejection_is_noted_and_what_was_served_goes_on(place: Place) -> None:
     place.serve(body)
 
 
+def test_a_name_and_what_is_said_of_it_change_in_one_step(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        catalogue.reject(Rejection("a", Path("a"), "wrong"))
+        entry = catalogue.entries["a"]
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(2), "directory"))
+        while not publishing.done():
+            if entry.current == old:
+                assert (entry.source, entry.seen) == ("api", None)
+                assert entry.rejection is not None
+            else:
+                assert (entry.source, entry.seen) == ("directory", catalogue.resolve("a").digest)  # type: ignore[union-attr]
+                assert entry.rejection is None
+            await asyncio.sleep(0)
+        assert await publishing == entry.current != old
+
+    place.serve(body)
+
+
 # ------------------------------------------------------------------------------------ remove, forget, roll back
 
 

@@ -208,11 +208,14 @@ class Catalogue:
                 if source == "directory" and entry.seen == revision.digest:
                     entry.rejection = None  # back to what it was
                     return revision
-                await self._switch_to(entry, revision)
-                self._observer.swapped("published")
+                await self._load(entry, revision)
+                # From here to the next await is the atomic step.
+                old = self._switch(entry, revision)
                 entry.source, entry.rejection = source, None
                 if source == "directory":
                     entry.seen = revision.digest
+                self._observer.swapped("published")
+                await self._let_go_of_former(entry, old)
             finally:
                 # What was copied for nothing goes again.
                 if revision not in entry.revisions():
@@ -270,8 +273,10 @@ class Catalogue:
             if digest is None and not entry.kept:
                 raise UnknownAdapterError(f"adapter {name!r} has no earlier revision to go back to")
             revision = entry.kept[0] if digest is None else entry.find(digest)
-            await self._switch_to(entry, revision)
+            await self._load(entry, revision)
+            old = self._switch(entry, revision)
             self._observer.swapped("rolled_back")
+            await self._let_go_of_former(entry, old)
             self._persist()
         return revision
 
@@ -372,7 +377,9 @@ class Catalogue:
                 revision = await self._in_reader(self.store.recall, entry.name, digest)
                 entry.kept.insert(0, revision)
                 if digest == current:
-                    await self._switch_to(entry, revision)
+                    await self._load(entry, revision)
+                    self._switch(entry, revision)
+                    await self._trim(entry)
                 elif revision.short_digest in entry.pinned_revisions:
                     await self.cache.load(revision)
             except AdapterError as error:
@@ -382,10 +389,9 @@ class Catalogue:
                     entry.seen = None  # its directory is to be tried again
         self.entries[entry.name] = entry
 
-    async def _switch_to(self, entry: Entry, revision: Revision) -> None:
-        """Load a revision, let the name stand for it, and let go of what it stood for."""
-        old = entry.current
-        if old == revision:
+    async def _load(self, entry: Entry, revision: Revision) -> None:
+        """Bring into the engine what a name shall stand for."""
+        if entry.current == revision:
             return
         for other in self._all():
             if other.int_id == revision.int_id and other.revision != revision.revision:
@@ -394,7 +400,12 @@ class Catalogue:
                     "save it again with any change to its config"
                 )
         await self.cache.load(revision)
-        # From here to the next await is the atomic step.
+
+    def _switch(self, entry: Entry, revision: Revision) -> Revision | None:
+        """Let a name stand for a loaded revision; what it stood for, if that was another one."""
+        old = entry.current
+        if old == revision:
+            return None
         if revision in entry.kept:
             entry.kept.remove(revision)
         if old is not None:
@@ -414,6 +425,10 @@ class Catalogue:
             revision.nbytes,
             f", instead of {old.revision}" if old else "",
         )
+        return old
+
+    async def _let_go_of_former(self, entry: Entry, old: Revision | None) -> None:
+        """Of what a name stood for until now, and of former revisions beyond those that are kept."""
         if old is not None and old.short_digest not in entry.pinned_revisions:
             await self.cache.retire(old)
         await self._trim(entry)
