@@ -24,7 +24,8 @@ from circuits import hardware, versions
 from numba import njit
 
 from qaa_serve.circuits import Ansatz, cpu_gates, cpu_kernel, get_backend
-from qaa_serve.circuits.cpu_fused import LANES, CompiledCircuits
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from qaa_serve.circuits.cpu_host import LANES
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-6
@@ -74,9 +75,9 @@ def parts(qubits: int) -> dict[str, float]:
     identity = np.arange(2**n, dtype=np.int32)
     form = before, gathers, moves, after
     found = {
-        "tile: embed": microseconds(cpu_kernel._embed, x, of_each, constant, rows, scales, lengths, embedded),
-        "tile: angles to the lanes": microseconds(cpu_kernel._spread, circuits._turns, of_each, turns)
-        + microseconds(cpu_kernel._spread, circuits._phases, of_each, phases),
+        "tile: embed": microseconds(cpu_kernel.embed, x, of_each, constant, rows, scales, lengths, embedded),
+        "tile: angles to the lanes": microseconds(cpu_kernel.spread_tables, circuits._turns, of_each, turns)
+        + microseconds(cpu_kernel.spread_tables, circuits._phases, of_each, phases),
         "tile: RY layer, real": microseconds(cpu_gates.rotate, embedded, a, turns, 0, 0, n),
     }
     found["tile: RY layer, complex"] = microseconds(cpu_gates.rotate, a, a, turns, 0, 0, n) * 2

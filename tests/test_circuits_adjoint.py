@@ -40,6 +40,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(adjoint._BLOCK, "cpu", 64)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 on a CPU has by default, and what it would have elsewhere."""
+    if request.param == "torch":
+        monkeypatch.setattr(adjoint, "_is_compiled", lambda x: False)
+
+
 def on_every_token(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -60,11 +67,22 @@ def assert_same_as_autograd(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
-@pytest.mark.parametrize("qubits", [1, 2, 3, 5, 8, 10, 13])
+@pytest.mark.parametrize("qubits", range(1, 14))
 def test_agrees_with_pennylane(qubits: int, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     ansatz = Ansatz(name, qubits, 2)
     x = random_x(generator, 2, width_for(qubits), dtype)
     assert_gradients_close(on_every_token, x, random_theta(generator, 1, ansatz, dtype), ansatz)
+
+
+@pytest.mark.parametrize("name", ANSATZ_NAMES)
+@pytest.mark.parametrize("qubits", [2, 5, 10])
+def test_torch_in_float32_agrees_with_pennylane(
+    qubits: int, name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adjoint, "_is_compiled", lambda x: False)
+    ansatz = Ansatz(name, qubits, 2)
+    x = random_x(generator, 2, width_for(qubits), SINGLE)
+    assert_gradients_close(on_every_token, x, random_theta(generator, 1, ansatz, SINGLE), ansatz)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
@@ -95,6 +113,50 @@ def test_any_number_of_tokens_about_a_block(name: str, tokens: int, generator: t
     assert_same_as_autograd(random_x(generator, tokens, 13), random_theta(generator, 2, ansatz), ansatz)
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 127, 128, 257])
+@pytest.mark.parametrize("name", ANSATZ_NAMES)
+@pytest.mark.parametrize(("constant", "length"), [(False, False), (True, False), (False, True), (True, True)])
+def test_any_number_of_tokens_about_a_tile(
+    name: str, constant: bool, length: bool, tokens: int, generator: torch.Generator
+) -> None:
+    """A tile is sixteen tokens, and 128 are shared over two threads."""
+    ansatz = Ansatz(name, 4, 2, constant=constant, length=length)
+    assert_same_as_autograd(
+        random_x(generator, tokens, 11, SINGLE), random_theta(generator, 3, ansatz, SINGLE), ansatz
+    )
+
+
+@pytest.mark.parametrize("width", [2, 7, 8, 9, 15, 16])
+def test_any_width_about_the_state(width: int, generator: torch.Generator) -> None:
+    ansatz = Ansatz("strongly_entangling", 4, 2, readouts=7)
+    assert_same_as_autograd(
+        random_x(generator, 5, width, SINGLE), random_theta(generator, 2, ansatz, SINGLE), ansatz
+    )
+
+
+def test_the_same_inputs_have_the_same_gradients_to_the_bit(generator: torch.Generator) -> None:
+    ansatz = Ansatz("ryrz_ring_ry", 6, 2)
+    x, theta = random_x(generator, 300, 50, SINGLE), random_theta(generator, 2, ansatz, SINGLE)
+    first = gradients(on_every_token, x, theta, ansatz)
+    for _ in range(5):
+        for again, once in zip(gradients(on_every_token, x, theta, ansatz), first, strict=True):
+            assert torch.equal(again, once)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_token_that_is_no_number_spoils_no_other_tokens_gradient(generator: torch.Generator) -> None:
+    ansatz = Ansatz("ryrz_ring_ry", 4, 2)
+    x, theta = random_x(generator, 20, 13, SINGLE), random_theta(generator, 1, ansatz, SINGLE)
+    _, expected, _ = gradients(on_every_token, x, theta, ansatz)
+    x[3] = float("nan")
+    x[17, 2] = float("inf")
+    z, dx, dtheta = gradients(on_every_token, x, theta, ansatz)
+    fine = torch.tensor([token not in (3, 17) for token in range(20)])
+    assert_close(dx[fine], expected[fine], TOLERANCE[SINGLE])
+    assert z[~fine].isnan().all()
+    assert dtheta.isnan().any(), "what diverges is to be seen"
+
+
 @pytest.mark.parametrize("block", [1, 2**30])
 def test_blocks_of_one_token_and_of_all(
     block: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -105,6 +167,7 @@ def test_blocks_of_one_token_and_of_all(
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(0, 2), (3, 0), (0, 0)])
+@pytest.mark.usefixtures("both_ways")
 def test_nothing_gives_nothing(tokens: int, heads: int, generator: torch.Generator) -> None:
     ansatz = Ansatz("ryrz_ring_ry", 4, 2)
     x = random_x(generator, tokens, 13, SINGLE).requires_grad_()
@@ -130,6 +193,7 @@ def test_wrong_shapes_are_errors() -> None:
 
 
 @pytest.mark.parametrize("power", [-100, -67, 67, 100])
+@pytest.mark.usefixtures("both_ways")
 def test_gradients_stand_any_length_of_x(power: int, generator: torch.Generator) -> None:
     """2**67 is 1e20: squares of such numbers overflow or vanish in float32."""
     ansatz = Ansatz("ryrz_ring_ry", 4, 2)
@@ -138,7 +202,7 @@ def test_gradients_stand_any_length_of_x(power: int, generator: torch.Generator)
 
 
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "both_ways")
 def test_a_zero_row_has_no_gradient_and_leaves_its_neighbours_alone(name: str, generator: torch.Generator) -> None:
     ansatz = Ansatz(name, 4, 2)
     x = random_x(generator, 6, 13, SINGLE)
@@ -151,6 +215,7 @@ def test_a_zero_row_has_no_gradient_and_leaves_its_neighbours_alone(name: str, g
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.usefixtures("both_ways")
 def test_any_float_gets_its_gradient_in_its_own_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
     ansatz = Ansatz("ryrz_ring_ry", 6, 2)
     x = random_x(generator, 4, 40, dtype).requires_grad_()
@@ -167,16 +232,19 @@ def test_any_float_gets_its_gradient_in_its_own_dtype(dtype: torch.dtype, genera
     torch.testing.assert_close(dtheta.double(), dtheta_exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_inputs_and_incoming_gradients_need_not_be_contiguous(layout: str, generator: torch.Generator) -> None:
+def test_inputs_and_incoming_gradients_need_not_be_contiguous(
+    layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     ansatz = Ansatz("ryrz_ring_ry", 4, 2)
     x = {
-        "transposed": random_x(generator, 13, 4).T,
-        "sliced": random_x(generator, 8, 26)[::2, ::2],
-        "expanded": random_x(generator, 1, 13).expand(4, -1),
+        "transposed": random_x(generator, 13, 4, dtype).T,
+        "sliced": random_x(generator, 8, 26, dtype)[::2, ::2],
+        "expanded": random_x(generator, 1, 13, dtype).expand(4, -1),
     }[layout]
-    theta = random_theta(generator, 4, ansatz)[1::2]
-    dz = random_x(generator, 4, 8).reshape(4, 4, 2).transpose(1, 2)
+    theta = random_theta(generator, 4, ansatz, dtype)[1::2]
+    dz = random_x(generator, 4, 8, dtype).reshape(4, 4, 2).transpose(1, 2)
     assert not any(tensor.is_contiguous() for tensor in (x, theta, dz))
 
     def grads(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -184,7 +252,7 @@ def test_inputs_and_incoming_gradients_need_not_be_contiguous(layout: str, gener
         return torch.autograd.grad(function(*inputs, ansatz), inputs, dz)
 
     for ours, theirs in zip(grads(expectation_values), grads(torch_batched.expectation_values), strict=True):
-        assert_close(ours, theirs, TOLERANCE[DOUBLE])
+        assert_close(ours, theirs, 10 * TOLERANCE[dtype])  # the gradients are several times as large as z
 
 
 # -------------------------------------------------------------------------- what is kept, and with whom
@@ -192,6 +260,7 @@ def test_inputs_and_incoming_gradients_need_not_be_contiguous(layout: str, gener
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, SINGLE], ids=str)
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
+@pytest.mark.usefixtures("both_ways")
 def test_only_x_and_theta_are_kept(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     ansatz = Ansatz(name, 6, 3)
     x = random_x(generator, 300, 40, dtype).requires_grad_()

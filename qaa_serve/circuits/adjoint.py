@@ -12,6 +12,9 @@ goes back through them with lambda = dL/dpsi (adjoint method, arXiv:2009.02823):
 
 States are (2**n, columns) here: a column a token, and from the first RZ on two, real and imaginary part side by
 side. A permutation moves whole rows, a phase multiplies one, and all columns pass a real matrix together.
+
+On a CPU in float32 all of this is done by compiled kernels instead, ``cpu_training``; what is here is for GPUs and
+float64.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz
+from qaa_serve.circuits import cpu_training
+from qaa_serve.circuits.ansatz import Ansatz, check_width
+from qaa_serve.circuits.backends import missing
 from qaa_serve.circuits.torch_batched import _schedule, _Stretch, embed, fuse, lengths
 
 #: Amplitudes of the tokens computed together, by device: few enough for a CPU's caches (a state of 2**17 takes
@@ -49,8 +54,17 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
     Raises:
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
     """
+    check_width(x, ansatz)
+    if theta.shape[1:] != ansatz.theta_shape:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
     z: torch.Tensor = _ExpectationValues.apply(x, theta, ansatz)  # type: ignore[no-untyped-call]
     return z
+
+
+def prepare(device: torch.device) -> None:
+    """Compile what circuits on such a device need, or read what was compiled before; else the first call does."""
+    if missing("cpu", device) is None:
+        cpu_training.prepare()
 
 
 class _ExpectationValues(torch.autograd.Function):
@@ -58,6 +72,8 @@ class _ExpectationValues(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
         ctx.save_for_backward(x, theta)
         ctx.ansatz = ansatz
+        if _is_compiled(x):
+            return cpu_training.expectation_values(x, theta, ansatz)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             circuits = _circuits(theta.to(dtype), ansatz)
@@ -84,6 +100,9 @@ class _ExpectationValues(torch.autograd.Function):
             )
         x, theta = ctx.saved_tensors
         needs_dx, needs_dtheta, _ = ctx.needs_input_grad
+        if _is_compiled(x):
+            of_x, of_theta = cpu_training.gradients(x, theta, ctx.ansatz, dz)
+            return of_x if needs_dx else None, of_theta if needs_dtheta else None, None
         dx = torch.zeros_like(x) if needs_dx else None
         dtheta = torch.zeros_like(theta, dtype=dz.dtype) if needs_dtheta else None
         with torch.autocast(x.device.type, enabled=False):
@@ -104,6 +123,10 @@ class _ExpectationValues(torch.autograd.Function):
                     for layer in circuit:
                         layer.add_dtheta(angles)
         return dx, None if dtheta is None else dtheta.to(theta.dtype), None
+
+
+def _is_compiled(x: torch.Tensor) -> bool:
+    return x.dtype != torch.float64 and missing("cpu", x.device) is None
 
 
 def _back(

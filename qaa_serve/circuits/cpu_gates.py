@@ -69,8 +69,11 @@ def _ry_with_lanes(block: Block) -> None:
         block.store(amplitude, 1, place)
 
 
-def _phase(parts: int) -> Any:
-    """target[j] = source[i] * upper * lower, complex; its integers: i, j, the two phases' numbers."""
+def _phase(parts: int, back: bool = False) -> Any:
+    """target[j] = source[i] * upper * lower, complex, or their conjugates to go back.
+
+    Its integers: i, j, the two phases' numbers.
+    """
 
     def code(block: Block) -> None:
         i, j, upper, lower = block.arguments[-4:]
@@ -85,8 +88,9 @@ def _phase(parts: int) -> Any:
             block.store(block.times(re, sin), 2, j)
         else:
             im = block.load(1, i)
-            block.store(block.minus(block.times(re, cos), block.times(im, sin)), 2, j)
-            block.store(block.plus(block.times(re, sin), block.times(im, cos)), 3, j)
+            a, b, c, d = block.times(re, cos), block.times(im, sin), block.times(re, sin), block.times(im, cos)
+            block.store(block.plus(a, b) if back else block.minus(a, b), 2, j)
+            block.store(block.minus(d, c) if back else block.plus(c, d), 3, j)
 
     return emit(parts + 3, 4, code)
 
@@ -148,6 +152,85 @@ def _overlaps(bits: int) -> Any:
     return emit(2, 3, code)
 
 
+def _turn_overlaps(bits: int) -> Any:
+    """As ``_overlaps``: add <lambda, (-i Y) psi> of the qubits, of the real or of the imaginary parts."""
+
+    def code(block: Block) -> None:
+        first, stride, z = block.arguments[-3:]
+        places = [block.offset(first, i, stride) for i in range(2**bits)]
+        lam, psi = ([block.load(array, place) for place in places] for array in range(2))
+        for bit in range(bits):
+            pairs = [(i, i | 1 << bit) for i in range(2**bits) if not i >> bit & 1]
+            gains = block.total([block.times(lam[on], psi[off]) for off, on in pairs])
+            losses = block.total([block.times(lam[off], psi[on]) for off, on in pairs])
+            place = block.offset(z, bit)
+            block.store(block.plus(block.load(2, place), block.minus(gains, losses)), 2, place)
+
+    return emit(3, 3, code)
+
+
+def _phase_overlap(block: Block) -> None:
+    """target[j] = Im(lambda[i] conj(psi[i])); arrays: both parts of lambda, of psi, the target."""
+    i, j = block.arguments[-2:]
+    lam_re, lam_im, re, im = (block.load(part, i) for part in range(4))
+    block.store(block.minus(block.times(lam_im, re), block.times(lam_re, im)), 4, j)
+
+
+def _double(bits: int) -> Any:
+    """What ``_halve`` is to sums, backwards: a number, plus or minus the z of each of the qubits.
+
+    Its integers: as of ``_halve``.
+    """
+
+    def code(block: Block) -> None:
+        first, source, z = block.arguments[-3:]
+        values: Registers = [block.load(0, source)]
+        for bit in reversed(range(bits)):
+            weight = block.load(1, block.offset(z, bit))
+            values = [signed(value, weight) for value in values for signed in (block.plus, block.minus)]
+        for i, value in enumerate(values):
+            block.store(value, 0, block.offset(first, i))
+
+    return emit(2, 3, code)
+
+
+def _multiply(block: Block) -> None:
+    """target[j] *= source[i]."""
+    i, j = block.arguments[-2:]
+    block.store(block.times(block.load(0, i), block.load(1, j)), 1, j)
+
+
+def _add_product(block: Block) -> None:
+    """total[j] += a[i] * b[i]."""
+    i, j = block.arguments[-2:]
+    block.store(block.plus(block.load(2, j), block.times(block.load(0, i), block.load(1, i))), 2, j)
+
+
+def _add(block: Block) -> None:
+    """target[j] += source[i]."""
+    i, j = block.arguments[-2:]
+    block.store(block.plus(block.load(0, i), block.load(1, j)), 1, j)
+
+
+def _from_lanes(block: Block) -> None:
+    """(a - b * factors[1]) * factors[0] of sixteen vectors, to sixteen numbers of each of sixteen rows.
+
+    Its arrays: a, b, factors, rows. Its integers: the first vector, where the first row goes, a row's length, both
+    in vectors.
+    """
+    first, target, length = block.arguments[-3:]
+    one = first.type(1)
+    scale, share = block.load(2, first.type(0)), block.load(2, one)
+    columns: Registers = []
+    for i in range(LANES):
+        place = block.offset(first, i)
+        rest = block.minus(block.load(0, place), block.times(block.load(1, place), share))
+        columns.append(block.times(rest, scale))
+    _transpose(block, columns)
+    for i, column in enumerate(columns):
+        block.store(column, 3, block.offset(target, i, length))
+
+
 def _sum_and_difference(block: Block) -> None:
     i, j = block.arguments[-2:]
     off, on = block.load(0, i), block.load(0, j)
@@ -182,13 +265,17 @@ def _to_lanes(block: Block) -> None:
 
 
 _ry1, _ry2, _ry3, _ry4 = (_ry_in_registers(bits) for bits in (1, 2, 3, 4))
-phase_1, phase_2 = _phase(1), _phase(2)
+phase_1, phase_2, phase_back = _phase(1), _phase(2), _phase(2, back=True)
 probability_1, probability_2 = _probability(1), _probability(2)
 _halve1, _halve2, _halve3 = (_halve(bits) for bits in (1, 2, 3))
 _overlaps1, _overlaps2, _overlaps3 = (_overlaps(bits) for bits in (1, 2, 3))
+_turn_overlaps1, _turn_overlaps2, _turn_overlaps3 = (_turn_overlaps(bits) for bits in (1, 2, 3))
+_double1, _double2, _double3 = (_double(bits) for bits in (1, 2, 3))
 _ry_lanes = emit(3, 2, _ry_with_lanes)
 copy_vector, spread = emit(2, 2, _copy), emit(2, 2, _spread)
 butterfly, to_lanes = emit(1, 2, _sum_and_difference), emit(3, 4, _to_lanes)
+phase_overlap, from_lanes = emit(5, 2, _phase_overlap), emit(4, 3, _from_lanes)
+multiply, add_vector, add_product = emit(2, 2, _multiply), emit(2, 2, _add), emit(3, 2, _add_product)
 
 
 # ------------------------------------------------------------------------------------ steps of a circuit
@@ -256,3 +343,38 @@ def read_x(part, x, n):
                 else:
                     _overlaps1(part, x, first, stride, low)
         low += bits
+
+
+@njit(nogil=True)
+def read_turns(lam, psi, sums, n):
+    """Add <lambda, (-i Y) psi> of the qubit of each bit to sums[bit]; of the real or the imaginary parts."""
+    low = 0
+    while low < n:
+        bits, stride = min(n - low, 3), 1 << low
+        for outer in range(0, 1 << n, stride << bits):
+            for first in range(outer, outer + stride):
+                if bits == 3:
+                    _turn_overlaps3(lam, psi, sums, first, stride, low)
+                elif bits == 2:
+                    _turn_overlaps2(lam, psi, sums, first, stride, low)
+                else:
+                    _turn_overlaps1(lam, psi, sums, first, stride, low)
+        low += bits
+
+
+@njit(nogil=True)
+def weigh_z(z, p, n):
+    """p[j] = sum over the bits of z[bit], or of -z[bit] where j has the bit on: the transpose of ``read_z``."""
+    p[:LANES] = 0
+    bit, size = n, 1
+    while bit > 0:
+        bits = bit % 3 or 3
+        bit -= bits
+        for i in range(size - 1, -1, -1):  # from the end: what is read must not be written before
+            if bits == 3:
+                _double3(p, z, i << 3, i, bit)
+            elif bits == 2:
+                _double2(p, z, i << 2, i, bit)
+            else:
+                _double1(p, z, i << 1, i, bit)
+        size <<= bits

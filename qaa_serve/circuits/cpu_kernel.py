@@ -77,6 +77,33 @@ def _shift_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved
 
 
 @njit(nogil=True)
+def enter(re, im, is_complex, to_re, to_im, phases, before, after, gather, moved, n):
+    """What lies before an RY layer: phases, a permutation, phases. Whether the state is complex then."""
+    if before >= 0:
+        _shift_phases(re, im, is_complex, to_re, to_im, phases, before, gather, moved, n, n // 2)
+        is_complex = True
+    else:
+        for j in range(1 << n):
+            copy_vector(re, to_re, gather[j], j)
+        if is_complex:
+            for j in range(1 << n):
+                copy_vector(im, to_im, gather[j], j)
+    if after >= 0:
+        _shift_phases(to_re, to_im, is_complex, to_re, to_im, phases, after, gather, False, n, n // 2)
+        is_complex = True
+    return is_complex
+
+
+@njit(nogil=True)
+def walsh_hadamard(p, n):
+    """For each set of qubits the sum of p with the signs of their Pauli-Z's product, in place."""
+    for bit in range(n):
+        for outer in range(0, 1 << n, 2 << bit):
+            for i in range(outer, outer + (1 << bit)):
+                butterfly(p, i, i + (1 << bit))
+
+
+@njit(nogil=True)
 def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, masks, n, spaces, z):
     """Sixteen circuits on sixteen embedded states.
 
@@ -93,26 +120,14 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
         spaces: five times 2**n vectors, and 2 n for readouts.
         z: (columns,) vectors, written.
     """
-    size, lower = 1 << n, n // 2
+    size = 1 << n
     a, b, c, d, p, sums = spaces
     stretches = len(moves) - 1
     source, is_complex = embedded, False
     for stretch in range(stretches):
-        gather = gathers[stretch]
-        if before[stretch] >= 0:
-            _shift_phases(source, b, is_complex, c, d, phases, before[stretch], gather, moves[stretch], n, lower)
-            is_complex = True
-            source, a, b, c, d = c, c, d, a, b
-        elif moves[stretch]:
-            for j in range(size):
-                copy_vector(source, c, gather[j], j)
-            if is_complex:
-                for j in range(size):
-                    copy_vector(b, d, gather[j], j)
-            source, a, b, c, d = c, c, d, a, b
-        if after[stretch] >= 0:
-            _shift_phases(source, b, is_complex, c, d, phases, after[stretch], gather, False, n, lower)
-            is_complex = True
+        first, last, moved = before[stretch], after[stretch], moves[stretch]
+        if first >= 0 or last >= 0 or moved:
+            is_complex = enter(source, b, is_complex, c, d, phases, first, last, gathers[stretch], moved, n)
             source, a, b, c, d = c, c, d, a, b
         if closing and stretch == stretches - 1:
             break
@@ -127,10 +142,7 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
         else:
             probability_1(source, p, gather[j], j)
     if len(masks) > n:  # products of Pauli-Z: a Walsh-Hadamard transform holds all of them
-        for bit in range(n):
-            for outer in range(0, size, 2 << bit):
-                for i in range(outer, outer + (1 << bit)):
-                    butterfly(p, i, i + (1 << bit))
+        walsh_hadamard(p, n)
         for column in range(len(masks)):
             copy_vector(p, z, masks[column], column)
         return
@@ -284,7 +296,7 @@ def _read_token(source, row, constant):
 
 
 @njit(nogil=True)
-def _embed(x, tokens, constant, rows, scales, lengths, embedded):
+def embed(x, tokens, constant, rows, scales, lengths, embedded):
     """The tokens of a tile as amplitudes, a token a lane; a lane without a token (-1) gets zeros.
 
     ``rows``, (16, a multiple of 16), is space, zero behind x; ``lengths`` gets ||x|| / sqrt(width).
@@ -317,7 +329,7 @@ def _embed_one(source, constant, embedded):
 
 
 @njit(nogil=True)
-def _spread(table, circuits, lanes):
+def spread_tables(table, circuits, lanes):
     """Each lane's row of a table, (circuits, numbers), as vectors; zeros for circuit -1."""
     first = circuits[0]
     if np.all(circuits == first):
@@ -377,11 +389,11 @@ def _run_batch(x, rows_of_x, index, circuits, form, space, z):
         as_tile = np.sum(wanted >= 0) > few
         if as_tile:
             if not np.all(places == had):
-                _embed(x, places, constant, rows, scales, lengths, embedded)
+                embed(x, places, constant, rows, scales, lengths, embedded)
                 had[:] = places
             if not np.all(wanted == had_circuits):
-                _spread(turns_of, wanted, lane_turns)
-                _spread(phases_of, wanted, lane_phases)
+                spread_tables(turns_of, wanted, lane_turns)
+                spread_tables(phases_of, wanted, lane_phases)
                 had_circuits[:] = wanted
             _run_tile(
                 embedded, lane_turns, lane_phases, before, gathers, moves, after, closing, masks, n, spaces, lane_z

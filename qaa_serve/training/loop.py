@@ -404,6 +404,8 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
     trainer.remove_callback(PrinterCallback)
     flow = Flow(trainer, evaluates, handles_signals=world_size() == 1)
     trainer.add_callback(flow)
+    with progress.waiting(f"preparing {run.method.name}"):
+        run.method.prepare(torch.device("cuda" if on_gpu else "cpu"))
     memory = PeakMemory()
     started = time.perf_counter()
     with progress, flow, cache:

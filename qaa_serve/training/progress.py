@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -48,6 +49,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         )
         self._task = self._bar.add_task("loss -", total=None)
         self._smooth = math.nan
+
+    def waiting(self, what: str) -> AbstractContextManager[object]:
+        """Shows on a terminal what is being waited for."""
+        return self._console.status(what)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from qaa_serve.training.errors import TrainingError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel, TrainerCallback
 
@@ -34,6 +35,10 @@ def _no_callbacks(options: Mapping[str, Any]) -> list[TrainerCallback]:
     return []
 
 
+def _nothing_to_prepare(device: torch.device) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train.
@@ -46,6 +51,7 @@ class Method:
         groups: (model, learning rate, options) -> the trainable parameters by learning rate.
         save: (model, empty directory, base): writes what was trained; an adapter's config is to name that base.
         callbacks: (options) -> what else happens during the training.
+        prepare: (device) -> None: what takes its time once, before the first step.
         refuses: option that all methods share -> why this one cannot do with it.
         trains_base: the base's own weights are trained, so that the result is a model and no adapter.
         usage: what to do with the result; may name ``{model}``, ``{output}``, ``{parent}`` and ``{name}``.
@@ -58,6 +64,7 @@ class Method:
     groups: Callable[[nn.Module, float, Mapping[str, Any]], ParameterGroups]
     save: Callable[[Any, Path, str], None]
     callbacks: Callable[[Mapping[str, Any]], list[TrainerCallback]] = _no_callbacks
+    prepare: Callable[[torch.device], None] = _nothing_to_prepare
     refuses: Mapping[str, str] = field(default_factory=dict)
     trains_base: bool = False
     usage: str = _SERVED

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qaa_serve.adapters import AdapterConfig, ModuleWeights, save_adapter
+from qaa_serve.circuits.adjoint import prepare
 from qaa_serve.training.config import CIRCUIT_OPTIONS, QAAConfig
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.layer import QAALinear
@@ -57,4 +58,5 @@ METHOD = Method(
     build=_build,
     groups=_groups,
     save=_save,
+    prepare=prepare,
 )

@@ -1,0 +1,212 @@
+"""The compiled backward pass of training on a CPU: what ``adjoint`` does, on the tiles of ``cpu_kernel``.
+
+A tile, sixteen tokens of one circuit, is run once more. What enters each RY layer is kept until lambda = dL/dpsi
+has come back to it: a tile's states fit the cache, and to run psi back beside lambda would take longer.
+
+- dL/d|psi_j|**2 is the readout's transpose on dL/dz: n doublings, or a Walsh-Hadamard transform for products.
+- An angle's gradient is one vector of overlaps, summed over lanes and tiles in float64.
+"""
+
+# numba has no types for mypy, and compiles functions whose arguments have none.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from qaa_serve.circuits import cpu_gates, cpu_kernel, cpu_simd
+from qaa_serve.circuits.cpu_gates import (
+    add_product,
+    add_vector,
+    copy_vector,
+    from_lanes,
+    multiply,
+    phase_back,
+    phase_overlap,
+    read_turns,
+    read_z,
+    rotate,
+    weigh_z,
+)
+from qaa_serve.circuits.cpu_kernel import embed, enter, spread_tables, walsh_hadamard
+from qaa_serve.circuits.cpu_simd import LANES
+
+
+@njit(nogil=True)
+def _shift_back(re, im, to_re, to_im, phases, layer, gather, moved, n):
+    """The inverse of ``enter`` with one layer of phases, before the permutation."""
+    lower = n // 2
+    base = layer * ((1 << (n - lower)) + (1 << lower))
+    for j in range(1 << n):
+        i = gather[j] if moved else j
+        upper, below = base + (i >> lower), base + (1 << (n - lower)) + (i & ((1 << lower) - 1))
+        phase_back(re, im, to_re, to_im, phases, j, i, 2 * upper, 2 * below)
+
+
+@njit(nogil=True)
+def _add_totals(sums, n, totals):
+    """totals[bit] += the sum of a vector; sums is zero then."""
+    for bit in range(n):
+        for lane in range(LANES):
+            totals[bit] += sums[bit * LANES + lane]
+    sums[:] = 0
+
+
+@njit(nogil=True)
+def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
+    """lambda where a tile's circuit begins, (2**n vectors,) real; it lies in one of the arrays given.
+
+    Args:
+        embedded: as of ``cpu_kernel._run_tile``.
+        angles: turns and phases as of ``_run_tile``, between them turns with negative sines.
+        form: of the ansatz, see ``cpu_host``.
+        entered, entered_im: (RY layers, 2**n vectors), space for both parts of what enters them.
+        spaces: three times 2**n vectors, and n.
+        dz: vectors of dL/dz, by bit, or by column where there are more than n.
+        sums_of: for the RY layers and the RZ layers (layers, n) float64, by bit: 2 dL/dt and -2 dL/dt are added.
+    """
+    turns, back_turns, phases = angles
+    dturns, dphases = sums_of
+    before, after, gathers, moves, _, _, _, masks, n = form
+    a, b, p, sums = spaces
+    size, stretches = 1 << n, len(moves) - 1
+    complex_at = np.zeros(stretches + 1, np.bool_)
+    source = embedded
+    for stretch in range(stretches):
+        re, im = entered[stretch], entered_im[stretch]
+        first, last, moved = before[stretch], after[stretch], moves[stretch]
+        is_complex = enter(source, b, complex_at[stretch], re, im, phases, first, last, gathers[stretch], moved, n)
+        complex_at[stretch + 1] = is_complex
+        rotate(re, a, turns, 2 * stretch * n, 0, n)
+        if is_complex:
+            rotate(im, b, turns, 2 * stretch * n, 0, n)
+        source = a
+
+    # z = sum of |psi|**2 with the readout's signs, so that lambda is twice their transpose on dz, times psi
+    if len(masks) > n:
+        p[:] = 0
+        for column in range(len(masks)):
+            copy_vector(dz, p, column, masks[column])
+        walsh_hadamard(p, n)
+    else:
+        weigh_z(dz, p, n)
+    p *= np.float32(2)
+    for j in range(size):
+        multiply(p, a, j, gathers[stretches][j])
+        if complex_at[stretches]:
+            multiply(p, b, j, gathers[stretches][j])
+
+    sums[:] = 0
+    for stretch in range(stretches - 1, -1, -1):
+        re, im, gather = entered[stretch], entered_im[stretch], gathers[stretch]
+        first, last, moved = before[stretch], after[stretch], moves[stretch]
+        rotate(a, a, back_turns, 2 * stretch * n, 0, n)
+        read_turns(a, re, sums, n)
+        if complex_at[stretch + 1]:
+            rotate(b, b, back_turns, 2 * stretch * n, 0, n)
+            read_turns(b, im, sums, n)
+        _add_totals(sums, n, dturns[stretch])
+        if last >= 0:
+            for j in range(size):
+                phase_overlap(a, b, re, im, p, j, j)
+            read_z(p, sums, n)
+            _add_totals(sums, n, dphases[last])
+        if first >= 0:  # phases leave the overlaps as they are; the permutation moves them
+            for j in range(size):
+                phase_overlap(a, b, re, im, p, j, gather[j])
+            read_z(p, sums, n)
+            _add_totals(sums, n, dphases[first])
+        if last >= 0:
+            _shift_back(a, b, a, b, phases, last, gather, False, n)
+        if first >= 0:
+            _shift_back(a, b, re, im, phases, first, gather, moved, n)
+            a, b = re, im
+        elif moved:
+            for j in range(size):
+                copy_vector(a, re, j, gather[j])
+            if complex_at[stretch]:
+                for j in range(size):
+                    copy_vector(b, im, j, gather[j])
+            a, b = re, im
+        # To a state that was real only the real part of lambda matters: b is not looked at again.
+    return a
+
+
+@njit(nogil=True)
+def _embedding_back(lam, embedded, constant, length, scales, lengths, width, n, factors, rows):
+    """dL/dx of a tile's tokens to ``rows``, from lambda; as ``adjoint._embedding_back``, which has the formula."""
+    factors[:] = 0
+    share = 0.5 if constant else 1.0  # of |psi|**2 that is x's
+    for i in range(width):
+        add_product(lam, embedded, factors, i, 1)
+    if length:
+        for i in range(1 << n):
+            add_product(lam, embedded, factors, i, 0)
+    for lane in range(LANES):
+        radial = factors[LANES + lane] - np.float32(0.5) * factors[lane]
+        factors[LANES + lane] = radial / np.float32(share)
+        norm = lengths[lane] * math.sqrt(width)
+        factors[lane] = math.sqrt(share) / norm if scales[lane] > 0 else 0.0
+    blocks = rows.shape[1] // LANES
+    flat = rows.reshape(-1)
+    for block in range(blocks):
+        from_lanes(lam, embedded, factors, flat, block * LANES, block, blocks)
+
+
+@njit(nogil=True)
+def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
+    """The gradients of a batch; dx is written, the angles' are added."""
+    turns_of, back_turns_of, phases_of = circuits
+    _, _, _, _, _, constant, length, masks, n = form
+    rows, scales, lengths, embedded, entered, entered_im, spaces, tables, lane_dz, total, factors, dx_rows = space
+    turns, back_turns, phases = tables
+    count, width = x.shape
+    tokens, wanted = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    had = -1
+    for start in range(0, count, LANES):
+        for lane in range(LANES):
+            tokens[lane] = start + lane if start + lane < count else -1
+        embed(x, tokens, constant, rows, scales, lengths, embedded)
+        total[:] = 0
+        for circuit in range(len(turns_of)):
+            if had != circuit:
+                had = circuit
+                wanted[:] = circuit
+                spread_tables(turns_of, wanted, turns)
+                spread_tables(back_turns_of, wanted, back_turns)
+                spread_tables(phases_of, wanted, phases)
+            lane_dz[:] = 0
+            for column in range(len(masks)):
+                place = column if len(masks) > n else n - 1 - column
+                for lane in range(min(LANES, count - start)):
+                    weight = dz[start + lane, circuit, column]
+                    lane_dz[place * LANES + lane] = weight * lengths[lane] if length else weight
+            angles = turns, back_turns, phases
+            sums_of = dturns[circuit], dphases[circuit]
+            lam = _run_back(embedded, angles, form, entered, entered_im, spaces, lane_dz, sums_of)
+            for i in range(1 << n):
+                add_vector(lam, total, i, i)
+        _embedding_back(total, embedded, constant, length, scales, lengths, width, n, factors, dx_rows)
+        for lane in range(min(LANES, count - start)):
+            dx[start + lane] = dx_rows[lane, :width]
+
+
+def _entry_point(source: str) -> Any:
+    """What Python calls; see ``cpu_kernel``."""
+
+    def gradients(x, dz, circuits, form, space, dx, dturns, dphases):
+        len(source)
+        _gradients(x, dz, circuits, form, space, dx, dturns, dphases)
+
+    try:
+        return njit(nogil=True, cache=True)(gradients)
+    except RuntimeError:
+        return njit(nogil=True)(gradients)
+
+
+gradients = _entry_point("".join(inspect.getsource(module) for module in (cpu_simd, cpu_gates, cpu_kernel)))

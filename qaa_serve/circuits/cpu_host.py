@@ -1,0 +1,197 @@
+"""What Python does for the compiled CPU kernels: circuits' forms and tables, arrays, threads, one compiler a time.
+
+Nothing here loads numba.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+
+LANES = 16  # of cpu_simd
+
+# ------------------------------------------------------------------------------------ circuits
+
+
+class Form(NamedTuple):
+    """An ansatz as the kernel reads it; see ``cpu_kernel._run_tile``."""
+
+    before: np.ndarray
+    after: np.ndarray
+    gathers: np.ndarray
+    moves: np.ndarray
+    closing: bool
+    constant: bool
+    length: bool
+    masks: np.ndarray
+    n: int
+
+
+@lru_cache(maxsize=256)
+def read_ansatz(ansatz: Ansatz) -> tuple[Form, tuple[int, ...], tuple[int, ...]]:
+    """The form, and the rows of theta that are RY layers and RZ layers."""
+    n = ansatz.qubits
+    basis = np.arange(2**n)
+    stretches: list[list[Any]] = [[-1, basis, -1]]  # RZ layer, permutation, RZ layer; an RY layer ends each
+    ry_rows: list[int] = []
+    rz_rows: list[int] = []
+    for gate in ansatz.gates():
+        stretch = stretches[-1]
+        if isinstance(gate, Cnots):
+            source = basis
+            for control, target in reversed(gate.pairs):
+                source = source ^ (((source >> (n - 1 - control)) & 1) << (n - 1 - target))
+            stretch[1] = stretch[1][source]
+        elif gate.axis == "Z":
+            stretch[0 if stretch[1] is basis and stretch[0] < 0 else 2] = len(rz_rows)
+            rz_rows.append(gate.row)
+        else:
+            ry_rows.append(gate.row)
+            stretches.append([-1, basis, -1])
+    closing = isinstance(gate, Rotation) and gate.axis == "Y" and ansatz.columns <= n  # the last one
+    stretches[-1][0] = stretches[-1][2] = -1  # phases behind the last RY are not seen
+    before, gathers, after = zip(*stretches, strict=True)
+    masks = [sum(1 << (n - 1 - wire) for wire in wires) for wires in ansatz.observables]
+    form = Form(
+        np.array(before),
+        np.array(after),
+        np.array(gathers, np.int32),
+        np.array([gather is not basis for gather in gathers]),
+        closing,
+        ansatz.constant,
+        ansatz.length,
+        np.array(masks),
+        n,
+    )
+    return form, tuple(ry_rows), tuple(rz_rows)
+
+
+def numbers(ansatz: Ansatz) -> tuple[int, int]:
+    """How many numbers a circuit's RY gates and its RZ gates take."""
+    _, ry_rows, rz_rows = read_ansatz(ansatz)
+    n = ansatz.qubits
+    return 2 * len(ry_rows) * n, 2 * len(rz_rows) * (2 ** (n // 2) + 2 ** (n - n // 2))
+
+
+@lru_cache
+def _signs(bits: int) -> np.ndarray:
+    """(bits, 2**bits) float64: -1 where a bit of a number is 0, 1 where it is 1."""
+    signs: np.ndarray = 2.0 * ((np.arange(2**bits) >> np.arange(bits)[:, None]) & 1) - 1
+    return signs
+
+
+def _cos_and_sin(angles: np.ndarray, target: np.ndarray) -> None:
+    """Write them, taken in float64, to target[..., 0] and target[..., 1]."""
+    np.cos(angles, out=target[..., 0], casting="same_kind")
+    np.sin(angles, out=target[..., 1], casting="same_kind")
+
+
+def write_tables(theta: torch.Tensor, ansatz: Ansatz, turns: np.ndarray, phases: np.ndarray) -> None:
+    """Write circuits' gates, (circuits, ``numbers(ansatz)``) each, for their angles, (circuits, rows, n)."""
+    _, ry_rows, rz_rows = read_ansatz(ansatz)
+    n, count = ansatz.qubits, len(theta)
+    half = theta.detach().double().cpu().numpy()[:, :, ::-1] / 2  # by bit
+    _cos_and_sin(half[:, ry_rows], turns.reshape(count, len(ry_rows), n, 2))
+    # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)) on each qubit.
+    if rz_rows:
+        lower, upper, size = n // 2, n - n // 2, 2 ** (n - n // 2)
+        tables = phases.reshape(count, len(rz_rows), size + 2**lower, 2)
+        angles = half[:, rz_rows]
+        _cos_and_sin(angles[..., lower:] @ _signs(upper), tables[:, :, :size])
+        _cos_and_sin(angles[..., :lower] @ _signs(lower), tables[:, :, size:])
+
+
+# ------------------------------------------------------------------------------------ arrays
+
+
+def as_array(x: torch.Tensor) -> np.ndarray:
+    """A matrix as the kernel reads it: float32, or bfloat16 as uint16 for want of such a type in numpy."""
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.uint16).numpy()
+    return x.float().contiguous().numpy()
+
+
+def aligned(vectors: int) -> np.ndarray:
+    """So many vectors of zeros, at an address that a vector may be loaded from."""
+    floats = np.zeros((vectors + 1) * LANES, np.float32)
+    skip = -floats.ctypes.data % 64 // 4
+    return floats[skip : skip + vectors * LANES]
+
+
+def tile_space(ansatz: Ansatz, width: int) -> tuple[Any, ...]:
+    """The arrays in which ``cpu_kernel`` runs circuits on tokens of a width, for one thread."""
+    n, padded = ansatz.qubits, -width % LANES + width
+    turns, phases = numbers(ansatz)
+    return (
+        aligned(padded).reshape(LANES, padded),
+        aligned(1),
+        np.zeros(LANES, np.float32),
+        aligned(max(2**n, padded) + 1),
+        aligned(max(2**n, padded) // LANES + 1),
+        (*(aligned(2**n) for _ in range(5)), aligned(2 * n)),
+        aligned(turns),
+        aligned(phases),
+        aligned(ansatz.columns),
+    )
+
+
+# ------------------------------------------------------------------------------------ compiling, threads
+
+
+@contextmanager
+def alone(directory: str | None) -> Iterator[None]:
+    """Let one process at a time compile into a directory of numba's.
+
+    numba names what it writes by how much is there, so that two at once may write one file for two kinds of
+    arguments. And workers that start together need not all compile the same.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):  # it cannot be written to, and so nobody does
+            if directory is not None:
+                file = held.enter_context(open(Path(directory, ".qaa-compiling"), "w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+_PER_THREAD = 4 * LANES  # tokens: fewer are not worth waking a thread for
+_pool_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}  # one a process; it makes threads as they are needed
+
+
+def share(work: Callable[[slice], None], tokens: int) -> None:
+    """work(part) over so many tokens, on at most as many threads as torch uses.
+
+    The kernel holds no lock of Python's. OpenMP's own threads are left out of it: they would spin beside these.
+    """
+    threads = min(torch.get_num_threads(), tokens // _PER_THREAD) if tokens >= 2 * _PER_THREAD else 1
+    if threads <= 1:
+        work(slice(0, tokens))
+        return
+    ends = [tokens * (i + 1) // threads // LANES * LANES for i in range(threads - 1)] + [tokens]
+    with _pool_lock:
+        if (pool := _pools.get(os.getpid())) is None:
+            pool = _pools[os.getpid()] = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qaa-circuits")
+    others = [pool.submit(work, slice(ends[i - 1], ends[i])) for i in range(1, threads)]
+    work(slice(0, ends[0]))
+    for other in others:
+        other.result()
+
+
+def missing(device: torch.device) -> str | None:
+    """Why it cannot run on such a device, and what to do about it."""
+    if device.type != "cpu":
+        return "it is for CPUs"
+    return None if find_spec("numba") else "numba is not installed: pip install numba"

@@ -1,0 +1,131 @@
+"""The compiled CPU kernels, ``cpu_kernel`` and ``cpu_adjoint``, as training uses them.
+
+Angles change in every step, so that a call is given them and makes its tables itself: they are small. numba is
+loaded by ``prepare`` or with the first call, and keeps on disk what it compiles.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from qaa_serve.circuits.ansatz import Ansatz
+from qaa_serve.circuits.cpu_host import (
+    LANES,
+    aligned,
+    alone,
+    as_array,
+    numbers,
+    read_ansatz,
+    share,
+    tile_space,
+    write_tables,
+)
+
+
+def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """Every circuit on every token: z, (tokens, circuits, columns) float32.
+
+    Args:
+        x: (tokens, width), of a dtype that is computed in float32.
+        theta: (circuits, rows, n).
+        ansatz: the form.
+    """
+    kernel, _ = _kernels()
+    z = np.zeros((len(x), len(theta), ansatz.columns), np.float32)
+    index = np.broadcast_to(np.arange(len(theta), dtype=np.int32), z.shape[:2]).copy()
+    form, tables = tuple(read_ansatz(ansatz)[0]), _tables(theta, ansatz)
+    x_, rows = as_array(x.detach().float()), np.arange(len(x))
+
+    def work(part: slice) -> None:
+        space, _ = _space(threading.get_ident(), ansatz, x_.shape[1])
+        kernel.run(x_, rows[part], index[part], tables, form, space, z[part])
+
+    if z.size:
+        share(work, len(x))
+    return torch.from_numpy(z)
+
+
+def gradients(
+    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, dz: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dL/dx and dL/dtheta, of the shapes and dtypes of x and theta.
+
+    Args:
+        x: (tokens, width), as of ``expectation_values``.
+        theta: (circuits, rows, n).
+        ansatz: the form.
+        dz: dL/dz, (tokens, circuits, columns).
+    """
+    _, kernel = _kernels()
+    form, ry_rows, rz_rows = read_ansatz(ansatz)
+    turns, phases = _tables(theta, ansatz)
+    back_turns = turns * np.tile(np.array([1, -1], np.float32), turns.shape[1] // 2)
+    x_, dz_ = as_array(x.detach().float()), as_array(dz.float().flatten(1)).reshape(dz.shape)
+    dx, n, heads = np.zeros(x.shape, np.float32), ansatz.qubits, len(theta)
+    sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the first token of each thread's
+
+    def work(part: slice) -> None:
+        _, space = _space(threading.get_ident(), ansatz, x_.shape[1])
+        dturns, dphases = (np.zeros((heads, len(rows), n)) for rows in (ry_rows, rz_rows))
+        sums[part.start] = dturns, dphases
+        kernel.gradients(
+            x_[part], dz_[part], (turns, back_turns, phases), tuple(form), space, dx[part], dturns, dphases
+        )
+
+    if dz.numel():
+        share(work, len(x))
+    dtheta = np.zeros(theta.shape)
+    for _, (dturns, dphases) in sorted(sums.items()):  # in the same order always: the same sum
+        # of exp(-i t Y / 2) and exp(-i t Z / 2); the kernel counts bits, theta wires
+        dtheta[:, list(ry_rows)] += dturns[:, :, ::-1] / 2
+        dtheta[:, list(rz_rows)] -= dphases[:, :, ::-1] / 2
+    return torch.from_numpy(dx).to(x.dtype), torch.from_numpy(dtheta).to(theta.dtype)
+
+
+def _tables(theta: torch.Tensor, ansatz: Ansatz) -> tuple[np.ndarray, np.ndarray]:
+    turns, phases = (np.empty((len(theta), each), np.float32) for each in numbers(ansatz))
+    write_tables(theta, ansatz, turns, phases)
+    return turns, phases
+
+
+@lru_cache(maxsize=16)
+def _space(thread: int, ansatz: Ansatz, width: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays of one thread in which ``cpu_kernel`` and ``cpu_adjoint`` run a tile."""
+    space = tile_space(ansatz, width)
+    rows, scales, lengths, embedded, _, (*states, _), turns, phases, _ = space
+    n, layers = ansatz.qubits, len(read_ansatz(ansatz)[1])
+    entered, entered_im = (aligned(layers << n).reshape(layers, -1) for _ in range(2))
+    back = (
+        rows,
+        scales,
+        lengths,
+        embedded,
+        entered,
+        entered_im,
+        (*states[:3], aligned(n)),
+        (turns, aligned(len(turns) // LANES), phases),
+        aligned(max(n, ansatz.columns)),
+        aligned(len(embedded) // LANES),
+        aligned(2),
+        aligned(rows.shape[1]).reshape(rows.shape),
+    )
+    return space, back
+
+
+@lru_cache
+def _kernels() -> tuple[Any, Any]:
+    return import_module(f"{__package__}.cpu_kernel"), import_module(f"{__package__}.cpu_adjoint")
+
+
+def prepare() -> None:
+    """Compile what every circuit needs, or read what was compiled before; else the first call does."""
+    x, ansatz = torch.zeros(1, 1), Ansatz("ry_ring", 1, 1)
+    theta = torch.zeros(1, *ansatz.theta_shape)
+    with alone(_kernels()[0].run.stats.cache_path):
+        gradients(x, theta, ansatz, expectation_values(x, theta, ansatz))
