@@ -33,7 +33,7 @@ serve: venv
 	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 compare: venv examples/assistant/data/brief_test.jsonl
 	$(BIN)/qaa-serve compare --model examples/assistant/base --config examples/assistant/compare.yaml \

@@ -41,11 +41,20 @@ def free_port() -> int:
 class ServerProcess:
     """`command` with --port added; `wait_until` is what its log says when it serves.
 
-    `measuring`: an engine of one process and one thread. On two cores the usual two processes, which wait for each
-    other by spinning, starve the client: it then sees its own pauses of a second and more.
+    `in_one`: engine and worker are threads of the server, which starts in half the time. `measuring`: so too, with
+    one thread for all arithmetic: two processes on two cores, which wait for each other by spinning, starve the
+    client, who then sees its own pauses of a second and more.
     """
 
-    def __init__(self, command: list[str], log: Path, wait_until: str = "Ready on", *, measuring: bool = False):
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        wait_until: str = "Ready on",
+        *,
+        in_one: bool = False,
+        measuring: bool = False,
+    ):
         self.port = free_port()
         self.log = log
         self._wait_until = wait_until
@@ -55,7 +64,9 @@ class ServerProcess:
         environment["PYTHONUNBUFFERED"] = "1"
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if measuring:
-            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+            environment["OMP_NUM_THREADS"] = "1"
+        if in_one or measuring:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             command = [*command, "--distributed-executor-backend", "uni"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -24,7 +24,8 @@ def server(tmp_path_factory):
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     arguments = re.search(r"^SERVE_ARGS := (.*)$", makefile, re.MULTILINE)[1].replace("--port $(PORT)", "")
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in arguments.split()]
-    server = ServerProcess(["qaa-serve", "serve", *words], tmp_path_factory.mktemp("example") / "server.log")
+    log = tmp_path_factory.mktemp("example") / "server.log"
+    server = ServerProcess(["qaa-serve", "serve", *words], log, in_one=True)  # as `make serve` has it
     try:
         yield server.wait_ready()
     finally:
