@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -84,6 +85,33 @@ class SlotCircuits:
         self.key = self.table.cpu().numpy().tobytes()
 
 
+@dataclass(frozen=True)
+class LoRAMatrices:
+    """A slot's LoRA adapter as a CPU multiplies with it: in float32, cut to its rank.
+
+    Without instructions for them, torch's products of 16-bit numbers take several times as long.
+
+    Attributes:
+        columns: of the output, from the first slice that is adapted to the last.
+        a: (slices * rank, d_in), their A, one below the other.
+        b: (rank, d_out) for each of them, B transposed.
+    """
+
+    columns: slice
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """B A x for every row of x, (T, d_in) -> (T, columns) float32."""
+        parts = (x.float() @ self.a.T).chunk(len(self.b), dim=1)
+        return torch.cat([part @ b for part, b in zip(parts, self.b, strict=True)], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        return self.a.nbytes + sum(b.nbytes for b in self.b)
+
+
 class QAALayerMixin(BaseLayerWithLoRA):
     """What every QAA layer adds to the vLLM layer it is mixed into."""
 
@@ -102,10 +130,12 @@ class QAALayerMixin(BaseLayerWithLoRA):
         self._forms: list[CircuitForm | None] = [None] * max_loras
         self._in_slots: list[SlotCircuits | None] = [None] * max_loras  # of those forms
         self._circuits: dict[CircuitForm, SlotCircuits] = {}
+        self._lora: dict[int, LoRAMatrices] = {}  # on a CPU
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         super().reset_lora(index)
+        self._lora.pop(index, None)
         self._theta[index] = None
         form, self._forms[index] = self._forms[index], None
         if form is not None:
@@ -124,6 +154,8 @@ class QAALayerMixin(BaseLayerWithLoRA):
         angles = {i: part for i, part in enumerate(parts) if part is not None and part.ndim == 3}
         if not angles:
             super().set_lora(index, lora_a, lora_b)
+            if torch.device(self.device).type == "cpu":
+                self._keep_for_cpu(index, max(len(part) for part in parts if part is not None))
             return
         # vLLM copies a lora_a of shape (r, w) to the corner of its stacked A: of an empty one nothing, A stays 0.
         empty = [None if part is None else part.new_empty(0, 0) for part in parts]
@@ -131,6 +163,18 @@ class QAALayerMixin(BaseLayerWithLoRA):
         if not isinstance(lora_a, list) and self.n_slices > 1:
             angles = dict.fromkeys(range(self.n_slices), angles[0])
         self._theta[index] = angles
+
+    def _keep_for_cpu(self, index: int, rank: int) -> None:
+        """Take a LoRA adapter's matrices from the stacked ones, which hold this rank's part of them."""
+        adapted = [i for i, b in enumerate(self.lora_b_stacked) if b[index].any()]
+        if not adapted:
+            return
+        columns, here = self._columns(), slice(adapted[0], adapted[-1] + 1)
+        self._lora[index] = LoRAMatrices(
+            slice(columns[adapted[0]].start, columns[adapted[-1]].stop),
+            torch.cat([a[index, 0, :rank].float() for a in self.lora_a_stacked[here]]),
+            tuple(b[index, 0, :, :rank].float().T.contiguous() for b in self.lora_b_stacked[here]),
+        )
 
     def prepare_circuits(self, index: int, form: CircuitForm) -> None:
         """Build the circuits of a slot from the angles that `set_lora` was given."""
@@ -159,8 +203,9 @@ class QAALayerMixin(BaseLayerWithLoRA):
             return SlotCircuits(circuits, slots, self.output_slices, form.heads, weights)
 
     def circuit_bytes(self) -> int:
-        """Bytes of the circuits' tables of all slots, and of what goes with them."""
-        return sum(here.circuits.nbytes + here.weights.nbytes for here in self._circuits.values())
+        """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
+        circuits = sum(here.circuits.nbytes + here.weights.nbytes for here in self._circuits.values())
+        return circuits + sum(lora.nbytes for lora in self._lora.values())
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
@@ -210,11 +255,9 @@ class QAALayerMixin(BaseLayerWithLoRA):
     def _add_on_cpu(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
         # vLLM's torch kernels gather the whole A and B for every token, and with index -1, those of the last
         # slot for tokens without an adapter. Products by slot are right and several times faster.
-        for lora in plan.lora:
-            rows = _take(x, lora)
-            for i, columns in enumerate(self._columns()):
-                a, b = self.lora_a_stacked[i][lora.slot, 0], self.lora_b_stacked[i][lora.slot, 0]
-                _add(output[:, columns], lora, rows.to(a.dtype) @ a.T @ b.T)
+        for tokens in plan.lora:
+            if (lora := self._lora.get(tokens.slot)) is not None:
+                _add(output[:, lora.columns], tokens, lora.update(_take(x, tokens)))
         groups, x = self._groups(plan, x)
         with TIMER.sample(x.device) if groups else nullcontext():
             for group, here in groups:
