@@ -229,6 +229,7 @@ def floor(case: Case, peak: Peak) -> tuple[float, str]:
 
 def seconds(function: Callable[[], object]) -> float:
     """Of one call, without the clearing up: garbage and memory given back may be another's, whose turn it was."""
+    collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -238,7 +239,8 @@ def seconds(function: Callable[[], object]) -> float:
         del result
         return taken
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def seconds_a_call(function: Callable[[], object], calls: int, device: torch.device) -> float:

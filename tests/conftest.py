@@ -25,9 +25,10 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmar
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files that start servers first, then those with many tests: no worker is left with a long one at the end.
-    sizes = Counter(item.path for item in items)
-    servers = {item.path for item in items if "vllm" in item.keywords}
-    items.sort(key=lambda item: (item.path not in servers, -sizes[item.path], item.path))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        sizes = Counter(item.path for item in items)
+        servers = {item.path for item in items if "vllm" in item.keywords}
+        items.sort(key=lambda item: (item.path not in servers, -sizes[item.path], item.path))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -201,6 +201,21 @@ def test_gradients_stand_any_length_of_x(power: int, generator: torch.Generator)
     assert_gradients_close(on_every_token, x, random_theta(generator, 1, ansatz, SINGLE), ansatz)
 
 
+@pytest.mark.parametrize("length", [False, True])
+@pytest.mark.usefixtures("both_ways")
+def test_numbers_next_to_zero_are_no_error(length: bool, generator: torch.Generator) -> None:
+    """Their length rounds to 0, or one over it to infinity."""
+    ansatz = Ansatz("ryrz_ring_ry", 7, 2, length=length)
+    x = random_x(generator, 5, 100, SINGLE)
+    x[1] *= 1e-44
+    x[3] = 0
+    x[3, 7] = 1e-45
+    theta = random_theta(generator, 1, ansatz, SINGLE)
+    assert all(torch.isfinite(each).all() for each in gradients(on_every_token, x, theta, ansatz)[::2])
+    _, dx, _ = gradients(on_every_token, x, theta, ansatz)
+    assert torch.isfinite(dx[[0, 2, 4]]).all()
+
+
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
 @pytest.mark.usefixtures("small_blocks", "both_ways")
 def test_a_zero_row_has_no_gradient_and_leaves_its_neighbours_alone(name: str, generator: torch.Generator) -> None:
@@ -330,6 +345,15 @@ def test_works_under_gradient_checkpointing(reentrant: bool, generator: torch.Ge
         found, expected = (gradients(f, x, theta, ansatz) for f in (checkpointed, on_every_token))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_torch_compile_has_the_same_gradients(generator: torch.Generator) -> None:
+    ansatz = Ansatz("ryrz_ring_ry", 4, 2)
+    x, theta = random_x(generator, 5, 13, SINGLE), random_theta(generator, 1, ansatz, SINGLE)
+    compiled = torch.compile(lambda x, theta: expectation_values(2 * x, theta, ansatz), backend="eager")
+    found = gradients(lambda x, theta, ansatz, index: compiled(x, theta), x, theta, ansatz)
+    for ours, theirs in zip(found, gradients(on_every_token, x, theta, ansatz), strict=True):
+        assert_close(ours, theirs, TOLERANCE[SINGLE])
 
 
 def test_autocast_does_not_reach_it(generator: torch.Generator) -> None:

@@ -13,8 +13,8 @@ goes back through them with lambda = dL/dpsi (adjoint method, arXiv:2009.02823):
 States are (2**n, columns) here: a column a token, and from the first RZ on two, real and imaginary part side by
 side. A permutation moves whole rows, a phase multiplies one, and all columns pass a real matrix together.
 
-On a CPU in float32 all of this is done by compiled kernels instead, ``cpu_training``; what is here is for GPUs and
-float64.
+On a CPU in float32 all of this is done by compiled kernels instead, ``cpu_training``; what is here is for GPUs,
+float64 and where numba is missing.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class _ExpectationValues(torch.autograd.Function):
 
 
 def _is_compiled(x: torch.Tensor) -> bool:
-    return x.dtype != torch.float64 and missing("cpu", x.device) is None
+    """Whether the kernels compute it; torch.compile cannot look into them, and has torch's operations instead."""
+    return x.dtype != torch.float64 and not torch.compiler.is_compiling() and missing("cpu", x.device) is None
 
 
 def _back(

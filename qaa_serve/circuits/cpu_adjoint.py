@@ -138,20 +138,25 @@ def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
 
 
 @njit(nogil=True)
-def _embedding_back(lam, embedded, constant, length, scales, lengths, width, n, factors, rows):
-    """dL/dx of a tile's tokens to ``rows``, from lambda; as ``adjoint._embedding_back``, which has the formula."""
-    factors[:] = 0
-    share = 0.5 if constant else 1.0  # of |psi|**2 that is x's
+def _embedding_back(lam, embedded, constant, length, lengths, width, n, overlaps, factors, rows):
+    """dL/dx of a tile's tokens to ``rows``, from lambda; as ``adjoint._embedding_back``, which has the formula.
+
+    ``overlaps`` and ``factors``, two vectors each, are space: for <psi, lambda> over x's places and over all, and
+    for what ``from_lanes`` multiplies by.
+    """
+    overlaps[:] = 0
+    c_squared = 0.5 if constant else 1.0  # of |psi|**2, what is x's
     for i in range(width):
-        add_product(lam, embedded, factors, i, 1)
+        add_product(lam, embedded, overlaps, i, 0)
     if length:
         for i in range(1 << n):
-            add_product(lam, embedded, factors, i, 0)
+            add_product(lam, embedded, overlaps, i, 1)
     for lane in range(LANES):
-        radial = factors[LANES + lane] - np.float32(0.5) * factors[lane]
-        factors[LANES + lane] = radial / np.float32(share)
         norm = lengths[lane] * math.sqrt(width)
-        factors[lane] = math.sqrt(share) / norm if scales[lane] > 0 else 0.0
+        # The rows of zeros, and those so near to them that 1 / norm would overflow, have no gradient.
+        factors[lane] = math.sqrt(c_squared) / norm if norm > 3e-39 else 0.0
+        radial = overlaps[lane] - np.float32(0.5) * overlaps[LANES + lane]
+        factors[LANES + lane] = radial / np.float32(c_squared)
     blocks = rows.shape[1] // LANES
     flat = rows.reshape(-1)
     for block in range(blocks):
@@ -163,8 +168,9 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
     """The gradients of a batch; dx is written, the angles' are added."""
     turns_of, back_turns_of, phases_of = circuits
     _, _, _, _, _, constant, length, masks, n = form
-    rows, scales, lengths, embedded, entered, entered_im, spaces, tables, lane_dz, total, factors, dx_rows = space
+    rows, scales, lengths, embedded, entered, entered_im, spaces, tables, lane_dz, total, ends, dx_rows = space
     turns, back_turns, phases = tables
+    overlaps, factors = ends
     count, width = x.shape
     tokens, wanted = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     had = -1
@@ -191,7 +197,7 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
             lam = _run_back(embedded, angles, form, entered, entered_im, spaces, lane_dz, sums_of)
             for i in range(1 << n):
                 add_vector(lam, total, i, i)
-        _embedding_back(total, embedded, constant, length, scales, lengths, width, n, factors, dx_rows)
+        _embedding_back(total, embedded, constant, length, lengths, width, n, overlaps, factors, dx_rows)
         for lane in range(min(LANES, count - start)):
             dx[start + lane] = dx_rows[lane, :width]
 

@@ -34,7 +34,7 @@ class _Space:
     """Room for a tile, of one thread: the arrays that the kernel is given."""
 
     def __init__(self, ansatz: Ansatz, width: int):
-        self.arrays = tile_space(ansatz, width)
+        self.arrays = tuple(tile_space(ansatz, width))
 
 
 #: All layers whose circuits are alike use the same, so that it stays in the cache; it goes with the last of them.

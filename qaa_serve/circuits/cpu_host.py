@@ -131,11 +131,36 @@ def aligned(vectors: int) -> np.ndarray:
     return floats[skip : skip + vectors * LANES]
 
 
-def tile_space(ansatz: Ansatz, width: int) -> tuple[Any, ...]:
-    """The arrays in which ``cpu_kernel`` runs circuits on tokens of a width, for one thread."""
+class TileSpace(NamedTuple):
+    """The arrays in which ``cpu_kernel`` runs circuits on tokens of a width, for one thread; sizes in vectors.
+
+    Attributes:
+        rows: the tokens of a tile, (16, width up to a multiple of 16) numbers.
+        scales: 1, what their amplitudes are multiplied by.
+        lengths: 1, ||x|| / sqrt(width).
+        embedded: the tile's amplitudes, 2**n, or the width if that is more, and 1 for the constant.
+        state: the same of a single token, in numbers.
+        states: five of 2**n, and 2 n for readouts.
+        turns, phases: a circuit's tables, a vector for each number.
+        z: a readout each.
+    """
+
+    rows: np.ndarray
+    scales: np.ndarray
+    lengths: np.ndarray
+    embedded: np.ndarray
+    state: np.ndarray
+    states: tuple[np.ndarray, ...]
+    turns: np.ndarray
+    phases: np.ndarray
+    z: np.ndarray
+
+
+def tile_space(ansatz: Ansatz, width: int) -> TileSpace:
+    """Make them."""
     n, padded = ansatz.qubits, -width % LANES + width
     turns, phases = numbers(ansatz)
-    return (
+    return TileSpace(
         aligned(padded).reshape(LANES, padded),
         aligned(1),
         np.zeros(LANES, np.float32),
@@ -163,6 +188,7 @@ def alone(directory: str | None) -> Iterator[None]:
             if directory is not None:
                 file = held.enter_context(open(Path(directory, ".qaa-compiling"), "w"))
                 fcntl.flock(file, fcntl.LOCK_EX)
+                held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
     x_, rows = as_array(x.detach().float()), np.arange(len(x))
 
     def work(part: slice) -> None:
-        space, _ = _space(threading.get_ident(), ansatz, x_.shape[1])
+        space, _ = _spaces.of(ansatz, x_.shape[1])
         kernel.run(x_, rows[part], index[part], tables, form, space, z[part])
 
     if z.size:
@@ -71,7 +71,7 @@ def gradients(
     sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by the first token of each thread's
 
     def work(part: slice) -> None:
-        _, space = _space(threading.get_ident(), ansatz, x_.shape[1])
+        _, space = _spaces.of(ansatz, x_.shape[1])
         dturns, dphases = (np.zeros((heads, len(rows), n)) for rows in (ry_rows, rz_rows))
         sums[part.start] = dturns, dphases
         kernel.gradients(
@@ -94,38 +94,80 @@ def _tables(theta: torch.Tensor, ansatz: Ansatz) -> tuple[np.ndarray, np.ndarray
     return turns, phases
 
 
-@lru_cache(maxsize=16)
-def _space(thread: int, ansatz: Ansatz, width: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arrays of one thread in which ``cpu_kernel`` and ``cpu_adjoint`` run a tile."""
+class _BackSpace(NamedTuple):
+    """The arrays in which ``cpu_adjoint`` takes a tile back, for one thread; sizes in vectors.
+
+    Attributes:
+        rows, scales, lengths, embedded: those of the forward pass.
+        entered, entered_im: (RY layers, 2**n), both parts of what enters each.
+        states: three of 2**n, and n for sums.
+        tables: a circuit's turns, turns with negative sines, phases.
+        dz: by bit, or by column where there are more than bits.
+        total: lambda of all circuits, as many as ``embedded``.
+        ends: twice 2, for the gradient of the embedding.
+        dx_rows: as ``rows``.
+    """
+
+    rows: np.ndarray
+    scales: np.ndarray
+    lengths: np.ndarray
+    embedded: np.ndarray
+    entered: np.ndarray
+    entered_im: np.ndarray
+    states: tuple[np.ndarray, ...]
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray]
+    dz: np.ndarray
+    total: np.ndarray
+    ends: tuple[np.ndarray, np.ndarray]
+    dx_rows: np.ndarray
+
+
+def _make_space(ansatz: Ansatz, width: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arrays of the forward pass, and of the way back."""
     space = tile_space(ansatz, width)
-    rows, scales, lengths, embedded, _, (*states, _), turns, phases, _ = space
     n, layers = ansatz.qubits, len(read_ansatz(ansatz)[1])
     entered, entered_im = (aligned(layers << n).reshape(layers, -1) for _ in range(2))
-    back = (
-        rows,
-        scales,
-        lengths,
-        embedded,
+    back = _BackSpace(
+        space.rows,
+        space.scales,
+        space.lengths,
+        space.embedded,
         entered,
         entered_im,
-        (*states[:3], aligned(n)),
-        (turns, aligned(len(turns) // LANES), phases),
+        (*space.states[:3], aligned(n)),
+        (space.turns, aligned(len(space.turns) // LANES), space.phases),
         aligned(max(n, ansatz.columns)),
-        aligned(len(embedded) // LANES),
-        aligned(2),
-        aligned(rows.shape[1]).reshape(rows.shape),
+        aligned(len(space.embedded) // LANES),
+        (aligned(2), aligned(2)),
+        aligned(space.rows.shape[1]).reshape(space.rows.shape),
     )
-    return space, back
+    return tuple(space), tuple(back)
 
 
-@lru_cache
+class _Spaces(threading.local):
+    """Each thread's arrays, of the forms that it ran last; they go with the thread."""
+
+    def __init__(self) -> None:
+        self.of = lru_cache(maxsize=4)(_make_space)
+
+
+_spaces = _Spaces()
+_is_ready = False
+
+
 def _kernels() -> tuple[Any, Any]:
-    return import_module(f"{__package__}.cpu_kernel"), import_module(f"{__package__}.cpu_adjoint")
+    """The modules of both kernels, compiled: one code serves all circuits."""
+    global _is_ready
+    forward, backward = (import_module(f"{__package__}.{name}") for name in ("cpu_kernel", "cpu_adjoint"))
+    if not _is_ready:
+        _is_ready = True  # before the calls below ask
+        with alone(forward.run.stats.cache_path):
+            x, ansatz = torch.zeros(1, 1), Ansatz("ry_ring", 1, 1)
+            theta = torch.zeros(1, *ansatz.theta_shape)
+            gradients(x, theta, ansatz, expectation_values(x, theta, ansatz))
+    return forward, backward
 
 
 def prepare() -> None:
-    """Compile what every circuit needs, or read what was compiled before; else the first call does."""
-    x, ansatz = torch.zeros(1, 1), Ansatz("ry_ring", 1, 1)
-    theta = torch.zeros(1, *ansatz.theta_shape)
-    with alone(_kernels()[0].run.stats.cache_path):
-        gradients(x, theta, ansatz, expectation_values(x, theta, ansatz))
+    """Compile the kernels, or read what was compiled before; else the first call does."""
+    _kernels()
