@@ -99,6 +99,10 @@ def status(url: str) -> int | None:
         return None
 
 
+def fetch(url):
+    return httpx.get(url, timeout=60).json()
+
+
 def query(prometheus: str, expression: str) -> list[dict]:
     answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expression}, timeout=30).json()
     assert answer["status"] == "success", answer
@@ -213,7 +217,7 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
         if not query(prometheus, filled):
             empty.append(expression)
     assert empty == []
-    rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+    rules = fetch(f"{prometheus}/api/v1/rules")["data"]["groups"]
     unhealthy = [
         (rule["name"], rule.get("lastError"))
         for group in rules
@@ -227,14 +231,13 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
 
 def test_replicas_agree_and_a_swap_reaches_both(servers, stage):
     listings = [
-        {item["id"]: item["revision"] for item in httpx.get(f"{server.url}/v1/adapters").json()["data"]}
-        for server in servers
+        {item["id"]: item["revision"] for item in fetch(f"{server.url}/v1/adapters")["data"]} for server in servers
     ]
     assert listings[0] == listings[1]
     rename_into_place(stage.version("n6", "B"), stage.adapters / "n6")
     expected = stage.revision("n6", "B")
     for server in servers:
-        wait_until(lambda url=server.url: httpx.get(f"{url}/v1/adapters/n6").json()["revision"] == expected)
+        wait_until(lambda url=server.url: fetch(f"{url}/v1/adapters/n6")["revision"] == expected)
 
 
 def test_a_replica_is_killed_under_load_and_clients_lose_nothing(servers, stage, front):

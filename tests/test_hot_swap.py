@@ -141,7 +141,7 @@ def test_a_rejected_change_leaves_the_last_good_revision_serving(server, stage, 
     after = admin.get("/v1/adapters/n6").json()
     assert after["revision"] == before["revision"]
     assert "damaged" in after["rejection"]["reason"]
-    assert 'qaa_adapter_rejected{adapter="n6"} 1.0' in httpx.get(f"{server.url}/metrics").text
+    assert 'qaa_adapter_rejected{adapter="n6"} 1.0' in httpx.get(f"{server.url}/metrics", timeout=60).text
     assert "Not serving adapter 'n6'" in server.text()
     assert ask(server, "n6") == expected["n6", "A", PROMPTS[0]]
     rename_into_place(stage.version("n6", "A"), stage.adapters / "n6")
@@ -249,7 +249,7 @@ def test_what_an_upload_may_be(server, stage, admin):
 
 def test_keys_open_what_they_are_for(server, expected):
     chat = f"{server.url}/v1/completions"
-    assert httpx.post(chat, json={"model": "n0", "prompt": "t5"}).status_code == 401
+    assert httpx.post(chat, json={"model": "n0", "prompt": "t5"}, timeout=60).status_code == 401
     with pytest.raises(openai.AuthenticationError):
         ask(server, "n0", key="wrong")
     assert ask(server, "n1", key=NARROW) == expected["n1", "A", PROMPTS[0]]
@@ -261,12 +261,12 @@ def test_keys_open_what_they_are_for(server, expected):
     adapters = f"{server.url}/v1/adapters"
     for key, status in ((None, 401), (KEYS.client, 403), (NARROW, 403), ("wrong", 401), (KEYS.admin, 200)):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        assert httpx.get(adapters, headers=headers).status_code == status
+        assert httpx.get(adapters, headers=headers, timeout=60).status_code == status
         if status != 200:
-            assert httpx.delete(f"{adapters}/n0", headers=headers).status_code == status
+            assert httpx.delete(f"{adapters}/n0", headers=headers, timeout=60).status_code == status
     with pytest.raises(openai.AuthenticationError):
         ask(server, "n0", key=KEYS.admin)
-    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{server.url}/ready", timeout=60).json() == {"status": "ready"}
 
 
 def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected):
@@ -335,8 +335,8 @@ def test_sigterm_under_load_drains_and_ends_every_process(server):
     with server.held():
         streams = [begun, long_stream(server, "n5")]
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        wait_until(lambda: httpx.get(f"{server.url}/ready", timeout=60).status_code == 503)
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         with pytest.raises(openai.InternalServerError) as turned_away:
             ask(server, "n4")
         assert turned_away.value.status_code == 503
@@ -379,7 +379,7 @@ def second(stage, small_disk):
 
 def test_a_restart_serves_what_was_served(second, stage, expected):
     """What was uploaded has no directory: it comes from the state directory."""
-    listing = {item["id"]: item for item in httpx.get(f"{second.url}/v1/adapters").json()["data"]}
+    listing = {item["id"]: item for item in httpx.get(f"{second.url}/v1/adapters", timeout=60).json()["data"]}
     assert listing["upload"]["state"] == "served"
     assert ask(second, "upload") == expected["n3", "A", PROMPTS[0]]
     assert set(NAMES) <= set(listing)

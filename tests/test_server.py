@@ -179,7 +179,7 @@ def test_a_revision_is_not_a_public_name_that_answers_as_another(server):
 
 
 def test_adapters_route_says_what_is_served_and_what_is_not(server):
-    listing = {item["id"]: item for item in httpx.get(f"{server.url}/v1/adapters").json()["data"]}
+    listing = {item["id"]: item for item in httpx.get(f"{server.url}/v1/adapters", timeout=60).json()["data"]}
     assert {name for name, item in listing.items() if item["state"] == "served"} == set(MODELS[1:])
     assert listing["one"]["kind"] == "QAA"
     assert listing["one"]["revision"].startswith("one@")
@@ -187,7 +187,7 @@ def test_adapters_route_says_what_is_served_and_what_is_not(server):
     assert "damaged or no safetensors" in listing["broken"]["reason"]
     assert "made for another base" in listing["stranger"]["reason"]
     assert "cannot be an adapter's name" in listing["no name!"]["reason"]
-    schema = httpx.get(f"{server.url}/openapi.json").json()
+    schema = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
     assert "AdapterList" in json.dumps(schema["paths"]["/v1/adapters"])
 
 
@@ -202,12 +202,12 @@ def test_the_log_names_what_was_chosen_and_what_was_rejected(server):
 
 
 def test_metrics_and_health(server):
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics").text
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics", timeout=60).text
 
 
 def revision_of(server, name: str) -> str:
-    return httpx.get(f"{server.url}/v1/adapters/{name}").json()["revision"]
+    return httpx.get(f"{server.url}/v1/adapters/{name}", timeout=60).json()["revision"]
 
 
 def names_in_span(server, model: str) -> dict[str, str]:
