@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from qaa_serve.circuits import cpu_training
-from qaa_serve.circuits.ansatz import Ansatz, check_width
+from qaa_serve.circuits.ansatz import Ansatz, check_inputs
 from qaa_serve.circuits.backends import missing
 from qaa_serve.circuits.torch_batched import _schedule, _Stretch, embed, fuse, lengths
 
@@ -54,9 +54,7 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
     Raises:
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
     """
-    check_width(x, ansatz)
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_inputs(x, theta, ansatz)
     z: torch.Tensor = _ExpectationValues.apply(x, theta, ansatz)  # type: ignore[no-untyped-call]
     return z
 

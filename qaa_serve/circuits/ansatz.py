@@ -123,6 +123,17 @@ def check_width(x: torch.Tensor, ansatz: Ansatz) -> None:
         raise ValueError(f"x is {x.shape[-1]} wide; {ansatz.qubits} qubits hold at most {most} numbers{beside}")
 
 
+def check_inputs(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> None:
+    """Refuse an x, (tokens, width), that the state cannot hold, and a theta that is not (circuits, rows, n).
+
+    Raises:
+        ValueError: names both sizes.
+    """
+    check_width(x, ansatz)
+    if theta.shape[1:] != ansatz.theta_shape:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+
+
 def checked_index(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
 ) -> torch.Tensor:
@@ -132,9 +143,7 @@ def checked_index(
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
         IndexError: if index names a circuit that is not there.
     """
-    check_width(x, ansatz)
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_inputs(x, theta, ansatz)
     count = theta.shape[0]
     if index is None:
         return torch.arange(count, device=x.device).expand(x.shape[0], -1)
