@@ -202,7 +202,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             weights = torch.zeros(shape, device=self.device)
             return SlotCircuits(circuits, slots, self.output_slices, form.heads, weights)
 
-    def circuit_bytes(self) -> int:
+    def own_bytes(self) -> int:
         """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
         circuits = sum(here.circuits.nbytes + here.weights.nbytes for here in self._circuits.values())
         return circuits + sum(lora.nbytes for lora in self._lora.values())

@@ -202,7 +202,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
         manager = self._adapter_manager
         slot_bytes = sum(tensor[0].nbytes for tensor in self._slot_tensors())
-        slot_bytes += self._circuit_bytes() // manager.lora_slots
+        slot_bytes += self._own_bytes() // manager.lora_slots
         return [
             (lora_id, _host_bytes(adapter), slot_bytes if lora_id in manager.lora_index_to_id else 0)
             for lora_id, adapter in manager.list_adapters().items()
@@ -213,7 +213,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         sizes = {
             "weights": _distinct_bytes([*runner.model.parameters(), *runner.model.buffers()]),
             "kv_cache": _distinct_bytes(runner.kv_caches),
-            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()) + self._circuit_bytes(),
+            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()) + self._own_bytes(),
         }
         device = torch.device(self.device)
         if device.type == "cuda":
@@ -223,9 +223,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         # Pages that were never written are not resident yet, so the parts may sum to more.
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
 
-    def _circuit_bytes(self) -> int:
+    def _own_bytes(self) -> int:
         layers = self._adapter_manager.modules.values()
-        return sum(layer.circuit_bytes() for layer in layers if isinstance(layer, QAALayerMixin))
+        return sum(layer.own_bytes() for layer in layers if isinstance(layer, QAALayerMixin))
 
     def _slot_tensors(self) -> Iterator[torch.Tensor]:
         for layer in self._adapter_manager.modules.values():
