@@ -1,4 +1,4 @@
-"""The command `qaa-serve`: `serve` (the default), `train`, `compare` and `inspect`; each imports what it needs."""
+"""The command `qaa-serve`: `serve` (the default), `adapters`, `train`, ...; each imports what it needs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
       train a QAA adapter (or LoRA, SoRA, prefix tuning, or the whole model)
   qaa-serve compare --model MODEL --data FILE --eval-data FILE --output DIR [options]
       train several ways under the same budget and write a report: quality, size, memory, time
+  qaa-serve adapters list|show|put|delete|rollback|pin|unpin [NAME] [options]
+      look at and change what a running server serves
   qaa-serve inspect DIR [options]
       say what an adapter is, draw or export its circuits, try them on imperfect quantum hardware
 
@@ -41,6 +43,12 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(arguments)
 
 
+def _adapters(arguments: Sequence[str]) -> int:
+    from qaa_serve.admin_cli import main as adapters
+
+    return adapters(arguments)
+
+
 def _inspect(arguments: Sequence[str]) -> int:
     from qaa_serve.inspection.cli import main as inspect
 
@@ -51,6 +59,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "train": _train,
     "compare": _compare,
+    "adapters": _adapters,
     "inspect": _inspect,
 }
 

@@ -2,8 +2,8 @@
 
 from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache, EngineRefusedError, Observer, Result
 from qaa_serve.registry.catalogue import Catalogue, Entry, UnavailableError, UnknownAdapterError
-from qaa_serve.registry.directory import DirectoryWatcher, Rejection, scan
-from qaa_serve.registry.revisions import NAME_PATTERN, Revision, check_name, read_revision
+from qaa_serve.registry.directory import DirectoryWatcher, scan
+from qaa_serve.registry.revisions import NAME_PATTERN, Rejection, Revision, check_name, read_revision
 from qaa_serve.registry.store import RevisionStore, StoreError
 
 __all__ = [

@@ -87,7 +87,14 @@ class EngineCache:
     held here, so nothing that can fail happens inside an engine step.
     """
 
-    def __init__(self, engine: Engine, capacity: int, max_count: int, observer: Observer | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        capacity: int,
+        max_count: int,
+        observer: Observer | None = None,
+        unloaded: Callable[[], None] = lambda: None,
+    ):
         """Make an empty cache.
 
         Args:
@@ -95,12 +102,13 @@ class EngineCache:
             capacity: bytes of host memory.
             max_count: number of adapters that the engine can hold.
             observer: told of loads and evictions.
+            unloaded: called after a revision has left the engine.
         """
         self.capacity = capacity
         self.pinned: set[int] = set()  # int_ids
-        self.unloaded: Callable[[], None] = lambda: None  # called after a revision has left the engine
         self._engine = engine
         self._observer = observer or Observer()
+        self._unloaded = unloaded
         self._max_count = max_count
         self._residents: OrderedDict[int, Resident] = OrderedDict()  # the least recently used first
         self._changing = asyncio.Lock()
@@ -184,7 +192,7 @@ class EngineCache:
         # Out of the table first: from here on nobody can get hold of it.
         del self._residents[resident.revision.int_id]
         await self._engine.unload(resident.revision)
-        self.unloaded()
+        self._unloaded()
 
     def _in_background(self, resident: Resident) -> None:
         task = asyncio.get_running_loop().create_task(self._unload_if_idle(resident))

@@ -10,21 +10,25 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.registry.cache import (
-    Engine,
-    EngineCache,
-    Observer,
-)
-from qaa_serve.registry.directory import Rejection
-from qaa_serve.registry.revisions import NameRefusedError, Revision, check_name
+from qaa_serve.registry.cache import Engine, EngineCache, Observer
+from qaa_serve.registry.revisions import NameRefusedError, Rejection, Revision, check_name
 from qaa_serve.registry.store import RevisionStore
 
 Source = Literal["directory", "api"]
+
+
+class Changed(Protocol):
+    """Told what a name stands for before and after a change, as name@revision, and how the change ended."""
+
+    def __call__(
+        self, action: str, name: str, before: str | None, after: str | None, result: str = "ok", /
+    ) -> None:
+        """A change has ended."""
 
 
 class UnknownAdapterError(AdapterError):
@@ -99,6 +103,7 @@ class Catalogue:
         keep: int = 2,
         reserved: Callable[[str], bool] = lambda name: False,
         observer: Observer | None = None,
+        changed: Changed = lambda action, name, before, after, result="ok": None,
         logger: Logger | None = None,
     ):
         """Start with no adapters.
@@ -110,13 +115,14 @@ class Catalogue:
             max_count: of adapters in the engine.
             keep: former revisions of each name to keep.
             reserved: whether a name is taken, by the base model for one.
-            observer: told of changes, loads and evictions.
+            observer: told of changes, loads and evictions, to count them.
+            changed: told of each change by name: see `Changed`.
             logger: where to say what happens.
         """
         self.store = store
         self._observer = observer or Observer()
-        self.cache = EngineCache(engine, cache_bytes, max_count, self._observer)
-        self.cache.unloaded = self._sweep
+        self._changed = changed
+        self.cache = EngineCache(engine, cache_bytes, max_count, self._observer, self._sweep)
         self.entries: dict[str, Entry] = {}
         self.ready = False
         self._keep = keep
@@ -209,12 +215,14 @@ class Catalogue:
                     entry.rejection = None  # back to what it was
                     return revision
                 await self._load(entry, revision)
+                before = entry.current
                 # From here to the next await is the atomic step.
                 old = self._switch(entry, revision)
                 entry.source, entry.rejection = source, None
                 if source == "directory":
                     entry.seen = revision.digest
                 self._observer.swapped("published")
+                self._note(entry, before, "put" if source == "api" else "publish")
                 await self._let_go_of_former(entry, old)
             finally:
                 # What was copied for nothing goes again.
@@ -232,8 +240,10 @@ class Catalogue:
         """
         async with self._changing:
             entry = self._known(name)
+            old = entry.current
             await self._let_go(entry)
             self._settle(entry)
+            self._note(entry, old, "delete")
             if entry.seen is None and entry.rejection is None:
                 del self.entries[name]
             self._persist()
@@ -248,11 +258,12 @@ class Catalogue:
                 return
             entry.rejection = entry.seen = None
             if entry.source != "api" or not entry.revisions():
-                served = entry.current is not None
+                old = entry.current
                 await self._let_go(entry)
                 del self.entries[name]
-                if served:
+                if old is not None:
                     self._observer.swapped("removed")
+                    self._note(entry, old, "forget")
                     self._log.info("Removed adapter %r: its directory is gone", name)
             self._persist()
 
@@ -274,8 +285,10 @@ class Catalogue:
                 raise UnknownAdapterError(f"adapter {name!r} has no earlier revision to go back to")
             revision = entry.kept[0] if digest is None else entry.find(digest)
             await self._load(entry, revision)
+            before = entry.current
             old = self._switch(entry, revision)
             self._observer.swapped("rolled_back")
+            self._note(entry, before, "rollback")
             await self._let_go_of_former(entry, old)
             self._persist()
         return revision
@@ -298,6 +311,7 @@ class Catalogue:
                 entry.pinned_revisions.add(digest)
             self._note_pins()
             self._persist()
+            self._note(entry, revision, "pin", revision)
 
     async def unpin(self, name: str, digest: str | None = None) -> None:
         """Undo `pin`; does nothing if it is not pinned.
@@ -307,14 +321,15 @@ class Catalogue:
         """
         async with self._changing:
             entry = self._known(name)
+            revision = entry.current if digest is None else entry.find(digest)
             if digest is None:
                 entry.pinned = False
             else:
-                entry.find(digest)
                 entry.pinned_revisions.discard(digest)
             self._note_pins()
             await self._trim(entry)
             self._persist()
+            self._note(entry, revision, "unpin", revision)
 
     def reject(self, rejection: Rejection) -> None:
         """Note why a content is not served; what its name stands for goes on."""
@@ -324,6 +339,8 @@ class Catalogue:
         if known == rejection:
             return
         self._log.error("Not serving adapter %r (%s): %s", rejection.name, rejection.path, rejection.reason)
+        current = None if entry.current is None else entry.current.revision
+        self._changed("reject", rejection.name, current, current, rejection.reason)
 
     async def restore(self) -> None:
         """Serve what an earlier server with this state directory served, as far as that can be."""
@@ -426,6 +443,12 @@ class Catalogue:
             f", instead of {old.revision}" if old else "",
         )
         return old
+
+    def _note(self, entry: Entry, before: Revision | None, action: str, after: Revision | None = None) -> None:
+        """Tell of a change; left out, `after` is what the name stands for now."""
+        after = after or entry.current
+        names = [None if revision is None else revision.revision for revision in (before, after)]
+        self._changed(action, entry.name, *names)
 
     async def _let_go_of_former(self, entry: Entry, old: Revision | None) -> None:
         """Of what a name stood for until now, and of former revisions beyond those that are kept."""

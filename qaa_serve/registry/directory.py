@@ -7,37 +7,15 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from watchfiles import awatch
 
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError
-from qaa_serve.registry.revisions import Revision, read_revision
-
-if TYPE_CHECKING:
-    from qaa_serve.registry.catalogue import Catalogue
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """An adapter directory that cannot be served, and why.
-
-    Attributes:
-        name: the directory's name.
-        path: the directory.
-        reason: what is wrong, what was found, what to do.
-        kind: what it was refused for, as AdapterError has it.
-        since: Unix time.
-    """
-
-    name: str
-    path: Path
-    reason: str
-    kind: str = "invalid"
-    since: float = field(default_factory=time.time, compare=False)
+from qaa_serve.registry.catalogue import Catalogue
+from qaa_serve.registry.revisions import Rejection, Revision, read_revision
 
 
 def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +74,25 @@ class Revision:
         whose id another one has.
         """
         return _int_id(self.revision)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An adapter directory that cannot be served, and why.
+
+    Attributes:
+        name: the directory's name.
+        path: the directory.
+        reason: what is wrong, what was found, what to do.
+        kind: what it was refused for, as AdapterError has it.
+        since: Unix time.
+    """
+
+    name: str
+    path: Path
+    reason: str
+    kind: str = "invalid"
+    since: float = field(default_factory=time.time, compare=False)
 
 
 class NameRefusedError(AdapterError):

@@ -6,14 +6,14 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
@@ -28,8 +28,10 @@ from qaa_serve.registry import (
     UnavailableError,
     UnknownAdapterError,
 )
-from qaa_serve.server.gate import RefusedError, Turns
-from qaa_serve.server.metrics import EngineAccount
+from qaa_serve.server.audit import AuditLog
+from qaa_serve.server.errors import RefusedError
+from qaa_serve.server.monitor import EngineMonitor
+from qaa_serve.server.turns import Turns
 
 
 class TierBytes(BaseModel):
@@ -71,8 +73,8 @@ class AdapterInfo(BaseModel):
     source: Literal["directory", "api"] | None = None
     published: float | None = Field(None, description="Unix time at which the current revision was published")
     last_used: float | None = Field(None, description="Unix time of the last request")
-    running: int = 0
-    waiting: int = 0
+    running: int = Field(0, description="sequences (prompts x n) that run")
+    waiting: int = Field(0, description="sequences that wait for their turn")
     pinned: bool = Field(False, description="whether the current revision, whichever it is, stays in memory")
     bytes: TierBytes | None = Field(None, description="of the current revision")
     revisions: list[RevisionInfo] = []
@@ -126,42 +128,18 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-Status: TypeAlias = Literal["ready", "loading", "draining", "engine dead"]
-
-
-class Readiness(BaseModel):
-    """Whether requests are taken."""
-
-    status: Status
-
-
 Name = Annotated[str, PathParameter(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's public name")]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request makes no sense."},
-    401: {"model": ErrorBody, "description": "The admin key is needed."},
-    403: {"model": ErrorBody, "description": "Not with this key, from this machine, or outside the directory."},
+    401: {"model": ErrorBody, "description": "An admin key is needed."},
+    403: {"model": ErrorBody, "description": "Not with this key, or outside the directory."},
     404: {"model": ErrorBody, "description": "There is no such adapter, revision or directory."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     415: {"model": ErrorBody, "description": "Neither JSON nor a form."},
     422: {"model": ErrorBody, "description": "The adapter cannot be served; what was served goes on."},
     503: {"model": ErrorBody, "description": "Not now."},
 }
-
-
-class _Route(APIRoute):
-    """A route whose refusals are answers, whatever the app does with exceptions."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        original = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await original(request)
-            except RefusedError as error:
-                return error.response()
-
-        return handle
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -189,20 +167,22 @@ _PUT_BODY = {
 
 
 def make_router(
-    catalogue: Catalogue, account: Callable[[], EngineAccount], turns: Turns, adapters_directory: Path | None
+    catalogue: Catalogue, monitor: EngineMonitor, turns: Turns, audit: AuditLog, adapters_directory: Path | None
 ) -> APIRouter:
     """The routes that list and change what is served.
 
     Args:
-        catalogue: the adapters.
-        account: what the engine said of its memory last; to ask it anew would take a turn between steps.
-        turns: asked for running and waiting requests.
+        catalogue: the adapters; tells the audit log of each change itself.
+        monitor: what the engine said of its memory last; to ask it anew would take a turn between steps.
+        turns: asked for running and waiting sequences.
+        audit: told of changes that are refused.
         adapters_directory: where paths may lead; None allows none.
     """
-    router = APIRouter(tags=["adapters"], route_class=_Route)
+    router = APIRouter(tags=["adapters"])
+    changing = partial(_changing, catalogue, audit)
 
     def describe(entries: list[Entry]) -> list[AdapterInfo]:
-        slots = {int_id: slot for int_id, (_, slot) in account().adapters.items()}
+        slots = {int_id: slot for int_id, (_, slot) in monitor.account.adapters.items()}
         return [_describe(entry, catalogue, turns, slots) for entry in entries]
 
     @router.get("/v1/adapters", responses=_errors())
@@ -226,7 +206,7 @@ def make_router(
         anything changes; running requests end on the revision they began with.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        with _refusing():
+        with changing("put", name):
             if kind == "multipart/form-data":
                 async with _uploaded(request, catalogue.store.directory) as directory:
                     await catalogue.publish(name, directory, "api")
@@ -245,28 +225,28 @@ def make_router(
     @router.delete("/v1/adapters/{name}", responses=_errors(400, 404))
     async def delete_adapter(name: Name) -> RemovedInfo:
         """Serve an adapter no more. Its running requests end; its directory comes back when it changes."""
-        with _refusing():
+        with changing("delete", name):
             await catalogue.remove(name)
         return RemovedInfo(id=name)
 
     @router.post("/v1/adapters/{name}/rollback", responses=_errors(400, 404, 422))
     async def roll_back(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Serve a kept revision again; left out, the one before the current."""
-        with _refusing():
+        with changing("rollback", name):
             await catalogue.roll_back(name, _digest_of(asked, name))
         return describe([catalogue.entries[name]])[0]
 
     @router.post("/v1/adapters/{name}/pin", responses=_errors(400, 404, 422))
     async def pin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Keep an adapter in the engine's memory: one revision, or left out, whichever is current."""
-        with _refusing():
+        with changing("pin", name):
             await catalogue.pin(name, _digest_of(asked, name))
         return describe([catalogue.entries[name]])[0]
 
     @router.post("/v1/adapters/{name}/unpin", responses=_errors(400, 404))
     async def unpin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Undo `pin`."""
-        with _refusing():
+        with changing("unpin", name):
             await catalogue.unpin(name, _digest_of(asked, name))
         return describe([catalogue.entries[name]])[0]
 
@@ -280,7 +260,7 @@ def make_router(
             raise RefusedError(
                 400, f'the adapter {request.lora_name!r} is served already: say "load_inplace": true to replace it'
             )
-        with _refusing():
+        with changing("put", request.lora_name):
             directory = path_inside(adapters_directory, request.lora_path)
             await catalogue.publish(request.lora_name, directory, "api")
         return Response(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
@@ -288,7 +268,7 @@ def make_router(
     @router.post("/v1/unload_lora_adapter", responses=_errors(400, 404))
     async def unload_lora_adapter(request: UnloadLoRAAdapterRequest) -> Response:
         """vLLM's way to say DELETE /v1/adapters/{lora_name}."""
-        with _refusing():
+        with changing("delete", request.lora_name):
             await catalogue.remove(request.lora_name)
         return Response(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
@@ -296,16 +276,22 @@ def make_router(
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Errors of the catalogue as answers."""
+def _changing(catalogue: Catalogue, audit: AuditLog, action: str, name: str) -> Iterator[None]:
+    """Make a change; what the catalogue refuses becomes an answer, and every refusal a line of the audit log."""
     try:
-        yield
-    except UnknownAdapterError as error:
-        raise RefusedError(404, str(error)) from error
-    except (CacheFullError, UnavailableError) as error:
-        raise RefusedError(503, str(error), Retry_After="5") from error
-    except AdapterError as error:
-        raise RefusedError(422, str(error)) from error
+        try:
+            yield
+        except UnknownAdapterError as error:
+            raise RefusedError(404, str(error)) from error
+        except (CacheFullError, UnavailableError) as error:
+            raise RefusedError(503, str(error), Retry_After="5") from error
+        except AdapterError as error:
+            raise RefusedError(422, str(error)) from error
+    except RefusedError as refusal:
+        current = catalogue.resolve(name)
+        served = None if current is None else current.revision
+        audit.changed(action, name, served, served, f"{refusal.status}: {refusal.message}")
+        raise
 
 
 def path_inside(root: Path | None, text: str) -> Path:
@@ -392,6 +378,7 @@ def _describe(entry: Entry, catalogue: Catalogue, turns: Turns, slots: Mapping[i
         )
 
     current, rejection = entry.current, entry.rejection
+    running, waiting = turns.counts(entry.name)
     return AdapterInfo(
         id=entry.name,
         state="served" if current is not None else "rejected" if rejection is not None else "removed",
@@ -402,8 +389,8 @@ def _describe(entry: Entry, catalogue: Catalogue, turns: Turns, slots: Mapping[i
         source=entry.source if current else None,
         published=entry.published,
         last_used=entry.last_used,
-        running=turns.running.get(entry.name, 0),
-        waiting=turns.waiting(entry.name),
+        running=running,
+        waiting=waiting,
         pinned=entry.pinned,
         bytes=tier_bytes(current) if current else None,
         revisions=[describe_revision(revision) for revision in entry.revisions()],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,9 +16,10 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from qaa_serve.registry import EngineCache, EngineRefusedError, Revision
-from qaa_serve.server.gate import current_use
-from qaa_serve.server.metrics import EngineAccount
+from qaa_serve.registry import EngineRefusedError, Revision
+from qaa_serve.server.account import EngineAccount
+from qaa_serve.server.context import RequestContext, current_request
+from qaa_serve.server.stat_logger import StatLogger
 
 logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the name "vllm"
 
@@ -30,19 +31,17 @@ _POLL_S, _IDLE_POLL_S, _MAX_POLL_S = 0.05, 0.002, 0.5
 
 
 class AdapterEngine(AsyncLLM):
-    """vLLM's engine, to which no request is handed whose adapter it does not hold."""
-
-    cache: EngineCache | None = None  # set once the catalogue is there
+    """vLLM's engine, to which no request is handed whose adapter it does not hold and which has no seat."""
 
     async def generate(
-        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+        self, prompt: Any, sampling_params: Any, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """As vLLM's; the adapter is held until the request has ended or its abort has been sent."""
-        outputs = super().generate(*args, lora_request=lora_request, **kwargs)
-        use = current_use.get()
-        observation = None if use is None else use.observation
+        """As vLLM's; seats and adapter are held until the request has ended or its abort has been sent."""
+        outputs = super().generate(prompt, sampling_params, *args, lora_request=lora_request, **kwargs)
+        request = current_request.get()
+        observation = None if request is None else request.observation
         sequence = None if observation is None else observation.sequence()
-        with self._holding(lora_request):
+        async with _seated(request, sampling_params.n), _holding(request, lora_request):
             try:
                 async with aclosing(outputs):
                     async for output in outputs:
@@ -62,18 +61,10 @@ class AdapterEngine(AsyncLLM):
     ) -> AsyncGenerator[Any, None]:
         """As vLLM's; see `generate`."""
         outputs = super().encode(*args, lora_request=lora_request, **kwargs)
-        with self._holding(lora_request):
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
-
-    def _holding(self, request: LoRARequest | None) -> AbstractContextManager[object]:
-        if request is None or self.cache is None:
-            return nullcontext()
-        if not self.cache.has(request.lora_int_id):
-            # A step that needs it would read it from disk, and end the engine if it is not there.
-            raise VLLMNotFoundError(f"Adapter {request.lora_name} is no longer served.")
-        return self.cache.hold(request.lora_int_id)
+        request = current_request.get()
+        async with _seated(request, 1), _holding(request, lora_request), aclosing(outputs):
+            async for output in outputs:
+                yield output
 
     async def load(self, revision: Revision) -> int:
         """Have every worker read a revision, beside its steps, and then take it over between two of them.
@@ -137,6 +128,32 @@ class AdapterEngine(AsyncLLM):
         return EngineAccount(await self.adapter_bytes(), devices, circuits)
 
 
+@asynccontextmanager
+async def _seated(request: RequestContext | None, sequences: int) -> AsyncIterator[None]:
+    """Have the seats that a prompt's sequences need; the engine's own requests need none."""
+    if request is None or request.ticket is None:
+        yield
+        return
+    async with request.ticket.seats(sequences):
+        yield
+
+
+@asynccontextmanager
+async def _holding(request: RequestContext | None, lora: LoRARequest | None) -> AsyncIterator[None]:
+    """Hold an adapter: a step that needs one that is not loaded would read it, and end the engine if it is gone."""
+    if lora is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            if request is None or request.hold is None:
+                raise KeyError(lora.lora_int_id)
+            stack.enter_context(request.hold(lora.lora_int_id))
+        except KeyError as error:
+            raise VLLMNotFoundError(f"Adapter {lora.lora_name} is no longer served.") from error
+        yield
+
+
 def request_for(revision: Revision) -> LoRARequest:
     """What vLLM knows a revision by: name, path and id are all its own."""
     return LoRARequest(lora_name=revision.revision, lora_int_id=revision.int_id, lora_path=str(revision.path))
@@ -153,6 +170,8 @@ async def running_engine(args: Any) -> AsyncIterator[AdapterEngine]:
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            # Given one of any kind, vLLM keeps statistics even where it was told not to.
+            stat_loggers=None if engine_args.disable_log_stats else [StatLogger],
             disable_log_stats=engine_args.disable_log_stats,
         )
     try:

@@ -1,4 +1,4 @@
-"""HTTP until a signal or the engine's death, and an end in good order."""
+"""HTTP until a signal or the end of the engine, and an end in good order."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import uvicorn
 import vllm.envs as envs
 from fastapi import FastAPI
 from vllm.entrypoints.launchers.launcher import NoSignalServer
-from vllm.entrypoints.launchers.utils.constants import (
-    H11_MAX_HEADER_COUNT_DEFAULT,
-    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
-)
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.logger import init_logger
 
+from qaa_serve.server.asgi import App
+from qaa_serve.server.connections import bounded_protocol
+from qaa_serve.server.drain import Drain
 from qaa_serve.server.engine import AdapterEngine
-from qaa_serve.server.gate import Gate
+from qaa_serve.server.monitor import EngineMonitor
+from qaa_serve.server.processes import kill_children
+from qaa_serve.server.settings import ServingOptions
 
 logger = init_logger("vllm.qaa_serve.http")  # vLLM's handlers hang on the name "vllm"
+
+Listener: TypeAlias = tuple[socket.socket, App]
 
 #: How often the engine's state is looked at, and how long open connections have once the server ends, in seconds.
 _WATCH_S, _CLOSE_S = 0.5, 5
@@ -36,21 +40,35 @@ class HTTPServer:
     """uvicorn behind the gate, with a drain before the end."""
 
     def __init__(
-        self, app: FastAPI, gate: Gate, engine: AdapterEngine, args: argparse.Namespace, *, drain_timeout_s: float
+        self,
+        app: FastAPI,
+        listeners: Sequence[Listener],
+        engine: AdapterEngine,
+        monitor: EngineMonitor,
+        drain: Drain,
+        args: argparse.Namespace,
+        options: ServingOptions,
     ):
-        config = uvicorn.Config(gate, **_uvicorn_options(args))
-        config.h11_max_incomplete_event_size = (
-            args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
-        )
-        # vLLM gives uvicorn's protocol this one through the config too.
-        config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT  # type: ignore[attr-defined]
-        config.load()
+        """Prepare to serve.
+
+        Args:
+            app: vLLM's, which is told of the server.
+            listeners: sockets, and what answers there.
+            engine: whose death ends the server.
+            monitor: which sees it hang.
+            drain: the requests under way.
+            args: vLLM's.
+            options: ours.
+        """
+        protocol = bounded_protocol(options.max_connections)
         self.started = asyncio.Event()
-        self._server = app.state.server = NoSignalServer(config)  # vLLM's handlers stop it through the state
+        self._servers = [(NoSignalServer(_configured(front, protocol, args)), sock) for sock, front in listeners]
+        app.state.server = self._servers[0][0]  # vLLM's handlers stop it through the state
         self._refresh_certificates = args.enable_ssl_refresh
-        self._gate = gate
         self._engine = engine
-        self._drain_timeout_s = drain_timeout_s
+        self._monitor = monitor
+        self._drain = drain
+        self._drain_timeout_s = options.drain_timeout_s
         self._stopping = asyncio.Event()
         self._status = 0
 
@@ -60,8 +78,8 @@ class HTTPServer:
         self._drain_timeout_s = 0
         self._stopping.set()
 
-    async def run(self, sock: socket.socket) -> int:
-        """Serve until a signal, `stop` or the engine's death.
+    async def run(self) -> int:
+        """Serve until a signal, `stop`, or the engine's death or standstill.
 
         Returns:
             the exit status.
@@ -69,10 +87,10 @@ class HTTPServer:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        serving = loop.create_task(self._server.serve(sockets=[sock]))
+        serving = asyncio.gather(*(server.serve(sockets=[sock]) for server, sock in self._servers))
         refresher = None
         if self._refresh_certificates:
-            config = self._server.config
+            config = self._servers[0][0].config
             refresher = SSLCertRefresher(
                 ssl_context=config.ssl, key_path=config.ssl_keyfile, cert_path=config.ssl_certfile,
                 ca_path=config.ssl_ca_certs,
@@ -82,49 +100,59 @@ class HTTPServer:
         finally:
             if refresher is not None:
                 refresher.stop()
-        if not self._engine.errored and not serving.done():
-            await self._drain()
+        if self._works() and not serving.done():
+            await self._finish_requests()
         await self._close(serving)
         return self._status
 
-    async def _watch(self, serving: asyncio.Task[None]) -> None:
+    def _works(self) -> bool:
+        return not (self._engine.errored or self._monitor.stalled.is_set())
+
+    async def _watch(self, serving: asyncio.Future[Any]) -> None:
         """Return when the server is to end."""
         while not self._stopping.is_set() and not serving.done():
-            if self._server.started:
+            if all(server.started for server, _ in self._servers):
                 self.started.set()
-            if self._engine.errored:
-                logger.error("The engine died; the server ends with status 1")
+            if not self._works():
+                logger.error("The engine %s; the server ends with status 1", self._failure())
                 self._status = 1
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _WATCH_S if self.started.is_set() else 0.05)
 
-    async def _drain(self) -> None:
-        waiting = self._gate.in_flight
+    def _failure(self) -> str:
+        return "died" if self._engine.errored else "hangs"
+
+    async def _finish_requests(self) -> None:
+        waiting = self._drain.in_flight
         if self._drain_timeout_s > 0 and waiting:
             logger.info("Taking no more requests; waiting up to %g s for %d", self._drain_timeout_s, waiting)
-        draining = asyncio.create_task(self._gate.drain(self._drain_timeout_s))
-        while not draining.done():
-            await asyncio.wait((draining,), timeout=_WATCH_S)
-            if self._engine.errored:
-                logger.error("The engine died while the server was draining")
+        closing = asyncio.create_task(self._drain.close(self._drain_timeout_s))
+        while not closing.done():
+            await asyncio.wait((closing,), timeout=_WATCH_S)
+            if not self._works():
+                logger.error("The engine %s while the server was draining", self._failure())
                 self._status = 1
                 break
-        if not draining.done():
-            draining.cancel()
-        elif not draining.result():
+        if not closing.done():
+            closing.cancel()
+        elif not closing.result():
             logger.warning(
-                "%d requests had not ended after the drain timeout: they are cut off", self._gate.in_flight
+                "%d requests had not ended after the drain timeout: they are cut off", self._drain.in_flight
             )
 
-    async def _close(self, serving: asyncio.Task[None]) -> None:
+    async def _close(self, serving: asyncio.Future[Any]) -> None:
         # The engine first: its requests end with an error instead of hanging.
+        if self._monitor.stalled.is_set():
+            kill_children()  # vLLM would ask them to end, and wait for an answer
         shut_down = partial(self._engine.shutdown, timeout=0)
         await asyncio.get_running_loop().run_in_executor(None, shut_down)
-        self._server.should_exit = True
+        for server, _ in self._servers:
+            server.should_exit = True
         done, _ = await asyncio.wait((serving,), timeout=_CLOSE_S)
         if not done:
-            self._server.force_exit = True
+            for server, _ in self._servers:
+                server.force_exit = True
             await asyncio.wait((serving,), timeout=_CLOSE_S)
 
     def _on_signal(self, number: int) -> None:
@@ -136,8 +164,9 @@ class HTTPServer:
         self._stopping.set()
 
 
-def _uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {
+def _configured(front: App, protocol: type[asyncio.Protocol], args: argparse.Namespace) -> uvicorn.Config:
+    options: dict[str, Any] = {
+        "http": protocol,
         "host": args.host,
         "port": args.port,
         "log_level": args.uvicorn_log_level,
@@ -150,5 +179,8 @@ def _uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
         "ssl_ciphers": args.ssl_ciphers,
         "timeout_graceful_shutdown": _CLOSE_S,
     }
-    log_config = get_uvicorn_log_config(args)
-    return options if log_config is None else {**options, "log_config": log_config}
+    if (log_config := get_uvicorn_log_config(args)) is not None:
+        options["log_config"] = log_config
+    config = uvicorn.Config(front, **options)
+    config.load()
+    return config

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
-from rich.console import Console
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -20,145 +24,214 @@ from vllm.logger import init_logger
 from vllm.v1.metrics import buckets
 
 from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
-from qaa_serve.server.admin import Readiness, Status, make_router
+from qaa_serve.server.admin import make_router
+from qaa_serve.server.announce import announce
+from qaa_serve.server.asgi import Scope
+from qaa_serve.server.audit import AuditLog
+from qaa_serve.server.bodies import Bodies
+from qaa_serve.server.connections import open_listener
+from qaa_serve.server.drain import Drain
 from qaa_serve.server.engine import AdapterEngine, running_engine
-from qaa_serve.server.gate import Gate, Turns
-from qaa_serve.server.http import HTTPServer
-from qaa_serve.server.keys import KeyRing
-from qaa_serve.server.metrics import ServerMetrics, StateCollector, say_what_runs
-from qaa_serve.server.models import ServedModels
+from qaa_serve.server.errors import answer_errors
+from qaa_serve.server.gate import Gate
+from qaa_serve.server.http import HTTPServer, Listener
+from qaa_serve.server.keys import KeyRing, KeySources
+from qaa_serve.server.metrics import (
+    Exposition,
+    ServerMetrics,
+    StateCollector,
+    remove_metrics_routes,
+    say_what_runs,
+)
+from qaa_serve.server.models import ServedModels, make_models_router
+from qaa_serve.server.monitor import EngineMonitor
+from qaa_serve.server.readiness import Readiness, make_readiness_router
+from qaa_serve.server.request_log import RequestLog
+from qaa_serve.server.rights import Rights, Role, WrongKeys
+from qaa_serve.server.runfile import RunningServer
 from qaa_serve.server.settings import ServingOptions
+from qaa_serve.server.stored_responses import OwnedResponses
+from qaa_serve.server.turns import Turns
 
 logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
 
 
-ACCOUNT_EVERY_S = 10.0
-
-
-async def serve(args: argparse.Namespace, options: ServingOptions, store: RevisionStore, keys: KeyRing) -> int:
-    """Serve until a signal or the engine's death.
+async def serve(
+    args: argparse.Namespace, options: ServingOptions, store: RevisionStore, key_sources: KeySources
+) -> int:
+    """Serve until a signal or the end of the engine.
 
     Args:
         args: vLLM's arguments.
         options: ours.
         store: where revisions are kept.
-        keys: who may do what.
+        key_sources: where keys come from.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died, 2 if an adapter is invalid and none may be.
+        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and none may be.
     """
     address, sock = setup_server(args, reuse_port=False)
-    try:
-        async with running_engine(args) as engine:
-            tasks = await engine.get_supported_tasks()
-            app = build_app(args, tasks, engine.model_config)
-            with _our_models():
-                await app_state.init_app_state(engine, app.state, args, tasks)
-            models: ServedModels = app.state.openai_serving_models
-            metrics = ServerMetrics(
-                REGISTRY,
-                max_adapters=options.metrics_max_adapters,
-                latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
-                first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
-                inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
+    async with AsyncExitStack() as stack:
+        stack.callback(sock.close)
+        admin_sock = None
+        if options.admin_listen is not None:
+            admin_sock = stack.enter_context(open_listener(options.admin_listen))
+        engine = await stack.enter_async_context(running_engine(args))
+        server = await _assemble(engine, args, options, store, key_sources, sock, admin_sock)
+        stack.callback(server.audit.close)
+        told = RunningServer(
+            address,
+            options.admin_listen or address,
+            str(options.made_admin_key or args.admin_key_file or "") or None,
+            os.getpid(),
+        )
+        background = [
+            asyncio.create_task(task)
+            for task in (
+                _publish(server, options, partial(announce, server.catalogue, args, told)),
+                server.monitor.run(),
+                key_sources.follow(server.keys, logger),
             )
-            say_what_runs(metrics)
-            catalogue = Catalogue(
-                store,
-                engine,
-                observer=metrics,
-                cache_bytes=options.adapter_cache_bytes,
-                max_count=args.max_cpu_loras,
-                keep=options.keep_revisions,
-                reserved=models.base_names.__contains__,
-                logger=logger,
-            )
-            models.catalogue, engine.cache = catalogue, catalogue.cache
-            gate, state = _stand_before(app, engine, catalogue, metrics, options, keys, models.base_names)
-            REGISTRY.register(state)
-            http = HTTPServer(app, gate, engine, args, drain_timeout_s=options.drain_timeout_s)
-            background = [
-                asyncio.create_task(_publish(catalogue, options, http, address, args, models)),
-                asyncio.create_task(_keep_account(engine, state)),
-            ]
-            try:
-                return await http.run(sock)
-            finally:
-                for task in background:
-                    task.cancel()
-                await asyncio.gather(*background, return_exceptions=True)
-    finally:
-        sock.close()
+        ]
+        try:
+            return await server.http.run()
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The parts that run beside each other."""
+
+    catalogue: Catalogue
+    keys: KeyRing
+    monitor: EngineMonitor
+    audit: AuditLog
+    http: HTTPServer
+
+
+async def _assemble(
+    engine: AdapterEngine,
+    args: argparse.Namespace,
+    options: ServingOptions,
+    store: RevisionStore,
+    key_sources: KeySources,
+    sock: socket.socket,
+    admin_sock: socket.socket | None,
+) -> Server:
+    """vLLM's app with our routes in it and the gate before it, on its listeners."""
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    base_names = args.served_model_name or [args.model]
+    metrics = ServerMetrics(
+        REGISTRY,
+        max_adapters=options.metrics_max_adapters,
+        max_keys=options.metrics_max_keys,
+        latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
+        first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
+        inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
+    )
+    audit = AuditLog(logger, options.audit_log)
+    catalogue = Catalogue(
+        store,
+        engine,
+        observer=metrics,
+        changed=audit.changed,
+        cache_bytes=options.adapter_cache_bytes,
+        max_count=args.max_cpu_loras,
+        keep=options.keep_revisions,
+        reserved=base_names.__contains__,
+        logger=logger,
+    )
+    with _our_models(catalogue):
+        await app_state.init_app_state(engine, app.state, args, tasks)
+    _own_responses(app)
+    drain = Drain()
+    monitor = EngineMonitor(engine.account, timeout_s=options.engine_stall_timeout_s, logger=logger)
+    readiness = Readiness(engine, monitor, drain, catalogue)
+    turns = Turns(
+        options.adapter_max_running or engine.vllm_config.scheduler_config.max_num_seqs,
+        options.adapter_max_queue,
+        max_wait_s=options.max_queue_wait_s,
+    )
+    max_loras = engine.vllm_config.lora_config.max_loras
+    REGISTRY.register(
+        StateCollector(catalogue, turns, metrics.labels, monitor, readiness.status, max_loras=max_loras)
+    )
+    say_what_runs(REGISTRY)
+    remove_metrics_routes(app)
+    for router in (
+        Exposition(REGISTRY).router(),
+        make_readiness_router(readiness),
+        make_models_router(app.state.openai_serving_models),
+        make_router(catalogue, monitor, turns, audit, options.adapters),
+    ):
+        app.include_router(router)
+    answer_errors(app)
+    await asyncio.to_thread(app.openapi)  # takes seconds; the first who asks for it must not stop all others
+    keys = KeyRing(*key_sources.read())
+    gated = partial(
+        Gate,
+        app,
+        rights=Rights(keys, WrongKeys(metrics.wrong_key, logger)),
+        bodies=Bodies(
+            max_bytes=options.max_body_bytes,
+            max_held_bytes=options.max_held_bytes,
+            timeout_s=options.body_timeout_s,
+        ),
+        turns=turns,
+        catalogue=catalogue,
+        metrics=metrics,
+        drain=drain,
+        base_names=base_names,
+        max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
+        has_route=partial(_has_route, app),
+        request_log=RequestLog(logger) if options.log_format == "json" else None,
+    )
+    cors = _take_cors(app)
+    admins_apart = frozenset((Role.ADMIN,)) if admin_sock is not None else frozenset()
+    listeners: list[Listener] = [(sock, cors(gated(roles=set(Role) - admins_apart)))]
+    if admin_sock is not None:
+        listeners.append((admin_sock, cors(gated(roles=(Role.ADMIN, Role.ANYONE)))))
+    http = HTTPServer(app, listeners, engine, monitor, drain, args, options)
+    return Server(catalogue, keys, monitor, audit, http)
 
 
 @contextmanager
-def _our_models() -> Iterator[None]:
+def _our_models(catalogue: Catalogue) -> Iterator[None]:
     """Let vLLM's set-up of the app make our list of served models instead of its own."""
     original = app_state.OpenAIServingModels
-    app_state.OpenAIServingModels = ServedModels
+    app_state.OpenAIServingModels = partial(ServedModels, catalogue)
     try:
         yield
     finally:
         app_state.OpenAIServingModels = original
 
 
-def _stand_before(
-    app: FastAPI,
-    engine: AdapterEngine,
-    catalogue: Catalogue,
-    metrics: ServerMetrics,
-    options: ServingOptions,
-    keys: KeyRing,
-    base_names: list[str],
-) -> tuple[Gate, StateCollector]:
-    """Give vLLM's app our routes, and put the gate before it."""
-    turns = Turns(
-        options.adapter_max_running or engine.vllm_config.scheduler_config.max_num_seqs, options.adapter_max_queue
-    )
-    state = StateCollector(catalogue, turns, metrics.labels)
-    app.include_router(make_router(catalogue, lambda: state.account, turns, options.adapters))
-
-    def status() -> Status:
-        if engine.errored:
-            return "engine dead"
-        if gate.draining:
-            return "draining"
-        return "ready" if catalogue.ready else "loading"
-
-    @app.get("/ready", tags=["adapters"], responses={503: {"model": Readiness}})
-    async def ready() -> JSONResponse:
-        """Whether requests are taken: the engine is up, the adapters of the start are published."""
-        readiness = Readiness(status=status())
-        return JSONResponse(readiness.model_dump(), 200 if readiness.status == "ready" else 503)
-
-    gate = Gate(
-        app,
-        catalogue=catalogue,
-        keys=keys,
-        turns=turns,
-        metrics=metrics,
-        base_names=base_names,
-        max_body_bytes=options.max_body_bytes,
-        max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
-        request_log=_log_request if options.log_format == "json" else None,
-    )
-    state.status = status
-    return gate, state
+def _own_responses(app: FastAPI) -> None:
+    """Have vLLM keep responses apart by client. A model that generates no text has no such handler."""
+    if (handler := getattr(app.state, "openai_serving_responses", None)) is not None:
+        handler.response_store = OwnedResponses()
 
 
-def _log_request(fields: dict[str, Any]) -> None:
-    logger.info("request", extra=fields)
+def _take_cors(app: FastAPI) -> Any:
+    """Take vLLM's CORS middleware out of its app, to stand before the gate: refusals need its headers too."""
+    middleware: list[Any] = app.user_middleware
+    cors = next(entry for entry in middleware if entry.cls is CORSMiddleware)
+    middleware.remove(cors)
+    return partial(CORSMiddleware, **cors.kwargs)
 
 
-async def _publish(
-    catalogue: Catalogue,
-    options: ServingOptions,
-    http: HTTPServer,
-    address: str,
-    args: argparse.Namespace,
-    models: ServedModels,
-) -> None:
+def _has_route(app: FastAPI, scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
+
+
+async def _publish(server: Server, options: ServingOptions, announce: Any) -> None:
     """Publish what is there at the start, say that the server is ready, and follow the adapters directory."""
+    catalogue, http = server.catalogue, server.http
+    run_file: Path | None = None
     try:
         await catalogue.restore()
         watcher = None
@@ -174,42 +247,14 @@ async def _publish(
             return
         catalogue.start()
         await http.started.wait()
-        _announce(catalogue, args, address, models)
+        run_file = announce()
         if watcher is not None:
             await watcher.run()
+        await asyncio.Event().wait()
     except Exception:
         logger.exception("Publishing adapters failed; the server ends")
         http.stop(1)
-
-
-async def _keep_account(engine: AdapterEngine, state: StateCollector) -> None:
-    """Ask the workers for their memory now and then, not when Prometheus asks: it must get its answer at once."""
-    while True:
-        try:
-            state.account = await engine.account()
-        except Exception as error:  # a dead engine ends the server elsewhere
-            logger.warning("The engine's account of its memory is missing: %s", error)
-        await asyncio.sleep(ACCOUNT_EVERY_S)
-
-
-def _announce(catalogue: Catalogue, args: argparse.Namespace, address: str, models: ServedModels) -> None:
-    """Say that the server is ready, and how to try it."""
-    base = models.base_names[0]
-    served = [entry.current for entry in catalogue.entries.values() if entry.current is not None]
-    shown = ", ".join(f"{r.name} ({r.kind})" for r in served[:20]) or "none"
-    if len(served) > 20:
-        shown += f", and {len(served) - 20} more"
-    example = served[0].name if served else base
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = {"model": example, "temperature": 0, "messages": [question]}
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold green]Ready[/bold green] on {address}   base: {base}   adapters: {shown}")
-    for entry in catalogue.entries.values():
-        if entry.rejection is not None:
-            console.print(f"[yellow]Not served:[/yellow] {entry.name}: {entry.rejection.reason}")
-    url = f"--unix-socket {args.uds} http://localhost" if args.uds else address
-    key = "-H 'Authorization: Bearer <your key>' " if args.clients_need_a_key else ""
-    console.print(
-        f"Try:  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'\n",
-        markup=False,
-    )
+    finally:
+        if run_file is not None:
+            with suppress(OSError):
+                run_file.unlink()

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 from qaa_serve.server import settings
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     cli_env_setup()
     try:
         args = settings.make_parser().parse_args(list(arguments))
-        options, store, keys = settings.resolve(args)
+        options, store, key_sources = settings.resolve(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
     except (settings.UsageError, AssertionError, OSError, TypeError, ValueError) as error:
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_start_up)
     try:
-        return uvloop.run(serve(args, options, store, keys))
+        return uvloop.run(serve(args, options, store, key_sources))
     finally:
         store.close()
 
@@ -52,10 +51,8 @@ def _end_start_up(number: int, _frame: object) -> NoReturn:
 
     An exception raised here would come up somewhere in vLLM's start-up, which does not always let it through.
     """
-    import psutil
+    from qaa_serve.server.processes import kill_children
 
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill_children()
     print(f"qaa-serve: {signal.Signals(number).name} during start-up", file=sys.stderr, flush=True)
     os._exit(128 + number)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fastapi import APIRouter
+from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.lora.request import LoRARequest
 
 from qaa_serve.registry import Catalogue, Revision
+from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.engine import request_for
-from qaa_serve.server.gate import Use, current_use
+from qaa_serve.server.errors import RefusedError
+
+#: Outside of requests nobody asks; vLLM looks at the models while it sets up its app.
+_NOBODY = RequestContext(None, "local")
 
 
 class HeldAdapter(Mapping[str, LoRARequest]):
@@ -22,14 +29,14 @@ class HeldAdapter(Mapping[str, LoRARequest]):
     """
 
     def __getitem__(self, name: str) -> LoRARequest:
-        use = current_use.get()
-        if use is None or use.revision is None or use.asked != name:
+        request = current_request.get()
+        if request is None or request.revision is None or request.asked != name:
             raise KeyError(name)
-        return request_for(use.revision)
+        return request_for(request.revision)
 
     def __iter__(self) -> Iterator[str]:
-        use = current_use.get()
-        return iter([] if use is None or use.revision is None or use.asked is None else [use.asked])
+        request = current_request.get() or _NOBODY
+        return iter([] if request.revision is None or request.asked is None else [request.asked])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -38,7 +45,25 @@ class HeldAdapter(Mapping[str, LoRARequest]):
 class ServedModels(OpenAIServingModels):
     """vLLM's served models: the base model, and the adapters of the catalogue under their public names."""
 
-    catalogue: Catalogue | None = None  # set once the engine is up
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        engine_client: EngineClient,
+        base_model_paths: list[BaseModelPath],
+        **options: Any,
+    ):
+        """As vLLM's, with a catalogue.
+
+        Args:
+            catalogue: the adapters.
+            engine_client: the engine.
+            base_model_paths: the base model's names. Where it lies on this machine's disk is nobody's business.
+            options: of vLLM's.
+        """
+        names = [BaseModelPath(name=path.name, model_path=path.name) for path in base_model_paths]
+        super().__init__(engine_client, names, **options)
+        self._catalogue = catalogue
+        self._started = int(time.time())
 
     @property
     def lora_requests(self) -> Mapping[str, LoRARequest]:
@@ -49,54 +74,62 @@ class ServedModels(OpenAIServingModels):
     def lora_requests(self, requests: Mapping[str, LoRARequest]) -> None:
         pass  # vLLM's own starts empty, and stays so
 
-    @property
-    def base_model_paths(self) -> list[BaseModelPath]:
-        """The base model, then the adapters: vLLM lists them to a client that asks for an unknown model."""
-        adapters = [BaseModelPath(name=r.name, model_path=str(r.path)) for r in self._adapters()]
-        return [self._base_paths[0], *adapters]
-
-    @base_model_paths.setter
-    def base_model_paths(self, paths: list[BaseModelPath]) -> None:
-        self._base_paths = paths
-
-    @property
-    def base_names(self) -> list[str]:
-        """The base model's names."""
-        return [path.name for path in self._base_paths]
-
     def is_base_model(self, model_name: str) -> bool:
         """Whether a name is the base model's and the request may use it."""
-        use = current_use.get() or Use(None, None)
-        may = use.asked in (None, model_name) and use.may_use(self.base_names[0])
-        return may and model_name in self.base_names
+        request = current_request.get() or _NOBODY
+        may = request.asked in (None, model_name) and request.may_use(self.base_model_paths[0].name)
+        return may and any(path.name == model_name for path in self.base_model_paths)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name a client gets back: the one it asked for."""
-        use = current_use.get()
-        if lora_request is None or use is None or use.asked is None:
-            return self._base_paths[0].name
-        return use.asked
+        request = current_request.get()
+        if lora_request is None or request is None or request.asked is None:
+            return self.base_model_paths[0].name
+        return request.asked
 
     async def show_available_models(self) -> ModelList:
         """The base model and every adapter that the client may use, with its revision as root."""
-        models: ModelList = await self.registry.show_available_models()
-        use = current_use.get() or Use(None, None)
-        models.data = [card for card in models.data if use.may_use(card.id)]
-        for revision in self._adapters():
-            models.data.append(
-                ModelCard(
-                    id=revision.name,
-                    root=revision.revision,
-                    parent=self._base_paths[0].name,
-                    permission=[ModelPermission()],
-                )
-            )
-        return models
+        request = current_request.get() or _NOBODY
+        cards = [self._base_card(path.name) for path in self._base_paths_for(request)]
+        for entry in self._catalogue.entries.values():
+            if entry.current is not None and request.may_use(entry.name):
+                cards.append(self._card(entry.name, entry.current, entry.published))
+        return ModelList(data=cards)
 
-    def _adapters(self) -> list[Revision]:
-        use = current_use.get() or Use(None, None)
-        entries = self.catalogue.entries.values() if self.catalogue is not None else ()
-        return [entry.current for entry in entries if entry.current is not None and use.may_use(entry.name)]
+    def show_model(self, name: str) -> ModelCard:
+        """One of them, or a kept revision of an adapter.
+
+        Raises:
+            RefusedError: with 404 if there is none of that name that the client may use.
+        """
+        request = current_request.get() or _NOBODY
+        if name in (path.name for path in self._base_paths_for(request)):
+            return self._base_card(name)
+        revision = self._catalogue.resolve(name)
+        if revision is None or not request.may_use(name):
+            raise RefusedError(404, f"The model `{name}` does not exist.", param="model")
+        return self._card(name, revision, self._catalogue.entries[revision.name].published)
+
+    def _base_paths_for(self, request: RequestContext) -> list[BaseModelPath]:
+        return self.base_model_paths if request.may_use(self.base_model_paths[0].name) else []
+
+    def _base_card(self, name: str) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=self._started,
+            root=self.base_model_paths[0].name,
+            max_model_len=self.model_config.max_model_len,
+            permission=[ModelPermission()],
+        )
+
+    def _card(self, name: str, revision: Revision, published: float | None) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=int(published or self._started),
+            root=revision.revision,
+            parent=self.base_model_paths[0].name,
+            permission=[ModelPermission()],
+        )
 
     async def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not here: the catalogue publishes (qaa_serve.server.admin)."""
@@ -105,3 +138,15 @@ class ServedModels(OpenAIServingModels):
     async def unload_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not here: the catalogue publishes (qaa_serve.server.admin)."""
         raise NotImplementedError
+
+
+def make_models_router(models: ServedModels) -> APIRouter:
+    """The route that vLLM has not: one model by its name."""
+    router = APIRouter()
+
+    @router.get("/v1/models/{model:path}", tags=["models"])
+    async def retrieve_model(model: str) -> ModelCard:
+        """One model: the base, an adapter, or `name@revision`."""
+        return models.show_model(model)
+
+    return router

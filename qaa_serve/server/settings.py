@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import ipaddress
 import os
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +19,8 @@ from rich.console import Console
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
 from qaa_serve.circuits import BACKENDS, choose_backend
 from qaa_serve.registry import Revision, RevisionStore, StoreError, scan
-from qaa_serve.server.gate import is_loopback
-from qaa_serve.server.keys import KeyFileError, KeyRing, client_key, read_admin_keys, read_client_keys
+from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
+from qaa_serve.server.runfile import cache_root
 
 DESCRIPTION = """\
 Serve a base model and every QAA or LoRA adapter directory in DIR with an OpenAI-compatible API. A request's
@@ -65,10 +67,19 @@ class ServingOptions:
         max_adapter_bytes: of one adapter's weights.
         adapter_max_running: requests of one model in the engine at once; 0: as many as the engine runs.
         adapter_max_queue: further requests of one model that wait.
+        max_queue_wait_s: the longest that a request waits for its turn.
         max_body_bytes: of a request.
+        max_held_bytes: of all bodies that arrive or wait for their turn.
+        body_timeout_s: for a body to arrive.
+        max_connections: open at once.
         drain_timeout_s: how long running requests have after a signal.
+        engine_stall_timeout_s: how long an idle engine may leave a question unanswered; 0: for ever.
         metrics_max_adapters: adapters with labels of their own in the metrics.
+        metrics_max_keys: clients' keys with labels of their own.
         log_format: text, or json with a line for every request.
+        admin_listen: where the admin routes are, and then nowhere else: HOST:PORT or unix:PATH.
+        audit_log: a file for a line a change.
+        made_admin_key: a file with the admin key that was made here, since none was given.
     """
 
     adapters: Path | None
@@ -79,10 +90,19 @@ class ServingOptions:
     max_adapter_bytes: int
     adapter_max_running: int
     adapter_max_queue: int
+    max_queue_wait_s: float
     max_body_bytes: int
+    max_held_bytes: int
+    body_timeout_s: float
+    max_connections: int
     drain_timeout_s: float
+    engine_stall_timeout_s: float
     metrics_max_adapters: int
+    metrics_max_keys: int
     log_format: str
+    admin_listen: str | None
+    audit_log: Path | None
+    made_admin_key: Path | None
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -184,8 +204,8 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         metavar="FILE",
         type=Path,
-        help="file with a client's key a line, and after it the models it may use, if not all (also: --api-key, "
-        "VLLM_API_KEY)",
+        help="file with a client's key a line: `NAME: KEY [MODEL...]` or `KEY [MODEL...]`, the models it may use "
+        "as a shell writes patterns; read again when it changes (also: --api-key, VLLM_API_KEY)",
     )
     group.add_argument(
         "--admin-key",
@@ -193,25 +213,70 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         help="keys for the admin API; others on this machine see a command line, so rather use --admin-key-file "
-        "or QAA_SERVE_ADMIN_KEY. Without any, the admin API answers this machine only",
+        "or QAA_SERVE_ADMIN_KEY. Without any, one is made at each start and written to STATE/admin.key, where "
+        "`qaa-serve adapters` finds it",
     )
-    group.add_argument("--admin-key-file", metavar="FILE", type=Path, help="file with an admin key a line")
+    group.add_argument(
+        "--admin-key-file",
+        metavar="FILE",
+        type=Path,
+        help="file with an admin's key a line, `NAME: KEY` or `KEY`; read again when it changes",
+    )
+    group.add_argument(
+        "--admin-listen",
+        metavar="ADDRESS",
+        help="HOST:PORT or unix:PATH for the admin routes, which are then found nowhere else",
+    )
+    group.add_argument(
+        "--audit-log",
+        metavar="FILE",
+        type=Path,
+        help="file to which a JSON line is added for every change of what is served (default: the log alone)",
+    )
     group.add_argument(
         "--adapter-max-running",
         metavar="N",
         type=_count,
         default=0,
-        help="requests of one model in the engine at once (default: as many as the engine runs, --max-num-seqs)",
+        help="sequences (prompts x n) of one model in the engine at once (default: as many as the engine runs, "
+        "--max-num-seqs)",
     )
     group.add_argument(
         "--adapter-max-queue",
         metavar="N",
         type=_count,
         default=1000,
-        help="further requests of one model that may wait; more are answered 429 (default: 1000)",
+        help="further sequences of one model that may wait; more are answered 429 (default: 1000)",
+    )
+    group.add_argument(
+        "--max-queue-wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=600.0,
+        help="the longest that a request waits for its turn before it is answered 503 (default: 600)",
     )
     group.add_argument(
         "--max-body-bytes", **size, default=32 * _MIB, help="largest body of a request (default: 32Mi)"
+    )
+    group.add_argument(
+        "--max-held-bytes",
+        **size,
+        default=256 * _MIB,
+        help="most that the bodies of requests that arrive or wait may take together (default: 256Mi)",
+    )
+    group.add_argument(
+        "--body-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="how long a request's body may take to arrive, and an upload to go on (default: 60)",
+    )
+    group.add_argument(
+        "--max-connections",
+        metavar="N",
+        type=_count,
+        default=4096,
+        help="connections open at once (default: 4096)",
     )
     group.add_argument(
         "--drain-timeout",
@@ -221,11 +286,26 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         help="how long running requests have to end after SIGTERM; new ones are answered 503 (default: 30)",
     )
     group.add_argument(
+        "--engine-stall-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="how long the engine may answer nothing while its workers do nothing: then /ready says 503 and the "
+        "server ends with status 1; ten times as long if they do something; 0: for ever (default: 60)",
+    )
+    group.add_argument(
         "--metrics-max-adapters",
         metavar="N",
         type=_count,
         default=200,
         help="adapters with labels of their own in the metrics, the busiest; the rest are `other` (default: 200)",
+    )
+    group.add_argument(
+        "--metrics-max-keys",
+        metavar="N",
+        type=_count,
+        default=100,
+        help="clients' keys with labels of their own in the metrics, by name; the rest are `other` (default: 100)",
     )
     group.add_argument(
         "--log-format",
@@ -258,11 +338,11 @@ def _seconds(text: str) -> float:
     return number
 
 
-def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, KeyRing]:
+def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, KeySources]:
     """Fill in what the user left open, in place, and take our options and every secret out of it.
 
     Returns:
-        our options, the revision store and the keys.
+        our options, the revision store, and where the keys come from.
 
     Raises:
         UsageError: if the arguments make no sense together.
@@ -288,6 +368,9 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         store.close()
         raise
     store.base = _widths(args)
+    made_admin_key = None
+    if not keys.read()[1]:
+        made_admin_key, keys = _make_admin_key(store.directory, keys)
     options = ServingOptions(
         adapters=None if args.adapters is None else args.adapters.resolve(),
         adapters_quiet_s=args.adapters_quiet,
@@ -297,28 +380,50 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         max_adapter_bytes=args.max_adapter_bytes,
         adapter_max_running=args.adapter_max_running,
         adapter_max_queue=args.adapter_max_queue,
+        max_queue_wait_s=args.max_queue_wait,
         max_body_bytes=args.max_body_bytes,
+        max_held_bytes=args.max_held_bytes,
+        body_timeout_s=args.body_timeout,
+        max_connections=args.max_connections,
         drain_timeout_s=args.drain_timeout,
+        engine_stall_timeout_s=args.engine_stall_timeout,
         metrics_max_adapters=args.metrics_max_adapters,
+        metrics_max_keys=args.metrics_max_keys,
         log_format=args.log_format,
+        admin_listen=args.admin_listen,
+        audit_log=args.audit_log,
+        made_admin_key=made_admin_key,
     )
     return options, store, keys
 
 
-def _take_keys(args: argparse.Namespace) -> KeyRing:
+def _take_keys(args: argparse.Namespace) -> KeySources:
     """The keys, taken out of the arguments: vLLM prints those, and would guard fewer routes than the gate."""
-    try:
-        clients = [] if args.api_key_file is None else read_client_keys(args.api_key_file)
-        admins = [] if args.admin_key_file is None else read_admin_keys(args.admin_key_file)
-    except KeyFileError as error:
-        raise UsageError(str(error)) from error
-    given = args.api_key or [os.environ.pop("VLLM_API_KEY", "")]
-    clients += [client_key(key) for key in given if key]
-    admins += [key for key in (*args.admin_key, os.environ.pop("QAA_SERVE_ADMIN_KEY", "")) if key]
+    clients = [*(args.api_key or [os.environ.get("VLLM_API_KEY", "")])]
+    admins = [*args.admin_key, os.environ.pop("QAA_SERVE_ADMIN_KEY", "")]
     os.environ.pop("VLLM_API_KEY", None)
     args.api_key, args.admin_key = None, []
-    args.clients_need_a_key = bool(clients)
-    return KeyRing(clients, admins)
+    sources = KeySources(
+        args.api_key_file,
+        args.admin_key_file,
+        tuple(make_key(key) for key in clients if key),
+        tuple(make_key(key) for key in admins if key),
+    )
+    try:
+        args.clients_need_a_key = bool(sources.read()[0])
+    except KeyFileError as error:
+        raise UsageError(str(error)) from error
+    return sources
+
+
+def _make_admin_key(state: Path, sources: KeySources) -> tuple[Path, KeySources]:
+    """An admin key for this start, in a file that its owner alone can read."""
+    path, key = state / "admin.key", secrets.token_urlsafe(32)
+    try:
+        write_key(path, key)
+    except OSError as error:
+        raise UsageError(f"the admin key cannot be written to {path} ({error.strerror})") from error
+    return path, replace(sources, admins=(make_key(key, "made-at-start"),))
 
 
 def _open_store(args: argparse.Namespace) -> RevisionStore:
@@ -326,8 +431,7 @@ def _open_store(args: argparse.Namespace) -> RevisionStore:
     if directory is None:
         # A server of its own has a directory of its own, and finds it again.
         served = f"{args.adapters.resolve() if args.adapters else ''}:{args.uds or args.port}"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = cache / "qaa-serve" / hashlib.sha256(served.encode()).hexdigest()[:12]
+        directory = cache_root() / hashlib.sha256(served.encode()).hexdigest()[:12]
     return RevisionStore(directory.resolve(), max_bytes=args.state_bytes, max_adapter_bytes=args.max_adapter_bytes)
 
 
@@ -390,7 +494,7 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
     choose("host", "127.0.0.1", "this machine only; --host 0.0.0.0 opens it")
     if local:
         path = str(Path(args.model).resolve())
-        choose("served_model_name", [Path(path).name, args.model], "the base model's directory, and its path")
+        choose("served_model_name", [Path(path).name], "the base model's directory")
     count = len({revision.name for revision in revisions})
     choose("max_loras", min(max(count, 4), 16), f"adapters in one batch, of {count} there are now")
     choose("max_lora_rank", _rank_class(revisions), "the largest rank of an adapter, rounded up")
@@ -451,8 +555,16 @@ def _print_choices(model: str, chosen: dict[str, tuple[Any, str]]) -> None:
         _console.print(f"  --{option.replace('_', '-')} {text}  [dim]({why})[/dim]")
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether a host's name or address stands for this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _warn_if_open(args: argparse.Namespace) -> None:
-    if args.uds or args.clients_need_a_key or is_loopback(args.host):
+    if args.uds or args.clients_need_a_key or _is_loopback(args.host):
         return
     _console.print(
         f"[yellow]Warning:[/yellow] listening on {args.host} without an API key: whoever reaches this port can "

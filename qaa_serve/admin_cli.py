@@ -1,0 +1,175 @@
+"""`qaa-serve adapters`: what a running server serves, and changing it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qaa_serve.server.runfile import RunningServer, find_server
+
+DESCRIPTION = """\
+Look at and change what a running server serves.
+
+  qaa-serve adapters list                      all adapters
+  qaa-serve adapters show NAME                 one, with its revisions, memory and use
+  qaa-serve adapters put NAME DIR              upload an adapter directory and serve it under a name
+  qaa-serve adapters delete NAME               serve it no more
+  qaa-serve adapters rollback NAME [REVISION]  serve a kept revision again (left out: the one before)
+  qaa-serve adapters pin NAME [REVISION]       keep it in the engine's memory
+  qaa-serve adapters unpin NAME [REVISION]     undo that
+
+The admin key is taken from --admin-key-file, else from QAA_SERVE_ADMIN_KEY, else, for a server on this machine,
+from the file that the server names when it is ready."""
+
+_FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+
+#: An upload of the largest adapter is checked, copied and loaded before it is answered.
+_TIMEOUT_S = 600.0
+
+
+class _FailedError(Exception):
+    """What went wrong, for people."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit status: 1 if the server refuses or is not there, 2 for a wrong command."""
+    args = _make_parser().parse_args(list(arguments))
+    try:
+        answer = _ask(args)
+    except _FailedError as error:
+        print(f"qaa-serve adapters: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    elif args.command == "list":
+        _print_list(answer["data"])
+    elif args.command == "delete":
+        print(f"{args.name} is served no more")
+    else:
+        _print_one(answer)
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="where the server is, or unix:PATH (default: http://127.0.0.1:8000)",
+    )
+    common.add_argument("--admin-key-file", metavar="FILE", type=Path, help="file with the admin key")
+    common.add_argument("--json", action="store_true", help="print what the server answers")
+    parser = argparse.ArgumentParser(
+        prog="qaa-serve adapters", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", parents=[common], help="all adapters")
+    for name, about in (("show", "one adapter"), ("put", "upload and serve"), ("delete", "serve no more")):
+        commands.add_parser(name, parents=[common], help=about).add_argument("name")
+    commands.choices["put"].add_argument("directory", type=Path)
+    for name, about in (
+        ("rollback", "serve an earlier revision"),
+        ("pin", "keep in memory"),
+        ("unpin", "undo pin"),
+    ):
+        command = commands.add_parser(name, parents=[common], help=about)
+        command.add_argument("name")
+        command.add_argument("revision", nargs="?", help="name@digest or digest")
+    return parser
+
+
+def _ask(args: argparse.Namespace) -> Any:
+    """The server's answer.
+
+    Raises:
+        _FailedError: if there is none, or it is an error.
+    """
+    import httpx
+
+    found = find_server(args.url)
+    url = args.url if found is None else found.admin_url
+    unix = url.startswith("unix:")
+    path = "/v1/adapters" if args.command == "list" else f"/v1/adapters/{args.name}"
+    method, request = "GET", {}  # type: str, dict[str, Any]
+    if args.command == "put":
+        method, request = "PUT", {"files": _files(args.directory)}
+    elif args.command == "delete":
+        method = "DELETE"
+    elif args.command not in ("list", "show"):
+        method, path = "POST", f"{path}/{args.command}"
+        request = {"json": {"revision": args.revision}}
+    try:
+        with httpx.Client(
+            base_url="http://localhost" if unix else url if "://" in url else f"http://{url}",
+            transport=httpx.HTTPTransport(uds=url.removeprefix("unix:")) if unix else None,
+            headers={"Authorization": f"Bearer {_key(args, found)}"},
+            timeout=_TIMEOUT_S,
+        ) as client:
+            response = client.request(method, path, **request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _FailedError(f"no server answers at {url} ({error}): start one, or give its --url") from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if response.is_success and isinstance(answer, dict):
+        return answer
+    message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
+    raise _FailedError(f"{message or response.text[:200]} (status {response.status_code})")
+
+
+def _key(args: argparse.Namespace, found: RunningServer | None) -> str:
+    file = args.admin_key_file
+    if file is None:
+        if key := os.environ.get("QAA_SERVE_ADMIN_KEY"):
+            return key
+        if found is None or found.admin_key_file is None:
+            raise _FailedError(
+                f"no admin key for {args.url}: no server on this machine has said that it is there; give "
+                "--admin-key-file FILE or set QAA_SERVE_ADMIN_KEY"
+            )
+        file = Path(found.admin_key_file)
+    from qaa_serve.server.keys import first_key
+
+    try:
+        return first_key(file)
+    except ValueError as error:
+        raise _FailedError(str(error)) from error
+
+
+def _files(directory: Path) -> dict[str, tuple[str, bytes]]:
+    try:
+        return {part: (name, (directory / name).read_bytes()) for part, name in _FILES.items()}
+    except OSError as error:
+        raise _FailedError(f"{directory} is no adapter directory: {error.strerror}: {error.filename}") from error
+
+
+def _print_list(adapters: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "state", "kind", "revision", "bytes", "running", "waiting", "reason", box=None)
+    for adapter in adapters:
+        size = (adapter["bytes"] or {}).get("store", 0)
+        rejection = adapter["rejection"] or {}
+        table.add_row(
+            adapter["id"], adapter["state"], adapter["kind"] or "", (adapter["revision"] or "").partition("@")[2],
+            f"{size:,}", str(adapter["running"]), str(adapter["waiting"]), rejection.get("reason", ""),
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+    if not adapters:
+        print("no adapters")
+
+
+def _print_one(adapter: dict[str, Any]) -> None:
+    print(f"{adapter['id']}: {adapter['state']}" + (f", {adapter['revision']}" if adapter["revision"] else ""))
+    for revision in adapter["revisions"]:
+        marks = [revision["state"], *(mark for mark in ("loaded", "pinned") if revision[mark])]
+        print(f"  {revision['revision']}  {', '.join(marks)}, {revision['bytes']['store']:,} bytes")
+    if adapter["rejection"]:
+        print(f"  not served: {adapter['rejection']['reason']}")
