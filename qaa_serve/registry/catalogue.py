@@ -447,8 +447,8 @@ class Catalogue:
     def _note(self, entry: Entry, before: Revision | None, action: str, after: Revision | None = None) -> None:
         """Tell of a change; left out, `after` is what the name stands for now."""
         after = after or entry.current
-        names = [None if revision is None else revision.revision for revision in (before, after)]
-        self._changed(action, entry.name, *names)
+        old, new = (None if revision is None else revision.revision for revision in (before, after))
+        self._changed(action, entry.name, old, new)
 
     async def _let_go_of_former(self, entry: Entry, old: Revision | None) -> None:
         """Of what a name stood for until now, and of former revisions beyond those that are kept."""

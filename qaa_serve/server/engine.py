@@ -140,7 +140,7 @@ async def _seated(request: RequestContext | None, sequences: int) -> AsyncIterat
 
 @asynccontextmanager
 async def _holding(request: RequestContext | None, lora: LoRARequest | None) -> AsyncIterator[None]:
-    """Hold an adapter: a step that needs one that is not loaded would read it, and end the engine if it is gone."""
+    """Hold an adapter: a step that needs one that is not loaded reads it, and ends the engine if it is gone."""
     if lora is None:
         yield
         return

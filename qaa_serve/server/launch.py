@@ -68,7 +68,7 @@ async def serve(
         key_sources: where keys come from.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and none may be.
+        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and may not be.
     """
     address, sock = setup_server(args, reuse_port=False)
     async with AsyncExitStack() as stack:
@@ -191,6 +191,7 @@ async def _assemble(
         request_log=RequestLog(logger) if options.log_format == "json" else None,
     )
     cors = _take_cors(app)
+    app.middleware_stack = None  # vLLM has built it already; the first request builds it as it is now
     admins_apart = frozenset((Role.ADMIN,)) if admin_sock is not None else frozenset()
     listeners: list[Listener] = [(sock, cors(gated(roles=set(Role) - admins_apart)))]
     if admin_sock is not None:

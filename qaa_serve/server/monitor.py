@@ -26,8 +26,8 @@ class EngineMonitor:
     """Keeps the workers' last account, and tells an engine that hangs from one that is busy.
 
     A question takes its turn between two steps of the engine, so a long prefill or a compilation delays the answer
-    as a hang does. What tells them apart is work: the engine hangs if it has not answered for the time limit and its
-    workers, with all that they started, used no processor time meanwhile.
+    as a hang does. What tells them apart is work: the engine hangs if it has not answered for the time limit and
+    its workers, with all that they started, used no processor time meanwhile.
     """
 
     def __init__(
