@@ -38,7 +38,7 @@ import torch
 import transformers
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from server_process import ServerProcess
+from server_process import ADMIN_KEY, ServerProcess
 from tiny_models import ATTENTION, VOCAB, ReferenceModel, make_lora, make_model, make_qaa
 
 from qaa_serve.adapters import load_adapter
@@ -116,11 +116,11 @@ def greedy(reference: ReferenceModel, adapter: Any, prompt: str, count: int = TO
 @dataclass(frozen=True)
 class Keys:
     client: str = "none"
-    admin: str | None = None
+    admin: str = ADMIN_KEY
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.admin is None else {"Authorization": f"Bearer {self.admin}"}
+        return {"Authorization": f"Bearer {self.admin}"}
 
 
 class Admin:

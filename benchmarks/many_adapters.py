@@ -194,9 +194,8 @@ async def use(server: ServerProcess, names: list[str], args: argparse.Namespace,
 
 def bytes_of(server: ServerProcess) -> dict[str, dict[str, int | None]]:
     """Bytes in the store, in host memory and in the slots of one adapter of each kind that is loaded."""
-    response = server.client().get("/adapters", cast_to=object)
     found: dict[str, dict[str, int | None]] = {}
-    for adapter in response["data"]:  # type: ignore[index]
+    for adapter in server.adapters().values():
         if adapter["bytes"] and adapter["bytes"]["host"]:
             found.setdefault(adapter["kind"], adapter["bytes"])
     return found
@@ -204,7 +203,8 @@ def bytes_of(server: ServerProcess) -> dict[str, dict[str, int | None]]:
 
 def weigh_lora(server: ServerProcess) -> None:
     """Publish the LoRA adapter, to see its bytes."""
-    server.client().put("/adapters/weighed-lora", cast_to=object, body={"path": f"{WEIGHED}/lora-00000"})
+    with server.admin() as admin:
+        admin.put("/v1/adapters/weighed-lora", json={"path": f"{WEIGHED}/lora-00000"}).raise_for_status()
 
 
 def measure(

@@ -127,8 +127,8 @@ def add_options(parser: Any) -> None:
         env_var="QAA_SERVE_ADMIN_KEY",
         default="",
         is_secret=True,
-        help="key of qaa-serve's admin API, for GET /v1/adapters and --swap (variable QAA_SERVE_ADMIN_KEY); a "
-        "server on this machine may need none",
+        help="key of qaa-serve's admin API, for GET /v1/adapters and --swap (variable QAA_SERVE_ADMIN_KEY); "
+        "without it every model with a parent is taken for an adapter of unknown kind",
     )
     add(
         "--endpoint",

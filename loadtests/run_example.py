@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -94,6 +95,7 @@ def main() -> int:
     summary = args.output / "summary.json"
     summary.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the `finally` below
+    os.environ["QAA_SERVE_ADMIN_KEY"] = secrets.token_urlsafe()  # of the server, and of locust's swaps
     with tempfile.TemporaryDirectory(prefix="load-state-") as state:
         command = [*args.server, "--port", str(args.port), "--state-dir", state]
         with log.open("wb") as file:

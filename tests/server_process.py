@@ -10,15 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import psutil
 from openai import OpenAI
 
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 480
+
+#: The admin key of servers that are given no other.
+ADMIN_KEY = "admin-of-the-tests"
 
 #: Below those that Linux gives to whoever asks for any: such a one can go to another before a server is up.
 PORTS = range(12_000, 32_000)
@@ -54,14 +58,18 @@ class ServerProcess:
         *,
         in_one: bool = False,
         measuring: bool = False,
+        environment: Mapping[str, str] | None = None,
     ):
         self.port = free_port()
         self.log = log
         self._wait_until = wait_until
         self.outside: set[str] = set()
         # The real thing: engine and worker in processes of their own, which the in-process tests turn off.
+        given = environment or {}
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
         environment["PYTHONUNBUFFERED"] = "1"
+        if "--admin-key-file" not in command:
+            environment["QAA_SERVE_ADMIN_KEY"] = ADMIN_KEY
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if measuring:
             environment["OMP_NUM_THREADS"] = "1"
@@ -73,7 +81,7 @@ class ServerProcess:
                 [str(BIN / command[0]), *command[1:], "--port", str(self.port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=environment | dict(given),
                 start_new_session=True,
             )
         self._tree = psutil.Process(self.process.pid)
@@ -88,6 +96,19 @@ class ServerProcess:
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def admin(self, key: str = ADMIN_KEY) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+    def adapter(self, name: str) -> dict:
+        """What the server says of an adapter."""
+        with self.admin() as admin:
+            return admin.get(f"/v1/adapters/{name}").json()
+
+    def adapters(self) -> dict[str, dict]:
+        """What it says of all."""
+        with self.admin() as admin:
+            return {item["id"]: item for item in admin.get("/v1/adapters").json()["data"]}
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 import faults
 from faults import PROMPTS, Stage, rename_into_place
-from server_process import ServerProcess, free_port, gone
+from server_process import ADMIN_KEY, ServerProcess, free_port, gone
 from test_deploy import _nginx_here, tool
 
 ROOT = Path(__file__).parents[1]
@@ -197,7 +197,7 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
         [
             sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests" / "locustfile.py"), "--headless",
             "--host", servers[0].url, "--users", "3", "--spawn-rate", "3", "--run-time", "12s",
-            "--prompt-tokens", "fixed:8", "--output-tokens", "fixed:8", "--only-summary",
+            "--prompt-tokens", "fixed:8", "--output-tokens", "fixed:8", "--only-summary", "--admin-key", ADMIN_KEY,
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -230,14 +230,12 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
 
 
 def test_replicas_agree_and_a_swap_reaches_both(servers, stage):
-    listings = [
-        {item["id"]: item["revision"] for item in fetch(f"{server.url}/v1/adapters")["data"]} for server in servers
-    ]
+    listings = [{name: item["revision"] for name, item in server.adapters().items()} for server in servers]
     assert listings[0] == listings[1]
     rename_into_place(stage.version("n6", "B"), stage.adapters / "n6")
     expected = stage.revision("n6", "B")
     for server in servers:
-        wait_until(lambda url=server.url: fetch(f"{url}/v1/adapters/n6")["revision"] == expected)
+        wait_until(lambda server=server: server.adapter("n6")["revision"] == expected)
 
 
 def test_a_replica_is_killed_under_load_and_clients_lose_nothing(servers, stage, front):

@@ -379,7 +379,7 @@ def second(stage, small_disk):
 
 def test_a_restart_serves_what_was_served(second, stage, expected):
     """What was uploaded has no directory: it comes from the state directory."""
-    listing = {item["id"]: item for item in httpx.get(f"{second.url}/v1/adapters", timeout=60).json()["data"]}
+    listing = second.adapters()
     assert listing["upload"]["state"] == "served"
     assert ask(second, "upload") == expected["n3", "A", PROMPTS[0]]
     assert set(NAMES) <= set(listing)
@@ -394,14 +394,14 @@ def test_a_full_disk_refuses_what_is_new_and_goes_on_with_the_rest(second, stage
             pass
     place = stage.version("n4", "B")
     files = {"config": (place / CONFIG).read_bytes(), "weights": (place / WEIGHTS).read_bytes()}
-    answer = httpx.put(f"{second.url}/v1/adapters/n4", files=files, timeout=30)
+    answer = second.admin().put("/v1/adapters/n4", files=files)
     assert answer.status_code == 503
-    answer = httpx.put(f"{second.url}/v1/adapters/n4", json={"path": ".versions/n4-B"}, timeout=30)
+    answer = second.admin().put("/v1/adapters/n4", json={"path": ".versions/n4-B"})
     assert answer.status_code == 422
     assert "Free some space" in answer.json()["error"]["message"]
     assert ask(second, "n4") == expected["n4", "A", PROMPTS[0]]
     filler.unlink()
-    answer = httpx.put(f"{second.url}/v1/adapters/n4", json={"path": ".versions/n4-B"}, timeout=30)
+    answer = second.admin().put("/v1/adapters/n4", json={"path": ".versions/n4-B"})
     assert answer.status_code == 200
     assert ask(second, "n4") == expected["n4", "B", PROMPTS[0]]
 
@@ -415,7 +415,7 @@ def test_a_lost_store_and_a_lost_directory_stop_nobody(second, stage, expected):
     for name in ("n1", "n2", "n6"):
         assert ask(second, name) == expected[name, "A", PROMPTS[0]]
     away.rename(stage.adapters)
-    answer = httpx.put(f"{second.url}/v1/adapters/n5", json={"path": ".versions/n5-B"}, timeout=30)
+    answer = second.admin().put("/v1/adapters/n5", json={"path": ".versions/n5-B"})
     assert answer.status_code == 200, answer.text
     assert ask(second, "n5") == expected["n5", "B", PROMPTS[0]]
     rename_into_place(stage.version("n6", "B"), stage.adapters / "n6")

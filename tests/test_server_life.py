@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -58,6 +62,50 @@ def test_a_signal_during_start_up_ends_every_process(start, root):
     server.process.send_signal(signal.SIGINT)
     assert server.wait_exit() == 128 + signal.SIGINT
     assert gone(family) == []
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_engine_that_hangs_ends_the_server_and_one_that_is_busy_does_not(start, root, loaded):
+    """Stopped workers answer nothing and do nothing. A prefill of more than the time limit is work."""
+    server = start(
+        [
+            "qaa-serve", "--adapters", str(root / "adapters"), "--engine-stall-timeout", "2", *OPTIONS,
+            "--max-num-batched-tokens", "2048", "--disable-uvicorn-access-log",
+        ],
+        in_one=loaded,
+    ).wait_ready()  # fmt: skip
+    client = server.client()
+    family = server.family()
+    engine = [process for process in family[1:] if re.search("EngineCore|Worker", " ".join(process.cmdline()))]
+    assert engine
+    ended = []
+
+    def ask():
+        try:
+            client.completions.create(model="one", prompt=["t5 t6"] * 40, max_tokens=200)
+        except openai.APIError as error:
+            ended.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    if loaded:
+        asking.start()
+        while not server.adapter("one")["running"]:
+            time.sleep(0.02)
+    engine[-1].suspend()
+    said = set()
+    deadline = time.monotonic() + 60
+    while server.process.poll() is None and time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            answer = httpx.get(f"{server.url}/ready", timeout=5)
+            said.add((answer.status_code, answer.json()["status"]))
+        time.sleep(0.02)
+    assert server.wait_exit() == 1
+    assert gone(family) == []
+    assert said == {(200, "ready"), (503, "engine stalled")}
+    assert "The engine has not answered for" in server.text()
+    if loaded:
+        asking.join(30)
+        assert len(ended) == 1
 
 
 def test_plain_vllm_serve_takes_qaa_adapters(start, root):

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.lora.request import LoRARequest
 
 from qaa_serve.registry import Catalogue, Revision
@@ -119,7 +119,6 @@ class ServedModels(OpenAIServingModels):
             created=self._started,
             root=self.base_model_paths[0].name,
             max_model_len=self.model_config.max_model_len,
-            permission=[ModelPermission()],
         )
 
     def _card(self, name: str, revision: Revision, published: float | None) -> ModelCard:
@@ -128,7 +127,6 @@ class ServedModels(OpenAIServingModels):
             created=int(published or self._started),
             root=revision.revision,
             parent=self.base_model_paths[0].name,
-            permission=[ModelPermission()],
         )
 
     async def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,10 +33,10 @@ class Readiness:
 
     def status(self) -> Status:
         """What the server is doing."""
+        if self._monitor.stalled.is_set():
+            return "engine stalled"  # and is ended for it
         if self._engine.errored:
             return "engine dead"
-        if self._monitor.stalled.is_set():
-            return "engine stalled"
         if self._drain.closed:
             return "draining"
         return "ready" if self._catalogue.ready else "loading"
