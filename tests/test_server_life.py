@@ -65,8 +65,8 @@ def test_a_signal_during_start_up_ends_every_process(start, root):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_an_engine_that_hangs_ends_the_server_and_one_that_is_busy_does_not(start, root, loaded):
-    """Stopped workers answer nothing and do nothing. A prefill of more than the time limit is work."""
+def test_an_engine_that_hangs_ends_the_server(start, root, loaded):
+    """A stopped worker answers nothing and does nothing."""
     server = start(
         [
             "qaa-serve", "--adapters", str(root / "adapters"), "--engine-stall-timeout", "2", *OPTIONS,
@@ -106,6 +106,30 @@ def test_an_engine_that_hangs_ends_the_server_and_one_that_is_busy_does_not(star
     if loaded:
         asking.join(30)
         assert len(ended) == 1
+
+
+def test_an_engine_that_is_busy_is_left_alone(start, tmp_path):
+    """Prefills that take several times the time limit each, with a question of the server's behind one of them."""
+    base = make_model(
+        tmp_path / "base", "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
+        num_attention_heads=16, head_dim=64, max_position_embeddings=4096,
+    )  # fmt: skip
+    server = start(
+        [
+            "qaa-serve", str(base), "--engine-stall-timeout", "1", "--max-num-batched-tokens", "4096",
+            "--no-enable-prefix-caching", "--dtype", "float32", "--kv-cache-memory-bytes", "512M",
+        ]
+    ).wait_ready()  # fmt: skip
+    client = server.client().with_options(timeout=120)
+    longest_s, begun = 0.0, time.monotonic()
+    while time.monotonic() - begun < 22:  # it asks every 10 s
+        asked = time.monotonic()
+        client.completions.create(model="base", prompt=[5] * 2500, max_tokens=1)
+        longest_s = max(longest_s, time.monotonic() - asked)
+    assert longest_s > 1
+    assert server.process.poll() is None
+    assert httpx.get(f"{server.url}/ready", timeout=30).status_code == 200
+    assert "has not answered" not in server.text()
 
 
 def test_plain_vllm_serve_takes_qaa_adapters(start, root):

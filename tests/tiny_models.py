@@ -53,10 +53,11 @@ MLP = {
 }
 
 
-def make_model(directory: Path, architecture: str, seed: int = 0) -> Path:
-    """Save a random float32 model with a word-level tokenizer (token "t7" has id 7)."""
+def make_model(directory: Path, architecture: str, seed: int = 0, **sizes: int) -> Path:
+    """Save a random float32 model with a word-level tokenizer (token "t7" has id 7), with other sizes if given."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
+    config.update(sizes)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
