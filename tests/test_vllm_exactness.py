@@ -170,6 +170,22 @@ def test_prompt_log_probabilities_of_mixed_requests(served):
     served.check_prompts([("some", prompt(2 * PREFILL_CHUNK + 7, 1100)), (None, prompt(9, 1101))])
 
 
+def test_a_seed_gives_the_same_tokens_however_the_prompt_runs(served):
+    """In three parts, and once most of it is in the prefix cache, in one. vLLM's own runner ends the engine."""
+    long = prompt(2 * PREFILL_CHUNK + 20, 1200)  # of which one block of 128 tokens is cached
+
+    def sampled():
+        parameters = SamplingParams(temperature=1, seed=5, max_tokens=12, ignore_eos=True)
+        (output,) = served.llm.generate(
+            {"prompt_token_ids": long}, parameters, lora_request=served.request("some"), use_tqdm=False
+        )
+        return output.num_cached_tokens, list(output.outputs[0].token_ids)
+
+    (cached, first), (cached_later, again) = sampled(), sampled()
+    assert (cached, cached_later) == (0, 2 * PREFILL_CHUNK)
+    assert first == again
+
+
 def test_the_prefix_cache_keeps_adapters_apart(served):
     """The same long prompt for all, twice: the second round is answered from the cache."""
     long = prompt(PREFILL_CHUNK * 3, 500)
