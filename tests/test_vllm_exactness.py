@@ -72,6 +72,26 @@ class Served:
             error = (torch.tensor(logprobs) - chosen).abs().max().item()
             assert error <= TOLERANCE, f"{name}: log-probability off by {error:.2e}"
 
+    def check_prompts(self, requests: list[tuple[str | None, list[int]]]) -> None:
+        """Log-probabilities over a prompt: of its own tokens, and of the likeliest ones in their places."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for _, prompt in requests],
+            SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1),
+            lora_request=[self.request(name) for name, _ in requests],
+            use_tqdm=False,
+        )
+        for (name, prompt), output in zip(requests, outputs, strict=True):
+            first, *places = output.prompt_logprobs
+            assert first is None
+            expected = self.reference.logprobs(self.adapters[name], prompt)[:-1]
+            likeliest = [max(found.logprob for found in place.values()) for place in places]
+            error = (torch.tensor(likeliest) - expected.max(-1).values).abs().max().item()
+            assert error <= TOLERANCE, f"{name}: log-probability over the prompt off by {error:.2e}"
+            own = [place[token].logprob for place, token in zip(places, prompt[1:], strict=True)]
+            chosen = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+            # Random tokens are unlikely ones, e^-10 and less, and rounding errors grow with the numbers.
+            torch.testing.assert_close(torch.tensor(own), chosen, rtol=TOLERANCE / 4, atol=TOLERANCE)
+
     @property
     def manager(self):
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
@@ -141,6 +161,29 @@ def test_only_base_requests(served):
 def test_prompts_longer_than_a_prefill_chunk(served):
     length = 2 * PREFILL_CHUNK + 7
     served.check([(name, prompt(length, 400)) for name in ("attention", None, "some")], max_tokens=6)
+
+
+def test_prompt_log_probabilities_of_mixed_requests(served):
+    """Rows that are not sampled: vLLM's own layer for output heads ends the engine here."""
+    names = list(served.adapters)
+    served.check_prompts([(names[i % 7], prompt(2 + (i * 17) % 40, 1000 + i)) for i in range(20)])
+    served.check_prompts([("some", prompt(2 * PREFILL_CHUNK + 7, 1100)), (None, prompt(9, 1101))])
+
+
+def test_a_seed_gives_the_same_tokens_however_the_prompt_runs(served):
+    """In three parts, and once most of it is in the prefix cache, in one. vLLM's own runner ends the engine."""
+    long = prompt(2 * PREFILL_CHUNK + 20, 1200)  # of which one block of 128 tokens is cached
+
+    def sampled():
+        parameters = SamplingParams(temperature=1, seed=5, max_tokens=12, ignore_eos=True)
+        (output,) = served.llm.generate(
+            {"prompt_token_ids": long}, parameters, lora_request=served.request("some"), use_tqdm=False
+        )
+        return output.num_cached_tokens, list(output.outputs[0].token_ids)
+
+    (cached, first), (cached_later, again) = sampled(), sampled()
+    assert (cached, cached_later) == (0, 2 * PREFILL_CHUNK)
+    assert first == again
 
 
 def test_the_prefix_cache_keeps_adapters_apart(served):
@@ -244,6 +287,17 @@ def test_lora_on_embeddings_is_refused_on_a_cpu(served):
 
     with pytest.raises(ValueError, match="embed_tokens"):
         served.llm.llm_engine.add_lora(damaged(served, "lora", add_embedding))
+
+
+def test_lora_on_the_output_head_is_refused_by_name(served):
+    def add_head(tensors, config):
+        width = served.reference.model.config.hidden_size
+        tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, width)
+        tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(VOCAB, 4)
+        config["target_modules"] = [*config["target_modules"], "lm_head"]
+
+    with pytest.raises(ValueError, match=r"output head 'lm_head' cannot be served.* out of target_modules"):
+        served.llm.llm_engine.add_lora(damaged(served, "lora", add_head))
 
 
 # --- the layer itself, taken from the running engine ---------------------------------------------------------

@@ -33,6 +33,7 @@ class Seam:
         methods: what the new value relies on, as "Class.method" in `module` -> parameter names.
         why: what the change is for.
         until: when it can be dropped.
+        cpu_only: whether it is for CPUs; elsewhere it is neither checked nor changed.
     """
 
     module: str
@@ -41,6 +42,7 @@ class Seam:
     methods: Mapping[str, tuple[str, ...]]
     why: str
     until: str
+    cpu_only: bool = False
 
 
 def _qaa_layers(classes: tuple[type, ...]) -> tuple[type, ...]:
@@ -55,6 +57,14 @@ def _qaa_worker_manager(original: type) -> type:
     if not issubclass(QAAWorkerManager, original):
         raise UnsupportedVLLMError(f"{original} is not the adapter manager that vLLM's lora package defines")
     return QAAWorkerManager
+
+
+def _seeded_cpu_runner(original: type) -> type:
+    from vllm_qaa.cpu_runner import SeededCPUModelRunner
+
+    if not issubclass(SeededCPUModelRunner, original):
+        raise UnsupportedVLLMError(f"{original} is not the model runner that vLLM's worker for CPUs defines")
+    return SeededCPUModelRunner
 
 
 SEAMS = (
@@ -89,6 +99,7 @@ SEAMS = (
             "LRUCacheWorkerLoRAManager.create_lora_manager": ("self", "model", "vllm_config"),
             "LRUCacheWorkerLoRAManager.add_adapter": ("self", "lora_request"),
             "LRUCacheWorkerLoRAManager._apply_adapters": ("self", "lora_requests"),
+            "LRUCacheWorkerLoRAManager._manager_cls._create_lora_modules": ("self",),
             "LRUCacheWorkerLoRAManager._manager_cls._set_adapter_mapping": ("self", "mapping"),
             "LRUCacheWorkerLoRAManager._manager_cls.activate_adapter": ("self", "lora_id"),
             "LRUCacheWorkerLoRAManager._manager_cls.register_module": ("self", "module_name", "module"),
@@ -96,8 +107,19 @@ SEAMS = (
             "LRUCacheWorkerLoRAManager._manager_cls._get_punica_wrapper": ("self", "module_name"),
         },
         why="its _load_adapter reads QAA directories, which vLLM's loader refuses, and checks every shape; its "
-        "manager class works out, once a step, which tokens belong to which adapter",
+        "manager class works out, once a step, which tokens belong to which adapter, and leaves output heads as "
+        "they are",
         until="vLLM lets a plugin register an adapter type with a loader of its own",
+    ),
+    Seam(
+        module="vllm.v1.worker.cpu_worker",
+        attribute="CPUModelRunner",
+        replace=_seeded_cpu_runner,
+        methods={"CPUModelRunner.sample_tokens": ("self", "grammar_output")},
+        why="on a CPU a request with a seed whose prompt runs in parts ends the engine: a CPU's generator cannot "
+        "be set back by what was drawn for a part; the subclass draws nothing for it",
+        until="vLLM's runner does so itself",
+        cpu_only=True,
     ),
 )
 
@@ -112,17 +134,19 @@ def apply() -> None:
     """
     if _applied:
         return
+    from vllm.platforms import current_platform
     from vllm.version import __version__ as version
 
     check_version(version)
-    problems = [problem for seam in SEAMS for problem in check_seam(seam)]
+    seams = [seam for seam in SEAMS if current_platform.is_cpu() or not seam.cpu_only]
+    problems = [problem for seam in seams for problem in check_seam(seam)]
     if problems:
         raise UnsupportedVLLMError(
             f"the QAA plugin does not fit vLLM {version}: {'; '.join(problems)}. "
             "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
         )
-    replacements = [seam.replace(getattr(import_module(seam.module), seam.attribute)) for seam in SEAMS]
-    for seam, replacement in zip(SEAMS, replacements, strict=True):
+    replacements = [seam.replace(getattr(import_module(seam.module), seam.attribute)) for seam in seams]
+    for seam, replacement in zip(seams, replacements, strict=True):
         _set(seam.module, seam.attribute, replacement)
     _let_llvmlite_be_looked_at()
     _count_without_compiler()

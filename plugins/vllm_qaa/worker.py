@@ -33,6 +33,9 @@ from vllm_qaa.timing import TIMER
 
 _DIGEST = re.compile(r"[0-9a-f]{12}")
 
+#: In the names of output heads; vLLM knows them by it too.
+OUTPUT_HEAD = "lm_head"
+
 #: In vLLM's additional_config: it reaches every worker, wherever it runs.
 BACKEND_KEY = "qaa_backend"
 
@@ -74,6 +77,8 @@ class Place(NamedTuple):
 class QAAModelManager(LRUCacheLoRAModelManager):
     """vLLM's slots and host cache, with a plan of each step's tokens."""
 
+    supported_lora_modules: list[str]
+
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
         self._plans = PlanHolder(_choose_circuits(vllm_config))
         self._context_layers = vllm_config.compilation_config.static_forward_context
@@ -82,6 +87,27 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
         self.takes_slots = True
         _split_graphs_at_delta(vllm_config, self.device)
+
+    def _create_lora_modules(self) -> None:
+        """As vLLM's, but the output head stays as it is: logits are the base's product, for whichever rows.
+
+        vLLM's layer for it knows the adapters of the rows that are sampled, one each. A prompt's log-probabilities
+        are computed from other rows, with the same layer: on a CPU that ends the engine, on a GPU a row gets the
+        adapter of another request.
+
+        Raises:
+            ValueError: if --lora-target-modules names the head.
+        """
+        if heads := [name for name in self.lora_config.target_modules or () if OUTPUT_HEAD in name]:
+            raise ValueError(
+                f"--lora-target-modules has {', '.join(heads)}: LoRA on the output head cannot be served, since "
+                "vLLM mixes up requests when one asks for its prompt's log-probabilities. Leave it out"
+            )
+        others = [name for name in self.supported_lora_modules if OUTPUT_HEAD not in name]
+        self.supported_lora_modules = others
+        super()._create_lora_modules()
+        # vLLM's loader lets a head's weights pass, so that our check can say why they are refused.
+        self.supported_lora_modules = [*others, OUTPUT_HEAD]
 
     def register_module(self, module_name: str, module: Any) -> None:
         """As vLLM's, and gives a layer of the language model its name and the plan.
@@ -337,6 +363,11 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         """Refuse LoRA weights whose shapes do not fit: vLLM copies what is there and says nothing."""
         on_cpu = torch.device(self.device).type == "cpu"
         for name, weights in lora.loras.items():
+            if OUTPUT_HEAD in name:
+                raise AdapterError(
+                    f"LoRA on the output head {name!r} cannot be served: vLLM mixes up requests when one asks for "
+                    f"its prompt's log-probabilities. Leave {OUTPUT_HEAD!r} out of target_modules and train again"
+                )
             if ".experts" in name or not isinstance(weights.lora_a, torch.Tensor):
                 continue
             place = self._adapter_manager.find(name)
