@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from dataclasses import replace
 
@@ -108,3 +109,17 @@ def test_classes_that_bypass_the_delta_are_left_alone():
     assert qaa_subclass(FusedMoEWithLoRA) is FusedMoEWithLoRA
     assert qaa_subclass(VocabParallelEmbeddingWithLoRA) is VocabParallelEmbeddingWithLoRA
     assert issubclass(qaa_subclass(ColumnParallelLinearWithLoRA), QAALayerMixin)
+
+
+def test_the_servers_globals_are_checked_and_replaced_for_a_while(monkeypatch):
+    for seam in port.SERVER_SEAMS:
+        module = importlib.import_module(seam.module)
+        original = getattr(module, seam.attribute)
+        port.check_server()
+        with pytest.raises(RuntimeError, match="in the midst"), port.replaced(seam.attribute, "another"):
+            assert getattr(module, seam.attribute) == "another"
+            raise RuntimeError("in the midst")
+        assert getattr(module, seam.attribute) is original
+        with monkeypatch.context() as patch, pytest.raises(port.UnsupportedVLLMError, match=seam.attribute):
+            patch.delattr(module, seam.attribute)
+            port.check_server()

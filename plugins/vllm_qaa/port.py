@@ -1,13 +1,14 @@
-"""Where the plugin touches vLLM: module globals that name classes are pointed at subclasses of those classes.
+"""Where vLLM is touched: module globals that name classes are pointed at subclasses of those classes.
 
-No method is replaced. Every seam is checked first, on the class that is there, and either all of them are
-changed or none. Two things that a CPU build does badly are put right beside them, where they are found.
+No method is replaced. Every seam is checked first, on the class that is there, and either all of the plugin's are
+changed or none. The server's are changed while it makes its engine and its app, by `replaced`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,19 +30,19 @@ class Seam:
     Attributes:
         module: the module whose global it is.
         attribute: the global's name.
-        replace: old value -> new value.
         methods: what the new value relies on, as "Class.method" in `module` -> parameter names.
         why: what the change is for.
         until: when it can be dropped.
+        replace: old value -> new value; None where the server has the new value.
         cpu_only: whether it is for CPUs; elsewhere it is neither checked nor changed.
     """
 
     module: str
     attribute: str
-    replace: Callable[[Any], Any]
     methods: Mapping[str, tuple[str, ...]]
     why: str
     until: str
+    replace: Callable[[Any], Any] | None = None
     cpu_only: bool = False
 
 
@@ -65,6 +66,11 @@ def _seeded_cpu_runner(original: type) -> type:
     if not issubclass(SeededCPUModelRunner, original):
         raise UnsupportedVLLMError(f"{original} is not the model runner that vLLM's worker for CPUs defines")
     return SeededCPUModelRunner
+
+
+def _as_written(compiled: Any) -> Any:
+    """The function that torch.compile was given."""
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 SEAMS = (
@@ -121,6 +127,39 @@ SEAMS = (
         until="vLLM's runner does so itself",
         cpu_only=True,
     ),
+    Seam(
+        module="vllm.v1.sample.sampler",
+        attribute="batched_count_greater_than",
+        replace=_as_written,
+        methods={"batched_count_greater_than": ("x", "values")},
+        why="vLLM compiles it when the first request asks for logprobs, and all requests wait for the compiler: "
+        "34 s in a new container; on a CPU the function runs as it is written",
+        until="vLLM compiles it at start, or not on a CPU",
+        cpu_only=True,
+    ),
+)
+
+#: Changed by the server alone, while it makes its engine and its app.
+SERVER_SEAMS = (
+    Seam(
+        module="vllm.entrypoints.launchers.api_server.app_state",
+        attribute="OpenAIServingModels",
+        methods={
+            "OpenAIServingModels": ("engine_client", "base_model_paths", "lora_modules"),
+            "OpenAIServingModels.is_base_model": ("self", "model_name"),
+            "OpenAIServingModels.model_name": ("self", "lora_request"),
+            "OpenAIServingModels.show_available_models": ("self",),
+        },
+        why="the app's list of models is the catalogue: a request finds the one adapter that is held for it",
+        until="vLLM's app takes a list of models that it is given",
+    ),
+    Seam(
+        module="vllm.v1.engine.async_llm",
+        attribute="OutputProcessor",
+        methods={"OutputProcessor.do_tracing": ("self", "engine_core_output", "req_state", "iteration_stats")},
+        why="with --otlp-traces-endpoint: a request's span names its adapter and its revision",
+        until="vLLM's spans name the adapter",
+    ),
 )
 
 _applied: list[tuple[str, str, Any]] = []  # module and global, with the value vLLM had
@@ -140,16 +179,47 @@ def apply() -> None:
     check_version(version)
     seams = [seam for seam in SEAMS if current_platform.is_cpu() or not seam.cpu_only]
     problems = [problem for seam in seams for problem in check_seam(seam)]
-    if problems:
-        raise UnsupportedVLLMError(
-            f"the QAA plugin does not fit vLLM {version}: {'; '.join(problems)}. "
-            "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
-        )
-    replacements = [seam.replace(getattr(import_module(seam.module), seam.attribute)) for seam in seams]
-    for seam, replacement in zip(seams, replacements, strict=True):
+    _refuse("the QAA plugin", version, problems)
+    replacements = [
+        (seam, seam.replace(getattr(import_module(seam.module), seam.attribute)))
+        for seam in seams
+        if seam.replace is not None
+    ]
+    for seam, replacement in replacements:
         _set(seam.module, seam.attribute, replacement)
     _let_llvmlite_be_looked_at()
-    _count_without_compiler()
+
+
+def check_server() -> None:
+    """Check what the server is going to change.
+
+    Raises:
+        UnsupportedVLLMError: naming every difference found.
+    """
+    from vllm.version import __version__ as version
+
+    _refuse("qaa-serve", version, [problem for seam in SERVER_SEAMS for problem in check_seam(seam)])
+
+
+def _refuse(what: str, version: str, problems: list[str]) -> None:
+    if problems:
+        raise UnsupportedVLLMError(
+            f"{what} does not fit vLLM {version}: {'; '.join(problems)}. "
+            "Install a vLLM that this qaa-serve was tested with, or uninstall qaa-serve"
+        )
+
+
+@contextmanager
+def replaced(attribute: str, value: Any) -> Iterator[None]:
+    """Give one of the globals of SERVER_SEAMS another value until the context ends."""
+    seam = next(seam for seam in SERVER_SEAMS if seam.attribute == attribute)
+    module = import_module(seam.module)
+    original = getattr(module, attribute)
+    setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(module, attribute, original)
 
 
 def _set(module: str, attribute: str, value: Any) -> None:
@@ -171,21 +241,6 @@ def _let_llvmlite_be_looked_at() -> None:
     table = getattr(ffi.lib, "_fntab", None)
     if isinstance(table, dict):
         table["__dict__"] = {}
-
-
-def _count_without_compiler() -> None:
-    """On a CPU, have vLLM count the tokens that are likelier than another as the function is written.
-
-    vLLM compiles it when the first request asks for logprobs, and all requests wait for the compiler: 34 s in a
-    new container.
-    """
-    from vllm.platforms import current_platform
-
-    module, function = "vllm.v1.sample.sampler", "batched_count_greater_than"
-    compiled = getattr(import_module(module), function, None)
-    as_written = getattr(compiled, "_torchdynamo_orig_callable", None)
-    if current_platform.is_cpu() and as_written is not None:
-        _set(module, function, as_written)
 
 
 def undo() -> None:
@@ -230,5 +285,10 @@ def check_seam(seam: Seam) -> list[str]:
 
 def ledger() -> str:
     """The patch table as Markdown, as docs/plugin.md has it."""
-    rows = [f"| `{s.module}.{s.attribute}` | {s.why} | {s.until} |" for s in SEAMS]
-    return "\n".join(["| what is replaced | why | until |", "|---|---|---|", *rows])
+
+    def row(seam: Seam, by: str) -> str:
+        return f"| `{seam.module}.{seam.attribute}` | {by} | {seam.why} | {seam.until} |"
+
+    rows = [row(seam, "plugin, on a CPU" if seam.cpu_only else "plugin") for seam in SEAMS]
+    rows += [row(seam, "server") for seam in SERVER_SEAMS]
+    return "\n".join(["| what is replaced | by | why | until |", "|---|---|---|---|", *rows])

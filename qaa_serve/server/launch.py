@@ -6,8 +6,7 @@ import argparse
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.logger import init_logger
 from vllm.v1.metrics import buckets
+from vllm_qaa import port
 
 from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
 from qaa_serve.server.admin import make_router
@@ -68,8 +68,10 @@ async def serve(
         key_sources: where keys come from.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and must not be.
+        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid under
+            --strict-adapters.
     """
+    port.check_server()
     address, sock = setup_server(args, reuse_port=False)
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
@@ -145,7 +147,7 @@ async def _assemble(
         reserved=base_names.__contains__,
         logger=logger,
     )
-    with _our_models(catalogue):
+    with port.replaced("OpenAIServingModels", partial(ServedModels, catalogue)):
         await app_state.init_app_state(engine, app.state, args, tasks)
     _own_responses(app)
     drain = Drain()
@@ -198,17 +200,6 @@ async def _assemble(
         listeners.append((admin_sock, cors(gated(roles=(Role.ADMIN, Role.ANYONE)))))
     http = HTTPServer(app, listeners, engine, monitor, drain, args, options)
     return Server(catalogue, keys, monitor, audit, http)
-
-
-@contextmanager
-def _our_models(catalogue: Catalogue) -> Iterator[None]:
-    """Let vLLM's set-up of the app make our list of served models instead of its own."""
-    original = app_state.OpenAIServingModels
-    app_state.OpenAIServingModels = partial(ServedModels, catalogue)
-    try:
-        yield
-    finally:
-        app_state.OpenAIServingModels = original
 
 
 def _own_responses(app: FastAPI) -> None:

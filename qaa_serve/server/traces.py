@@ -14,8 +14,8 @@ from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import SpanProcessor
-from vllm.v1.engine import async_llm
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm_qaa import port
 
 #: What goes into the spans that start now.
 _attributes: ContextVar[Mapping[str, str] | None] = ContextVar("span_attributes", default=None)
@@ -67,11 +67,7 @@ class NamingOutputProcessor(OutputProcessor):
 @contextmanager
 def spans_name_adapters(base_name: str) -> Iterator[None]:
     """Let the engine that vLLM makes meanwhile, and that sends traces, name adapters in them."""
-    original = async_llm.OutputProcessor
-    async_llm.OutputProcessor = partial(NamingOutputProcessor, base_name)
-    try:
+    with port.replaced("OutputProcessor", partial(NamingOutputProcessor, base_name)):
         yield
-    finally:
-        async_llm.OutputProcessor = original
     provider: Any = trace.get_tracer_provider()  # OpenTelemetry's own, which the engine has set up
     provider.add_span_processor(NamedSpans())
