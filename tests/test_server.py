@@ -194,7 +194,7 @@ def test_adapters_route_says_what_is_served_and_what_is_not(server):
 def test_the_log_names_what_was_chosen_and_what_was_rejected(server):
     log = server.text()
     assert "--adapter-cache-bytes" in log
-    assert "--max-lora-rank 16" in log
+    assert "--max-lora-rank 32" in log
     assert "--max-loras" not in log.split("Chosen here")[1].split("INFO")[0], "the user gave it"
     assert "Not serving adapter 'broken'" in log
     assert "damaged or no safetensors" in log

@@ -13,7 +13,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
 
-from qaa_serve.registry import RevisionStore
 from qaa_serve.server import settings
 
 SECRETS = ("VLLM_API_KEY", "QAA_SERVE_ADMIN_KEY")
@@ -85,12 +84,11 @@ def test_a_config_file_is_read_and_the_command_line_wins(parser, root, tmp_path)
     assert (args.port, args.max_loras, options.adapters) == (8123, 5, root / "adapters")
 
 
-def test_slots_ranks_and_cache_fit_the_adapters(parser, root, capsys):
+def test_what_is_left_open_is_chosen_and_printed(parser, root, capsys):
     args, options, *_ = resolve(parser, "--adapters", root / "adapters")
     assert args.enable_lora
     assert args.host == "127.0.0.1"
-    assert args.max_loras == 4, "of 3 adapters, and as many as come"
-    assert args.max_lora_rank == 32, "3 heads x 7 qubits = 21"
+    assert (args.max_loras, args.max_lora_rank) == (8, 32), "whatever lies in the directory"
     assert args.max_cpu_loras == 1 << 16, "bounded in bytes instead"
     assert args.worker_extension_cls == "vllm_qaa.worker.AdapterRPC"
     assert 0 < args.kv_cache_memory_bytes <= 4 << 30
@@ -101,14 +99,10 @@ def test_slots_ranks_and_cache_fit_the_adapters(parser, root, capsys):
     assert f"--adapter-cache-bytes {options.adapter_cache_bytes}" in printed
 
 
-def test_adapters_of_an_earlier_server_count_as_well(parser, root, tmp_path):
-    state = tmp_path / "state"
-    store = RevisionStore(state, max_bytes=1 << 30, max_adapter_bytes=1 << 30)
-    for name in "abcdef":
-        store.admit(root / "adapters" / "wide", name)
-    store.close()
-    args, *_ = resolve(parser, root / "base", "--state-dir", state)
-    assert (args.max_loras, args.max_lora_rank) == (6, 32)
+def test_a_server_whose_model_is_given_reads_no_adapter_before_it_starts(parser, root, monkeypatch):
+    monkeypatch.setattr(settings, "scan", lambda directory: pytest.fail("it was read"))
+    args, *_ = resolve(parser, root / "base", "--adapters", root / "adapters")
+    assert args.model == str(root / "base")
 
 
 def test_the_user_overrides_every_choice(parser, root, capsys):

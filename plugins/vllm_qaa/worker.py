@@ -294,7 +294,12 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         # A missing config is left to vLLM, whose error its API server knows how to report.
         if (directory / CONFIG_FILE).is_file() and read_config(directory).get("peft_type") == "QAA":
             return self._load_qaa(lora_request, directory)
-        lora = super()._load_adapter(lora_request)
+        try:
+            lora = super()._load_adapter(lora_request)
+        except ValueError as error:
+            if "max_lora_rank" not in str(error):
+                raise
+            raise AdapterError(f"{error} Start the server with a larger --max-lora-rank (at most 512)") from error
         self._check_lora(lora)
         return lora
 

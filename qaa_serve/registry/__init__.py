@@ -2,7 +2,7 @@
 
 from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache, EngineRefusedError, Observer, Result
 from qaa_serve.registry.catalogue import Catalogue, Entry, UnavailableError, UnknownAdapterError
-from qaa_serve.registry.directory import DirectoryWatcher, scan
+from qaa_serve.registry.directory import DirectoryWatcher, check_directory, scan
 from qaa_serve.registry.revisions import NAME_PATTERN, Rejection, Revision, check_name, read_revision
 from qaa_serve.registry.store import RevisionStore, StoreError
 
@@ -23,6 +23,7 @@ __all__ = [
     "StoreError",
     "UnavailableError",
     "UnknownAdapterError",
+    "check_directory",
     "check_name",
     "read_revision",
     "scan",

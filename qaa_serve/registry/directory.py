@@ -18,6 +18,16 @@ from qaa_serve.registry.catalogue import Catalogue
 from qaa_serve.registry.revisions import Rejection, Revision, read_revision
 
 
+def check_directory(directory: Path) -> None:
+    """Raise AdapterError if ``directory`` is not a directory, or is itself an adapter."""
+    if not directory.is_dir():
+        raise AdapterError(f"--adapters {directory} is not a directory")
+    if (directory / CONFIG_FILE).is_file():
+        raise AdapterError(
+            f"--adapters {directory} is itself an adapter; give the directory that holds adapter directories"
+        )
+
+
 def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
     """Read every adapter directory in a directory, in the order of their names.
 
@@ -26,12 +36,7 @@ def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
     Raises:
         AdapterError: if ``directory`` is not a directory, or is itself an adapter.
     """
-    if not directory.is_dir():
-        raise AdapterError(f"--adapters {directory} is not a directory")
-    if (directory / CONFIG_FILE).is_file():
-        raise AdapterError(
-            f"--adapters {directory} is itself an adapter; give the directory that holds adapter directories"
-        )
+    check_directory(directory)
     revisions: list[Revision] = []
     rejections: list[Rejection] = []
     for path in _adapter_directories(directory):

@@ -11,14 +11,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
 from qaa_serve.circuits import BACKENDS, choose_backend
-from qaa_serve.registry import Revision, RevisionStore, StoreError, scan
+from qaa_serve.registry import RevisionStore, StoreError, check_directory, scan
 from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
 from qaa_serve.server.runfile import cache_root
 
@@ -30,8 +30,12 @@ server runs are served, replaced or removed; docs/hot-swap.md tells how.
   qaa-serve --adapters my-adapters/                      base model as the adapters name it
   qaa-serve meta-llama/Llama-3.2-1B --adapters dir/      base model by name or path
 
-All options of vllm serve can be given too; --help=all lists them. What you leave open of --max-loras,
---max-lora-rank, --adapter-cache-bytes, --host and --served-model-name is chosen to fit, and printed."""
+All options of vllm serve can be given too; --help=all lists them. What you leave open of --adapter-cache-bytes,
+--host, --served-model-name, --max-loras and --max-lora-rank is chosen, and printed."""
+
+#: Adapters in one batch, and the largest rank of one, unless the user says so. They cost memory in every adapted
+#: layer, so they do not depend on what happens to lie in the directory; what exceeds the rank is refused by name.
+_MAX_LORAS, _MAX_LORA_RANK = 8, 32
 
 #: Options of vLLM that are chosen here unless the user gives them.
 _CHOSEN = (
@@ -349,21 +353,17 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
     """
     keys = _take_keys(args)
     try:
-        revisions, rejections = ([], []) if args.adapters is None else scan(args.adapters)
-        if args.strict_adapters and rejections:
-            found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
-            raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
+        bases = _look_at_adapters(args)
         store = _open_store(args)
     except (AdapterError, StoreError) as error:
         raise UsageError(str(error)) from error
-    revisions += store.revisions()
     if args.log_format == "json":
         from vllm.config.logging import LoggingConfig
 
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
     try:
-        _choose(args, revisions)
+        _choose(args, set() if bases is None else bases | {revision.base for revision in store.revisions()})
     except BaseException:
         store.close()
         raise
@@ -395,6 +395,25 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         made_admin_key=made_admin_key,
     )
     return options, store, keys
+
+
+def _look_at_adapters(args: argparse.Namespace) -> set[str] | None:
+    """The base models that the adapters name; None if nobody wants to know, since reading them all takes long.
+
+    Raises:
+        AdapterError: if the adapters directory is none.
+        UsageError: under --strict-adapters, if one cannot be served.
+    """
+    if args.adapters is None:
+        return set()
+    check_directory(args.adapters)
+    if not args.strict_adapters and (args.model_tag or args.model):
+        return None
+    revisions, rejections = scan(args.adapters)
+    if args.strict_adapters and rejections:
+        found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
+        raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
+    return {revision.base for revision in revisions}
 
 
 def _take_keys(args: argparse.Namespace) -> KeySources:
@@ -443,8 +462,8 @@ def _widths(args: argparse.Namespace) -> LinearWidths | None:
         return None
 
 
-def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
-    """Fill in what the user left open, in place.
+def _choose(args: argparse.Namespace, bases: set[str]) -> None:
+    """Fill in what the user left open, in place; `bases` are those that the adapters name.
 
     Raises:
         UsageError: if the arguments make no sense together.
@@ -482,7 +501,7 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
             "VLLM_SKIP_MODEL_NAME_VALIDATION: vLLM would answer for the base model under any name, past the "
             "models that a key is for; unset it"
         )
-    args.model = args.model_tag or args.model or _base_of(revisions, args.adapters)
+    args.model = args.model_tag or args.model or _base_of(bases, args.adapters)
     chosen: dict[str, tuple[Any, str]] = {}
 
     def choose(option: str, value: Any, why: str) -> None:
@@ -495,9 +514,8 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
     if local:
         path = str(Path(args.model).resolve())
         choose("served_model_name", [Path(path).name], "the base model's directory")
-    count = len({revision.name for revision in revisions})
-    choose("max_loras", min(max(count, 4), 16), f"adapters in one batch, of {count} there are now")
-    choose("max_lora_rank", _rank_class(revisions), "the largest rank of an adapter, rounded up")
+    choose("max_loras", _MAX_LORAS, "adapters in one batch")
+    choose("max_lora_rank", _MAX_LORA_RANK, "the largest rank of an adapter that is taken; vLLM's limit is 512")
     if args.max_cpu_loras is None:
         args.max_cpu_loras = 1 << 16  # their memory is bounded in bytes instead
     _choose_memory(args, choose)
@@ -510,26 +528,17 @@ def _choose(args: argparse.Namespace, revisions: Sequence[Revision]) -> None:
     _warn_if_open(args)
 
 
-def _base_of(revisions: Sequence[Revision], directory: Path | None) -> str:
+def _base_of(bases: set[str], directory: Path | None) -> str:
     """The one local base model that the adapters name."""
     if directory is None:
         raise UsageError("nothing to serve: give a MODEL, or --adapters DIR whose adapters name a local base")
-    bases = sorted({revision.base for revision in revisions})
     local = [base for base in bases if Path(base).is_dir()]
     if len(local) == 1:
         return local[0]
-    found = ", ".join(map(repr, bases)) or "no valid adapter"
+    found = ", ".join(map(repr, sorted(bases))) or "no valid adapter"
     raise UsageError(
         f"give the MODEL to serve: the adapters in {directory} do not name one local base model (found {found})"
     )
-
-
-def _rank_class(revisions: Sequence[Revision]) -> int:
-    from vllm.config.lora import MaxLoRARanks
-
-    needed = max([16, *(revision.rank for revision in revisions)])
-    allowed: tuple[int, ...] = get_args(MaxLoRARanks)
-    return next((rank for rank in allowed if rank >= needed), allowed[-1])
 
 
 def _choose_memory(args: argparse.Namespace, choose: Callable[[str, Any, str], None]) -> None:
