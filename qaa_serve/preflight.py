@@ -88,7 +88,7 @@ def check_model(model: str) -> None:
         raise UsageError(
             f"{model} is a GGUF file, which is not served as it is. Convert it once with transformers and the "
             f"package gguf: AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
-            f"gguf_file={path.name!r}), the same for AutoTokenizer, and save_pretrained() of both into one directory"
+            f"gguf_file={path.name!r}), the same for AutoTokenizer, and save_pretrained() both to one place"
         )
     if path.is_dir():
         if not any((path / name).is_file() for name in (_CONFIG, "params.json")):
