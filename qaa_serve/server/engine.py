@@ -9,12 +9,12 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from qaa_serve.registry import EngineCache, EngineRefusedError, Revision
 from qaa_serve.server.gate import current_use
@@ -50,6 +50,16 @@ class AdapterEngine(AsyncLLM):
                             sequence.saw(output)
                         yield output
             except (VLLMClientError, GracefulHTTPError):
+                raise
+            except EngineGenerateError as error:
+                if isinstance(error.__cause__, (OverflowError, UnicodeError)):
+                    raise VLLMValidationError(
+                        "the request has a number of more than 64 bits, or half a character (a lone surrogate): "
+                        "the engine can be told neither"
+                    ) from error
+                logger.error("A request has failed, for this reason: %r", error.__cause__)  # vLLM tells nobody
+                if observation is not None:
+                    observation.failed = True
                 raise
             except Exception:
                 # A stream that has begun ends with an error in it, under status 200.
