@@ -34,7 +34,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from fuzz_tables import JUNK, KNOWN, ROUTES, Route
+from fuzz_tables import HEADERS, JUNK, KNOWN, ROUTES, Route
 
 #: What is asked of every model before, meanwhile and after.
 GREEDY = {"prompt": "t4 t5 t6 t7 Hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -48,6 +48,7 @@ class Sent:
         number: in the run.
         route: where it goes to.
         body: as it is sent.
+        headers: besides those that say what the body is, and the key.
         leaves: "" or "body", "answer", "stream": in the middle of which the client closes the connection.
         after: how much of it is let pass: part of the body, seconds, or chunks of the stream.
     """
@@ -55,13 +56,16 @@ class Sent:
     number: int
     route: Route
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
     leaves: str = ""
     after: float = 0.0
 
     def curl(self, url: str) -> str:
         """A command that sends it."""
         body = shlex.quote(self.body.decode())
-        return f"curl -sS {url}{self.route.path} -H 'Content-Type: application/json' --data-raw {body}"
+        headers = {"Content-Type": "application/json", **self.headers}
+        options = " ".join(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
+        return f"curl -sS {url}{self.route.path} {options} --data-raw {body}"
 
 
 def draw(number: int, seed: int, models: Sequence[str]) -> Sent:
@@ -80,7 +84,7 @@ def draw(number: int, seed: int, models: Sequence[str]) -> Sent:
     text = json.dumps(body)
     if rng.random() < 0.03:
         text = rng.choice([text[: len(text) // 2], "", "[]", "null", '"x"', "[" * 20_000, text + text])
-    sent = Sent(number, route, text.encode())
+    sent = Sent(number, route, text.encode(), rng.choice(HEADERS) if rng.random() < 0.08 else {})
     if rng.random() < 0.12:
         sent.leaves = rng.choice(["body", "answer", "stream"])
         sent.after = {
@@ -129,7 +133,7 @@ class Run:
         if sent.leaves == "body":
             await self._half_a_body(sent)
             return "left"
-        headers = self.headers | {"Content-Type": "application/json"}
+        headers = {**self.headers, "Content-Type": "application/json", **sent.headers}
         if sent.leaves == "answer":
             with suppress(TimeoutError):
                 async with asyncio.timeout(sent.after):
@@ -178,7 +182,7 @@ class Run:
 
     def _exists(self, sent: Sent) -> bool:
         """Whether a request's model is served; not for bodies with words of which the gate's reader knows none."""
-        if any(word in sent.body for word in (b"NaN", b"Infinity", b"\\ud800")):
+        if sent.headers or any(word in sent.body for word in (b"NaN", b"Infinity", b"\\ud800")):
             return False
         with suppress(ValueError, RecursionError, AttributeError, TypeError):
             return json.loads(sent.body).get("model") in self.served

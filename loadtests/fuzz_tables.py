@@ -33,6 +33,18 @@ JUNK = [
     None, True, -1, 10**30, NAN, "", "x", "\ud800", [], {}, [None], [[]], {"": None}, [{"type": "x"}], "x" * 5000,
 ]
 
+#: Of which some requests have one.
+HEADERS = [
+    {"X-Request-Id": "same"}, {"X-Session-Id": "same"}, {"X-Request-Id": "x" * 3000}, {"X-Session-Id": ""},
+    {"X-data-parallel-rank": "0"}, {"X-data-parallel-rank": "7"}, {"X-data-parallel-rank": "-1"},
+    {"X-data-parallel-rank": "x"}, {"X-Vllm-Priority": "1"}, {"X-Vllm-Priority": "9" * 30},
+    {"endpoint-load-metrics-format": "JSON"},
+    {"endpoint-load-metrics-format": "x"}, {"traceparent": "00-x"}, {"X-Amzn-SageMaker-Session-Id": "x"},
+    {"X-Amzn-SageMaker-Adapter-Identifier": "one"}, {"X-Amzn-SageMaker-Adapter-Identifier": "nobody"},
+    {"Content-Type": "text/plain"}, {"Content-Type": ""}, {"Accept": "text/event-stream"},
+    {"Content-Encoding": "gzip"},
+]
+
 SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, {}, {"type": "integer"},
     {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}, {"enum": ["A", 5, None]}, {"type": "string"},
@@ -239,7 +251,7 @@ ROUTES = [
             "output_config": [{"format": format} for format in FORMATS],
             "chat_template_kwargs": CHATTING["chat_template_kwargs"],
         },
-        ("event: message_stop",),
+        ("event: message_stop", "event: error"),
     ),
     Route("/v1/messages/count_tokens", 2, {"messages": CONVERSATIONS}, {"system": TEXTS, "tools": TOOLS}),
     Route("/tokenize", 2, {"prompt": TEXTS}, {"add_special_tokens": FLAGS, "return_token_strs": FLAGS}),
@@ -301,6 +313,10 @@ KNOWN = [
     *(
         Known('"message": ""', (extra,), "vllm_xargs with a name of vLLM's own")
         for extra in ('"kv_transfer_params": "x"', '"ec_transfer_params": 5')
+    ),
+    Known(
+        "2 validation errors for ChatCompletionStreamResponse", ("/v1/messages",),
+        "/v1/messages has words of its own for any error in a stream",
     ),
     Known('"message": ""', ('"echo": true',), "an echo of a prompt in which no token has a text"),
     Known("maximum recursion depth", ("[[[[",), "lists in lists, deeper than Python's JSON reads"),
