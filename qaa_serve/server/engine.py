@@ -35,10 +35,17 @@ class AdapterEngine(AsyncLLM):
     cache: EngineCache | None = None  # set once the catalogue is there
 
     async def generate(
-        self, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
+        self, prompt: Any, sampling_params: Any, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """As vLLM's; the adapter is held until the request has ended or its abort has been sent."""
-        outputs = super().generate(*args, lora_request=lora_request, **kwargs)
+        if self.vllm_config.speculative_config is not None and sampling_params.logprob_token_ids:
+            # vLLM 0.32 returns them in rows of another width, and ends with a step in which others want logprobs.
+            raise VLLMValidationError(
+                "the server speculates (--speculative-config), and vLLM cannot give log-probabilities of certain "
+                "tokens then: leave out logprob_token_ids and ask for logprobs",
+                parameter="logprob_token_ids",
+            )
+        outputs = super().generate(prompt, sampling_params, *args, lora_request=lora_request, **kwargs)
         use = current_use.get()
         observation = None if use is None else use.observation
         sequence = None if observation is None else observation.sequence()
