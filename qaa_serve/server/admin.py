@@ -28,8 +28,8 @@ from qaa_serve.registry import (
     UnavailableError,
     UnknownAdapterError,
 )
+from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.gate import RefusedError, Turns
-from qaa_serve.server.metrics import EngineAccount
 
 
 class TierBytes(BaseModel):

@@ -17,8 +17,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from qaa_serve.registry import EngineCache, EngineRefusedError, Revision
+from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.gate import current_use
-from qaa_serve.server.metrics import EngineAccount
+from qaa_serve.server.stat_logger import StatLogger
 
 logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the name "vllm"
 
@@ -153,6 +154,8 @@ async def running_engine(args: Any) -> AsyncIterator[AdapterEngine]:
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            # Given one of any kind, vLLM keeps statistics even where it was told not to.
+            stat_loggers=None if engine_args.disable_log_stats else [StatLogger],
             disable_log_stats=engine_args.disable_log_stats,
         )
     try:

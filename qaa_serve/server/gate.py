@@ -84,6 +84,11 @@ class Use:
     revision: Revision | None = None
     observation: Observation | None = None
 
+    @property
+    def key_name(self) -> str | None:
+        """What the client's key is called in metrics; None if there are none."""
+        return None if self.key is None else self.key.name
+
     def may_use(self, model: str) -> bool:
         """Whether the client may use a model."""
         return self.key is None or self.key.allows(model)
@@ -143,6 +148,14 @@ class Turns:
     def waiting(self, name: str) -> int:
         """Requests for a model that wait."""
         return len(self._waiting.get(name, ()))
+
+    def names(self) -> list[str]:
+        """Models with requests that run or wait; none waits for one that none runs for."""
+        return list(self.running)
+
+    def counts(self, name: str) -> tuple[int, int]:
+        """A model's requests: running, waiting. Asking changes nothing, from another thread either."""
+        return self.running.get(name, 0), self.waiting(name)
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[None]:
@@ -302,7 +315,7 @@ class Gate:
         finally:
             if role is Role.CLIENT and scope.get("method") == "POST":
                 # What was refused before its model was known counts under none.
-                seen = use.observation or self._metrics.begin(None, path)
+                seen = use.observation or self._metrics.begin(None, path, use.key_name)
                 seen.end(outcome)
                 if self._request_log is not None:
                     self._request_log(_log_fields(use, seen, scope, exchange.status, outcome))
@@ -332,7 +345,7 @@ class Gate:
         name = self._check_model(use)
         if not asks_base and self._catalogue.resolve(str(model)) is None:
             return  # vLLM answers that there is no such model
-        use.observation = self._metrics.begin(name, path)
+        use.observation = self._metrics.begin(name, path, use.key_name)
         await _unless_gone(receive, stack.enter_async_context(self.turns.turn(name)))
         use.observation.has_turn()
         if asks_base:
@@ -365,10 +378,12 @@ class Gate:
             if not self._keys.guards_clients:
                 return None
             if (key := self._keys.client(token)) is None:
+                self._metrics.wrong_key("client")
                 raise RefusedError(401, _KEY_NEEDED.format("an API key"), WWW_Authenticate="Bearer")
             return key
         if self._keys.guards_admins:
             if not self._keys.is_admin(token):
+                self._metrics.wrong_key("admin")
                 known = self._keys.client(token) is not None
                 raise RefusedError(
                     403 if known else 401,

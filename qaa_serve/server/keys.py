@@ -27,6 +27,11 @@ class ClientKey:
     digest: bytes
     models: tuple[str, ...] | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called in metrics; says nothing of the key that helps to guess it."""
+        return self.digest.hex()[:8]
+
     def allows(self, model: str) -> bool:
         """Whether the key may use a model, under its public name or as name@revision."""
         name = model.partition("@")[0]

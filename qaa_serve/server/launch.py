@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +21,19 @@ from vllm.logger import init_logger
 from vllm.v1.metrics import buckets
 
 from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
+from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.admin import Readiness, Status, make_router
 from qaa_serve.server.engine import AdapterEngine, running_engine
 from qaa_serve.server.gate import Gate, Turns
 from qaa_serve.server.http import HTTPServer
 from qaa_serve.server.keys import KeyRing
-from qaa_serve.server.metrics import ServerMetrics, StateCollector, say_what_runs
+from qaa_serve.server.metrics import (
+    Exposition,
+    ServerMetrics,
+    StateCollector,
+    remove_metrics_routes,
+    say_what_runs,
+)
 from qaa_serve.server.models import ServedModels
 from qaa_serve.server.settings import ServingOptions
 
@@ -58,11 +66,14 @@ async def serve(args: argparse.Namespace, options: ServingOptions, store: Revisi
             metrics = ServerMetrics(
                 REGISTRY,
                 max_adapters=options.metrics_max_adapters,
+                max_keys=options.metrics_max_keys,
                 latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
                 first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
                 inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
             )
-            say_what_runs(metrics)
+            say_what_runs(REGISTRY)
+            remove_metrics_routes(app)
+            app.include_router(Exposition(REGISTRY).router())
             catalogue = Catalogue(
                 store,
                 engine,
@@ -74,12 +85,13 @@ async def serve(args: argparse.Namespace, options: ServingOptions, store: Revisi
                 logger=logger,
             )
             models.catalogue, engine.cache = catalogue, catalogue.cache
-            gate, state = _stand_before(app, engine, catalogue, metrics, options, keys, models.base_names)
+            monitor = EngineMonitor(engine)
+            gate, state = _stand_before(app, engine, catalogue, metrics, monitor, options, keys, models.base_names)
             REGISTRY.register(state)
             http = HTTPServer(app, gate, engine, args, drain_timeout_s=options.drain_timeout_s)
             background = [
                 asyncio.create_task(_publish(catalogue, options, http, address, args, models)),
-                asyncio.create_task(_keep_account(engine, state)),
+                asyncio.create_task(monitor.run()),
             ]
             try:
                 return await http.run(sock)
@@ -107,6 +119,7 @@ def _stand_before(
     engine: AdapterEngine,
     catalogue: Catalogue,
     metrics: ServerMetrics,
+    monitor: EngineMonitor,
     options: ServingOptions,
     keys: KeyRing,
     base_names: list[str],
@@ -115,8 +128,7 @@ def _stand_before(
     turns = Turns(
         options.adapter_max_running or engine.vllm_config.scheduler_config.max_num_seqs, options.adapter_max_queue
     )
-    state = StateCollector(catalogue, turns, metrics.labels)
-    app.include_router(make_router(catalogue, lambda: state.account, turns, options.adapters))
+    app.include_router(make_router(catalogue, lambda: monitor.account, turns, options.adapters))
 
     def status() -> Status:
         if engine.errored:
@@ -142,8 +154,8 @@ def _stand_before(
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
         request_log=_log_request if options.log_format == "json" else None,
     )
-    state.status = status
-    return gate, state
+    max_loras = engine.vllm_config.lora_config.max_loras
+    return gate, StateCollector(catalogue, turns, metrics.labels, monitor, status, max_loras=max_loras)
 
 
 def _log_request(fields: dict[str, Any]) -> None:
@@ -182,14 +194,28 @@ async def _publish(
         http.stop(1)
 
 
-async def _keep_account(engine: AdapterEngine, state: StateCollector) -> None:
-    """Ask the workers for their memory now and then, not when Prometheus asks: it must get its answer at once."""
-    while True:
-        try:
-            state.account = await engine.account()
-        except Exception as error:  # a dead engine ends the server elsewhere
-            logger.warning("The engine's account of its memory is missing: %s", error)
-        await asyncio.sleep(ACCOUNT_EVERY_S)
+class EngineMonitor:
+    """What the engine says of itself, asked for now and then: Prometheus must get its answer at once."""
+
+    def __init__(self, engine: AdapterEngine):
+        self.account = EngineAccount()
+        self._engine = engine
+        self._answered = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the engine last answered, or since the start."""
+        return time.monotonic() - self._answered
+
+    async def run(self) -> None:
+        """Ask for ever."""
+        while True:
+            try:
+                self.account = await self._engine.account()
+                self._answered = time.monotonic()
+            except Exception as error:  # a dead engine ends the server elsewhere
+                logger.warning("The engine's account of its memory is missing: %s", error)
+            await asyncio.sleep(ACCOUNT_EVERY_S)
 
 
 def _announce(catalogue: Catalogue, args: argparse.Namespace, address: str, models: ServedModels) -> None:

@@ -68,6 +68,7 @@ class ServingOptions:
         max_body_bytes: of a request.
         drain_timeout_s: how long running requests have after a signal.
         metrics_max_adapters: adapters with labels of their own in the metrics.
+        metrics_max_keys: clients' keys with labels of their own in the metrics.
         log_format: text, or json with a line for every request.
     """
 
@@ -82,6 +83,7 @@ class ServingOptions:
     max_body_bytes: int
     drain_timeout_s: float
     metrics_max_adapters: int
+    metrics_max_keys: int
     log_format: str
 
 
@@ -228,6 +230,13 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         help="adapters with labels of their own in the metrics, the busiest; the rest are `other` (default: 200)",
     )
     group.add_argument(
+        "--metrics-max-keys",
+        metavar="N",
+        type=_count,
+        default=100,
+        help="clients' keys with labels of their own in the metrics; the rest are `other` (default: 100)",
+    )
+    group.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
@@ -300,6 +309,7 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         max_body_bytes=args.max_body_bytes,
         drain_timeout_s=args.drain_timeout,
         metrics_max_adapters=args.metrics_max_adapters,
+        metrics_max_keys=args.metrics_max_keys,
         log_format=args.log_format,
     )
     return options, store, keys
