@@ -267,9 +267,7 @@ def test_whatever_comes_the_series_are_bounded_and_only_grow(seed, limit):
     for step in range(600):
         act = rng.random()
         if act < 0.4 or not under_way:
-            model = (
-                None if rng.random() < 0.1 else rng.choice([OTHER, UNKNOWN, *(name("a", step) for _ in range(20))])
-            )
+            model = rng.choice([None, OTHER, UNKNOWN]) if rng.random() < 0.1 else name("a", step)
             key = None if rng.random() < 0.1 else name("k", step)
             seen = metrics.begin(model, rng.choice([*ENDPOINTS, "/x"]), key)
             under_way.append((seen, [seen.sequence()], key))
@@ -369,7 +367,7 @@ def test_the_life_of_adapters_is_counted(metrics, registry):
 def test_every_metric_is_documented():
     text = (ROOT / "docs" / "metrics.md").read_text()
     assert f"\n{reference()}\n<!-- end -->" in text, "write metrics.reference() into docs/metrics.md"
-    assert all(family.name.startswith("qaa_") for family in FAMILIES)
+    assert all(family.name.startswith("qaa_") for family in FAMILIES if family.name != "vllm:lora_requests_info")
 
 
 # ---------------------------------------------------------------------------------------------------- state
