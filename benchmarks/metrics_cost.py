@@ -63,7 +63,7 @@ WAYS: dict[str, tuple[str | None, dict[str, str], int]] = {
     "none": (None, {}, 0),
     "plain, 10 % changed": ("/metrics", OPENMETRICS, 10),
     "plain, all changed": ("/metrics", OPENMETRICS, 100),
-    "before": ("/before", {}, 100),
+    "before": ("/before", {}, 0),
 }
 
 

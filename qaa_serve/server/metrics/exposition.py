@@ -35,8 +35,8 @@ SLICE_S, REST_S = 0.0003, 0.0001
 #: How soon Python asks the writer to give way where one step is longer, a collector's for one; usually 5 ms.
 SWITCH_S = 0.0005
 
-#: Bytes that are sent at once.
-PIECE_BYTES = 1 << 16
+#: Bytes that are sent at once, and that are compressed at once: each time, the threads change places.
+PIECE_BYTES, PACKED_BYTES = 1 << 16, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _pieces(texts: Iterator[bytes], gzip: bool) -> Iterator[bytes]:
     """Texts in pieces to send; compressed, which others can run beside."""
     # The fastest level: a page's lines are so alike that the others save little.
     packer = zlib.compressobj(1, wbits=31) if gzip else None
-    for piece in _joined(texts):
+    for piece in _joined(texts, PACKED_BYTES if gzip else PIECE_BYTES):
         if packer is None:
             yield piece
         elif packed := packer.compress(piece):
@@ -198,13 +198,13 @@ def _pieces(texts: Iterator[bytes], gzip: bool) -> Iterator[bytes]:
         yield packer.flush()
 
 
-def _joined(texts: Iterator[bytes]) -> Iterator[bytes]:
+def _joined(texts: Iterator[bytes], least: int) -> Iterator[bytes]:
     parts: list[bytes] = []
     size = 0
     for text in texts:
         parts.append(text)
         size += len(text)
-        if size >= PIECE_BYTES:
+        if size >= least:
             yield b"".join(parts)
             parts, size = [], 0
     yield b"".join(parts)
