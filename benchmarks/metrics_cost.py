@@ -16,11 +16,12 @@ meanwhile. Last, the page is read a few times.
 prometheus_client's as vLLM has, and serves the page with uvicorn on uvloop, as the server does, to a scraper in
 a process of its own. On the loop a task always wants to run and notes each time how long it had to wait, beyond
 0.1 ms: a loop under its full load, which notices whoever takes its turn or its core. Of each scrape: the longest
-of those waits, their sum, and how long the scraper waited for its page. Ways of writing the page are scraped in
-turn: medians over the scrapes, and the most; before each, some or all series change. `none` is a time like the
-others' without a scrape: what the machine does by itself. `before` is prometheus_client's text, written by the
-loop's thread, as vLLM does it. `--relaxed` leaves the loop idle but for a tick each millisecond, where the
-longest wait has the timer's millisecond in it.
+of those waits, their sum, the processor time of the thread that writes (with gzip's, beside which Python runs),
+and how long the scraper waited for its page. Ways of writing the page are scraped in turn: medians over the
+scrapes, and the most; before each, some or all series change. `none` is a time like the others' without a
+scrape: what the machine does by itself. `before` is prometheus_client's text, written by the loop's thread, as
+vLLM does it. `--relaxed` leaves the loop idle but for a tick each millisecond, where the longest wait has the
+timer's millisecond in it.
 """
 
 from __future__ import annotations
@@ -265,9 +266,18 @@ async def watch_scrapes(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from qaa_serve.server.metrics import Exposition
 
+    written: list[tuple[float, float]] = []
+
+    class Timed(Exposition):
+        def _write(self, form: Any) -> list[bytes]:
+            begun = time.thread_time()
+            page = super()._write(form)
+            written.append((time.monotonic(), time.thread_time() - begun))
+            return page
+
     registry, change = filled(args.adapters, args.keys)
     app = FastAPI()
-    app.include_router(Exposition(registry).router())
+    app.include_router(Timed(registry).router())
 
     @app.get("/before")
     async def before() -> Response:
@@ -301,8 +311,9 @@ async def watch_scrapes(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for way, begun, ended, size in map(json.loads, output.splitlines()):
         late = [wait for now, wait in waits if begun <= now <= ended + 0.005]
+        spent = [seconds for now, seconds in written if begun <= now <= ended]
         rows.append({
-            "way": way, "longest_ms": 1e3 * max(late, default=0.0), "sum_ms": 1e3 * sum(late),
+            "way": way, "writer_ms": 1e3 * sum(spent), "longest_ms": 1e3 * max(late, default=0.0), "sum_ms": 1e3 * sum(late),
             "scraper_ms": 1e3 * (ended - begun), "bytes": size,
         })  # fmt: skip
     return rows
@@ -318,7 +329,7 @@ def scrape(args: argparse.Namespace) -> dict[str, Any]:
     for way in WAYS:
         mine = [row for row in rows if row["way"] == way]
         ways[way] = {"bytes": mine[0]["bytes"]}
-        for figure in ("longest_ms", "sum_ms", "scraper_ms"):
+        for figure in ("longest_ms", "sum_ms", "writer_ms", "scraper_ms"):
             values = [row[figure] for row in mine]
             ways[way] |= {figure: round(statistics.median(values), 2), f"{figure}_most": round(max(values), 2)}
         print(f"{way:20}", ways[way], flush=True)

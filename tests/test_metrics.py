@@ -48,6 +48,8 @@ from qaa_serve.server.metrics import (
     remove_metrics_routes,
 )
 from qaa_serve.server.metrics.exposition import OPENMETRICS, TEXT
+from qaa_serve.server.metrics.families import Family
+from qaa_serve.server.metrics.series import Histograms
 from qaa_serve.server.metrics.state import MAX_NAMES, STATE
 
 ROOT = Path(__file__).parents[1]
@@ -612,6 +614,21 @@ def test_a_page_is_compressed_if_that_is_asked_for(filled):
     assert gzip.compress(b"") != packed.content
 
 
+def test_observations_are_in_the_buckets_where_prometheus_client_puts_them(registry):
+    """A value on a bound is in that bound's bucket."""
+    ours = Histograms(Family("ours_seconds", "histogram", (), "x"), registry, BUCKETS)
+    theirs = PrometheusHistogram("theirs_seconds", "x", registry=registry, buckets=BUCKETS)
+    for seconds in (-1.0, 0.0, 0.001, 0.0011, 0.01, 0.5, 1.0, 1.0001, 1e9):
+        ours.at().observe(seconds, 2)
+        theirs.observe(seconds)
+        theirs.observe(seconds)
+    page = fetch(Exposition(registry)).text
+    lines = {name: [line.removeprefix(name) for line in page.splitlines() if line.startswith(name)]
+             for name in ("ours_seconds", "theirs_seconds")}  # fmt: skip
+    assert lines["ours_seconds"] == [line for line in lines["theirs_seconds"] if "_created" not in line]
+    assert len(lines["ours_seconds"]) == len(BUCKETS) + 3
+
+
 class Slow(CollectorRegistry):
     """A registry that counts how often it is asked, in which thread; each time takes a while."""
 
@@ -703,8 +720,12 @@ def test_lines_that_are_kept_are_those_of_now(filled):
 
 def test_the_usual_interval_of_threads_is_back_after_a_page(filled):
     usual = sys.getswitchinterval()
-    fetch(Exposition(filled.registry))
-    assert sys.getswitchinterval() == usual
+    sys.setswitchinterval(0.004)
+    try:
+        fetch(Exposition(filled.registry))
+        assert sys.getswitchinterval() == pytest.approx(0.004)
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_vllm_s_own_pages_are_taken_out():
