@@ -284,7 +284,7 @@ def test_requests_tokens_and_refusals_are_counted_by_key(server, admin):
             ask(server, "n0", key=key)
     with pytest.raises(openai.AuthenticationError):
         ask(server, "n0", key="none of these")
-    assert httpx.get(f"{server.url}/server_info", headers={"Authorization": "Bearer no"}, timeout=60).is_error
+    assert httpx.get(f"{server.url}/v1/adapters", headers={"Authorization": "Bearer no"}, timeout=60).is_error
     after = series("qaa_key_tokens_total")
     grown = {labels: after[labels] - before.get(labels, 0) for labels in after if labels[1] == "generated"}
     assert sorted(grown.values())[-2:] == [12, 36]
