@@ -68,7 +68,8 @@ async def serve(
         key_sources: where keys come from.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and may not be.
+        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid and must not
+            be.
     """
     address, sock = setup_server(args, reuse_port=False)
     async with AsyncExitStack() as stack:
