@@ -258,6 +258,9 @@ def test_what_is_remembered_of_guesses_is_bounded(waits, monkeypatch):
             await guarded.ask(Role.CLIENT, address="10.0.1.1", authorization="Bearer wrong")
         assert len(guarded.wrong._by_address) == 3
         assert waits[-1] == module._LONGEST_WAIT_S, "who goes on is not forgotten for others"
+        for _ in range(2):
+            await guarded.ask(Role.CLIENT, address="10.0.2.2", authorization="Bearer wrong")
+        assert waits[-1] == 2 * waits[-2], "nor who is new"
 
     check(test)
 
