@@ -212,8 +212,8 @@ class World:
     """A gate, what is behind it, and the catalogue: `one` has a former revision, `two` has none."""
 
     def __init__(
-        self, *, clients=(), admins=("admin",), running=2, waiting=2, max_wait_s=DEADLINE_S, body=1000, upload=5000,
-        held=1 << 20, timeout_s=DEADLINE_S, root_path=None, **settings,
+        self, *, clients=(), admins=("admin",), running=2, waiting=2, max_wait_s=DEADLINE_S, body=1000,
+        upload=5000, held=1 << 20, timeout_s=DEADLINE_S, root_path=None, **settings,
     ):  # fmt: skip
         self.behind = Behind()
         self.engine = FakeEngine()

@@ -235,11 +235,15 @@ def some_json(rng, depth=0):
     """JSON, or nearly."""
     kind = rng.randrange(12 if depth < 3 else 8)
     if kind < 3:
-        return rng.choice([b'"one"', b'"two"', b'""', b'"\\u006fne"', b'"\xc3\xa9"', b'"\\ud83d\\ude00"', b'"a\\"b"'])
+        return rng.choice(
+            [b'"one"', b'"two"', b'""', b'"\\u006fne"', b'"\xc3\xa9"', b'"\\ud83d\\ude00"', b'"a\\"b"']
+        )
     if kind < 6:
         return rng.choice([b"1", b"-1", b"2.0", b"3", b'"3"', b"1e2", b"null", b"true"])
     if kind == 6:
-        return rng.choice([b"NaN", b"Infinity", b"01", b"1e999", b"+1", b'"\\ud800"', b'"\xff"', b'"\xed\xa0\x80"'])
+        return rng.choice(
+            [b"NaN", b"Infinity", b"01", b"1e999", b"+1", b'"\\ud800"', b'"\xff"', b'"\xed\xa0\x80"']
+        )
     if kind == 7:
         return rng.choice([b"[]", b"{}", b"[1,2]", b'["a","b"]', b"[[1],[2]]", b'"\\/"', b'"\\x"', b"'a'"])
     if kind < 10:
@@ -269,7 +273,9 @@ def damaged(rng, data):
         return data.decode("latin-1").encode(encoding)
     at = rng.randrange(len(data))
     byte = bytes([rng.choice(b'"\\{}[],:\0\x80\xff aN0')])
-    return rng.choice([data[:at] + byte + data[at:], data[:at] + data[at + 1 :], data[:at] + byte + data[at + 1 :]])
+    return rng.choice(
+        [data[:at] + byte + data[at:], data[:at] + data[at + 1 :], data[:at] + byte + data[at + 1 :]]
+    )
 
 
 def read(data):
@@ -321,7 +327,13 @@ def test_a_completion_counts_as_many_sequences_as_the_app_runs():
         n = rng.randint(1, 9)
         fields = {
             "prompt": rng.choice(
-                ["text", "[1, 2]", tokens(), [rng.choice(["", "[", "x"]) for _ in range(count)], [tokens()] * count]
+                [
+                    "text",
+                    "[1, 2]",
+                    tokens(),
+                    [rng.choice(["", "[", "x"]) for _ in range(count)],
+                    [tokens()] * count,
+                ]
             ),
             "x": rng.choice([None, ["a", "b"], {"prompt": ["a", "b"], "n": 7}]),
             **rng.choice([{}, {"n": n}, {"n": float(n)}, {"n": str(n)}]),

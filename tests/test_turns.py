@@ -406,18 +406,17 @@ class Chance:
         client = self.random.choice("abcd") if self.keyed else None
         model = self.random.choice("mmmn")
         prompts, n = self.random.randint(1, 3), self.random.choice((1, 1, 2, 3, 9))
-        with suppress(RefusedError):
-            with self.turns.admit(model, client, prompts * n) as ticket:
-                if self.random.random() < 0.9:
-                    patience = self.random.choice((None, None, 0))
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(patience):
-                            await ticket.first(n)
-                await self.pause()
-                runs = [asyncio.ensure_future(self.run(ticket, model, client, n)) for _ in range(prompts)]
-                self.tasks += runs
-                if self.random.random() < 0.8:
-                    await asyncio.gather(*runs)
+        with suppress(RefusedError), self.turns.admit(model, client, prompts * n) as ticket:
+            if self.random.random() < 0.9:
+                patience = self.random.choice((None, None, 0))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        await ticket.first(n)
+            await self.pause()
+            runs = [asyncio.ensure_future(self.run(ticket, model, client, n)) for _ in range(prompts)]
+            self.tasks += runs
+            if self.random.random() < 0.8:
+                await asyncio.gather(*runs)
 
     async def run(self, ticket, model, client, n):
         async with ticket.seats(n):
