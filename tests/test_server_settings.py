@@ -431,7 +431,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(root):
     )
     assert result.returncode == 2
     assert "qaa-serve: --adapters" in result.stderr
-    assert "is not a directory" in result.stderr
+    assert "does not exist" in result.stderr
     assert "Traceback" not in result.stderr
 
 
