@@ -128,6 +128,7 @@ class Exchange:
         self.gone = asyncio.Event()
         self.broken = False
         self.sent: list[dict] = []
+        self.listening = 0  # who waits for it to go away
         self.unread = [data] if chunks is None else list(chunks)
         self._changed = asyncio.Event()
         self._whole = whole
@@ -149,7 +150,11 @@ class Exchange:
         if self.unread:
             part = self.unread.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(self.unread) or not self._whole}
-        await self.gone.wait()
+        self.listening += 1
+        try:
+            await self.gone.wait()
+        finally:
+            self.listening -= 1
         return {"type": "http.disconnect"}
 
     async def _send(self, message):

@@ -705,6 +705,29 @@ def test_a_cancellation_while_the_turn_comes_is_not_forgotten():
     run(test, running=1, waiting=1)
 
 
+def test_nobody_but_the_app_listens_to_the_client_once_it_has_its_turn():
+    async def test(world):
+        listening = []
+
+        async def app(scope, receive, send):
+            listening.append(exchange.listening)
+            await receive()
+            await send({"type": "http.response.start", "status": 200})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        holder = world.start("/v1/wait", {"model": "one"})
+        await world.waits(lambda: world.behind.entered == 1)
+        world.gate._app = app
+        exchange = world.start(CHAT, {"model": "one"})
+        await world.waits(lambda: exchange.listening == 1)
+        world.behind.go_on.set()
+        await holder()
+        assert (await exchange()).status == 200
+        assert listening == [0]
+
+    run(test, running=1, waiting=1)
+
+
 @pytest.mark.parametrize("path", ["/v1/fail", "/v1/wait", CHAT])
 def test_counts_return_to_nothing_however_a_request_ends(path):
     async def test(world):
@@ -1007,6 +1030,23 @@ def test_a_response_that_never_began_or_never_ended_is_aborted():
             world.gate._app = app
             await world.ask(CHAT, {})
         assert world.counted() == [("base", "chat", "aborted")] * 2
+
+    run(test)
+
+
+def test_an_answer_to_a_client_that_has_left_is_aborted():
+    async def test(world):
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        world.gate._app = app
+        exchange = world.start(CHAT, {})
+        exchange.gone.set()
+        await exchange()
+        assert world.counted() == [("base", "chat", "aborted")]
 
     run(test)
 
