@@ -313,8 +313,8 @@ async def watch_scrapes(args: argparse.Namespace) -> list[dict[str, Any]]:
         late = [wait for now, wait in waits if begun <= now <= ended + 0.005]
         spent = [seconds for now, seconds in written if begun <= now <= ended]
         rows.append({
-            "way": way, "writer_ms": 1e3 * sum(spent), "longest_ms": 1e3 * max(late, default=0.0), "sum_ms": 1e3 * sum(late),
-            "scraper_ms": 1e3 * (ended - begun), "bytes": size,
+            "way": way, "writer_ms": 1e3 * sum(spent), "longest_ms": 1e3 * max(late, default=0.0),
+            "sum_ms": 1e3 * sum(late), "scraper_ms": 1e3 * (ended - begun), "bytes": size,
         })  # fmt: skip
     return rows
 
