@@ -181,8 +181,8 @@ class Run:
             self.found(sent, f"a model that is served does not exist: {text}")
 
     def _exists(self, sent: Sent) -> bool:
-        """Whether a request's model is served; not for bodies with words of which the gate's reader knows none."""
-        if sent.headers or any(word in sent.body for word in (b"NaN", b"Infinity", b"\\ud800")):
+        """Whether a request's model is served; odd headers may name another."""
+        if sent.headers:
             return False
         with suppress(ValueError, RecursionError, AttributeError, TypeError):
             return json.loads(sent.body).get("model") in self.served

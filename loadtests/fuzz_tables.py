@@ -319,7 +319,6 @@ KNOWN = [
         "/v1/messages has words of its own for any error in a stream",
     ),
     Known('"message": ""', ('"echo": true',), "an echo of a prompt in which no token has a text"),
-    Known("maximum recursion depth", ("[[[[",), "lists in lists, deeper than Python's JSON reads"),
     Known(
         "peer closed connection", ("/v1/responses", '"stream": true'),
         "/v1/responses breaks a stream off, instead of an error in it, where the engine refuses what is asked for",

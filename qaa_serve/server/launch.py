@@ -29,7 +29,6 @@ from qaa_serve.server.announce import announce
 from qaa_serve.server.asgi import Scope
 from qaa_serve.server.audit import AuditLog
 from qaa_serve.server.bodies import Bodies
-from qaa_serve.server.connections import open_listener
 from qaa_serve.server.drain import Drain
 from qaa_serve.server.engine import AdapterEngine, running_engine
 from qaa_serve.server.errors import answer_errors
@@ -57,7 +56,11 @@ logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm
 
 
 async def serve(
-    args: argparse.Namespace, options: ServingOptions, store: RevisionStore, key_sources: KeySources
+    args: argparse.Namespace,
+    options: ServingOptions,
+    store: RevisionStore,
+    key_sources: KeySources,
+    admin_sock: socket.socket | None,
 ) -> int:
     """Serve until a signal or the end of the engine.
 
@@ -66,6 +69,7 @@ async def serve(
         options: ours.
         store: where revisions are kept.
         key_sources: where keys come from.
+        admin_sock: where the admin routes are; None: where all routes are.
 
     Returns:
         the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid under
@@ -75,15 +79,12 @@ async def serve(
     address, sock = setup_server(args, reuse_port=False)
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
-        admin_sock = None
-        if options.admin_listen is not None:
-            admin_sock = stack.enter_context(open_listener(options.admin_listen))
         engine = await stack.enter_async_context(running_engine(args))
         server = await _assemble(engine, args, options, store, key_sources, sock, admin_sock)
         stack.callback(server.audit.close)
         told = RunningServer(
             address,
-            options.admin_listen or address,
+            _url_of(options.admin_listen, address),
             str(options.made_admin_key or args.admin_key_file or "") or None,
             os.getpid(),
         )
@@ -202,10 +203,18 @@ async def _assemble(
     return Server(catalogue, keys, monitor, audit, http)
 
 
+def _url_of(admin_listen: str | None, address: str) -> str:
+    """Where the admin routes are, with the scheme that the clients' have."""
+    if admin_listen is None or admin_listen.startswith("unix:"):
+        return admin_listen or address
+    return f"{'https' if address.startswith('https:') else 'http'}://{admin_listen}"
+
+
 def _own_responses(app: FastAPI) -> None:
     """Have vLLM keep responses apart by client. A model that generates no text has no such handler."""
     if (handler := getattr(app.state, "openai_serving_responses", None)) is not None:
-        handler.response_store = OwnedResponses()
+        # Ids may be a client's choice: none can write over another's messages or events either.
+        handler.response_store, handler.msg_store, handler.event_store = (OwnedResponses() for _ in range(3))
 
 
 def _take_cors(app: FastAPI) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         options, store, key_sources = settings.resolve(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
+        admin_sock = _open_admin_listener(options.admin_listen)
     except (UsageError, AssertionError, OSError, TypeError, ValueError) as error:
         print(f"qaa-serve: {error}", file=sys.stderr)
         return 2
@@ -42,9 +44,20 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_start_up)
     try:
-        return uvloop.run(serve(args, options, store, key_sources))
+        return uvloop.run(serve(args, options, store, key_sources, admin_sock))
     finally:
         store.close()
+        if admin_sock is not None:
+            admin_sock.close()
+
+
+def _open_admin_listener(address: str | None) -> socket.socket | None:
+    from qaa_serve.server.connections import open_listener
+
+    try:
+        return None if address is None else open_listener(address)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--admin-listen {address}: {error}") from error
 
 
 def _end_start_up(number: int, _frame: object) -> NoReturn:

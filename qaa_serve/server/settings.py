@@ -354,6 +354,12 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         store = _open_store(args)
     except (AdapterError, StoreError) as error:
         raise UsageError(str(error)) from error
+    if args.audit_log is not None:
+        try:
+            args.audit_log.open("a").close()
+        except OSError as error:
+            store.close()
+            raise UsageError(f"--audit-log {args.audit_log} cannot be written ({error.strerror})") from error
     if args.log_format == "json":
         from vllm.config.logging import LoggingConfig
 
