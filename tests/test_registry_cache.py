@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ def revision(name: str, nbytes: int = 10) -> Revision:
 A, B, C, D = (revision(name) for name in "abcd")
 
 
-def make_cache(capacity: int = 30, max_count: int = 100) -> tuple[EngineCache, FakeEngine]:
+def make_cache(
+    capacity: int = 30, max_count: int = 100, unloaded: Callable[[], None] = lambda: None
+) -> tuple[EngineCache, FakeEngine]:
     engine = FakeEngine(reads=False)
-    return EngineCache(engine, capacity, max_count), engine
+    return EngineCache(engine, capacity, max_count, unloaded=unloaded), engine
 
 
 def test_the_least_recently_used_makes_room() -> None:
@@ -103,11 +106,14 @@ def test_nothing_goes_for_what_does_not_fit_anyway() -> None:
 
 def test_what_came_into_use_while_room_was_made_stays() -> None:
     async def run() -> None:
-        cache, engine = make_cache()
-        for loaded in (A, B, C):
-            await cache.load(loaded)
         with contextlib.ExitStack() as stack:
-            cache.unloaded = lambda: stack.enter_context(cache.hold(B.int_id))  # as A goes, B is used
+
+            def use_b() -> None:  # as A goes
+                stack.enter_context(cache.hold(B.int_id))
+
+            cache, engine = make_cache(unloaded=use_b)
+            for loaded in (A, B, C):
+                await cache.load(loaded)
             with pytest.raises(CacheFullError):
                 await cache.load(revision("large", 30))
             assert B in engine.held
@@ -145,9 +151,8 @@ def test_what_is_not_there_cannot_be_held() -> None:
 
 def test_a_retired_revision_goes_when_its_last_request_ends() -> None:
     async def run() -> None:
-        cache, engine = make_cache()
-        gone = []
-        cache.unloaded = lambda: gone.append(A not in engine.held)
+        gone: list[bool] = []
+        cache, engine = make_cache(unloaded=lambda: gone.append(A not in engine.held))
         await cache.load(A)
         with cache.hold(A.int_id):
             with cache.hold(A.int_id):

@@ -873,3 +873,97 @@ def test_before_the_start_nothing_is_written_down(place: Place) -> None:
 
     asyncio.run(run())
     assert "state.json" in tree(place.state)
+
+
+# ------------------------------------------------------------------------------------------ what is told of it
+
+
+class Told:
+    """Takes note of changes, each (action, name, before, after, result)."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, str, str | None, str | None, str]] = []
+
+    def __call__(self, action: str, name: str, before: str | None, after: str | None, result: str = "ok") -> None:
+        self.changes.append((action, name, before, after, result))
+
+    def take(self) -> list[tuple[str, str, str | None, str | None, str]]:
+        """What was told since."""
+        taken, self.changes = self.changes, []
+        return taken
+
+
+def test_each_kind_of_change_is_told_with_what_the_name_stood_for_before_and_after(place: Place) -> None:
+    told = Told()
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        first = (await catalogue.publish("a", place.adapter(1), "api")).revision
+        assert told.take() == [("put", "a", None, first, "ok")]
+        second = (await catalogue.publish("a", place.adapter(2), "api")).revision
+        assert told.take() == [("put", "a", first, second, "ok")]
+        assert (await catalogue.roll_back("a")).revision == first
+        assert told.take() == [("rollback", "a", second, first, "ok")]
+        await catalogue.pin("a")
+        await catalogue.pin("a", second.partition("@")[2])
+        await catalogue.unpin("a", second.partition("@")[2])
+        await catalogue.unpin("a")
+        assert told.take() == [
+            ("pin", "a", first, first, "ok"), ("pin", "a", second, second, "ok"),
+            ("unpin", "a", second, second, "ok"), ("unpin", "a", first, first, "ok"),
+        ]  # fmt: skip
+        await catalogue.remove("a")
+        assert told.take() == [("delete", "a", first, None, "ok")]
+
+    place.serve(body, changed=told)
+
+
+def test_changes_of_the_adapters_directory_are_told_as_such(place: Place) -> None:
+    told = Told()
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        first = (await catalogue.publish("a", place.adapter(1), "directory")).revision
+        second = (await catalogue.publish("a", place.adapter(2), "directory")).revision
+        assert told.take() == [("publish", "a", None, first, "ok"), ("publish", "a", first, second, "ok")]
+        for _ in range(3):
+            catalogue.reject(Rejection("a", Path("a"), "wrong"))
+        assert told.take() == [("reject", "a", second, second, "wrong")], "once"
+        catalogue.reject(Rejection("new", Path("new"), "wrong"))
+        assert told.take() == [("reject", "new", None, None, "wrong")]
+        await catalogue.forget_directory("a")
+        await catalogue.forget_directory("new")
+        await catalogue.forget_directory("never")
+        assert told.take() == [("forget", "a", second, None, "ok")]
+
+    place.serve(body, changed=told)
+
+
+def test_what_changes_nothing_is_not_told(place: Place) -> None:
+    told = Told()
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "directory")
+        told.take()
+        await catalogue.publish("a", place.adapter(1), "directory")
+        engine.refuses = lambda revision: True
+        with pytest.raises(AdapterError):
+            await catalogue.publish("a", place.adapter(2), "api")
+        for change in (catalogue.roll_back("a"), catalogue.remove("b"), catalogue.pin("b"), catalogue.unpin("b")):
+            with pytest.raises(UnknownAdapterError):
+                await change
+        assert told.take() == []
+
+    place.serve(body, changed=told)
+
+
+def test_what_a_restart_serves_again_is_no_change(place: Place) -> None:
+    told = Told()
+
+    async def first(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.publish("a", place.adapter(1), "api")
+
+    async def second(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.resolve("a") is not None
+        assert told.take() == []
+
+    place.serve(first)
+    place.serve(second, changed=told)

@@ -15,15 +15,17 @@ pytestmark = pytest.mark.vllm
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 
-from qaa_serve.registry import Entry, Revision
+from qaa_serve.registry import Catalogue, Entry, Revision
 from qaa_serve.server import settings
-from qaa_serve.server.gate import Role, Use, current_use, role_of
-from qaa_serve.server.keys import client_key
+from qaa_serve.server.context import RequestContext, current_request
+from qaa_serve.server.errors import RefusedError
+from qaa_serve.server.keys import make_key
 from qaa_serve.server.models import HeldAdapter, ServedModels
+from qaa_serve.server.rights import Role, role_of
 
 
-def revision(name):
-    return Revision(name, "a" * 64, Path("/store") / name, "QAA", 4, 10, "base", {})
+def revision(name, digest="a"):
+    return Revision(name, digest * 64, Path("/store") / name, "QAA", 4, 10, "base", {})
 
 
 @pytest.fixture
@@ -34,19 +36,24 @@ def models():
     models.base_model_paths = paths
     models.registry = OpenAIModelRegistry(SimpleNamespace(max_model_len=64), paths)
     entries = {name: Entry(name, current=revision(name)) for name in ("one", "two")}
-    models.catalogue = SimpleNamespace(entries={**entries, "removed": Entry("removed")})
+    entries["one"].kept.append(revision("one", "b"))
+    models._catalogue = Catalogue(None, None, cache_bytes=0)
+    models._catalogue.entries = {**entries, "removed": Entry("removed")}
+    models._started = 1000
+    models.model_config = SimpleNamespace(max_model_len=64)
     return models
 
 
 @contextmanager
 def during(asked=None, allowed=None, held=None):
     """As in a request for a model, by a key for certain models, with an adapter held."""
-    key = None if allowed is None else client_key("k", allowed)
-    token = current_use.set(Use(asked, key, None if held is None else revision(held)))
+    key = None if allowed is None else make_key("k", models=allowed)
+    held = None if held is None else revision(held)
+    token = current_request.set(RequestContext(key, "10.0.0.9", asked, held))
     try:
         yield
     finally:
-        current_use.reset(token)
+        current_request.reset(token)
 
 
 def listed(models):
@@ -105,7 +112,6 @@ def test_the_base_model_is_for_requests_that_were_checked_for_it(models, asked, 
 
 def test_outside_of_requests_the_base_models_names_are_the_base_models(models):
     assert models.is_base_model("base")
-    assert models.base_names == ["base", "/models/base"]
     assert not models.is_base_model("one")
 
 
@@ -114,22 +120,42 @@ def test_outside_of_requests_the_base_models_names_are_the_base_models(models):
     [
         (None, ["base", "/models/base", "one", "two"]),
         (["one"], ["one"]),
-        (["t*", "base"], ["base", "two"]),
+        (["t*", "base"], ["base", "/models/base", "two"]),
         (["removed"], []),
     ],
 )
 def test_a_client_sees_the_models_it_may_use(models, allowed, names):
     with during(allowed=allowed):
         assert listed(models) == names
-        # vLLM tells these to a client that asks for a model that is not there.
-        assert [path.name for path in models.base_model_paths][1:] == [n for n in names if n in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [("base", "base"), ("one", "one@aaaaaaaaaaaa"), ("one@bbbbbbbbbbbb", "one@bbbbbbbbbbbb"),
+     ("one@aaaaaaaaaaaa", "one@aaaaaaaaaaaa")],
+)  # fmt: skip
+def test_one_model_is_shown_with_what_it_stands_for(models, name, root):
+    card = models.show_model(name)
+    assert (card.id, card.root) == (name, root)
+    assert card.parent == (None if name == "base" else "base")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "name"),
+    [(None, "no-such"), (None, "removed"), (None, "one@cccccccccccc"), (None, ""), (["one"], "two"),
+     (["one"], "base"), (["two"], "one@bbbbbbbbbbbb")],
+)  # fmt: skip
+def test_a_model_that_the_client_may_not_use_is_as_one_that_is_not_there(models, allowed, name):
+    with during(allowed=allowed), pytest.raises(RefusedError) as caught:
+        models.show_model(name)
+    assert (caught.value.status, caught.value.message) == (404, f"The model `{name}` does not exist.")
 
 
 #: Routes of vLLM that a client's key may call, each with all below it.
 FOR_CLIENTS = {
     "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/embeddings",
     "/v1/score", "/v1/rerank", "/v2/rerank", "/v2/embed", "/v1/audio/transcriptions", "/v1/audio/translations",
-    "/v1/realtime", "/v1/systemone", "/tokenize", "/detokenize", "/tokenizer_info", "/pooling", "/classify",
+    "/v1/realtime", "/v1/systemone", "/tokenize", "/detokenize", "/pooling", "/classify",
     "/score", "/rerank", "/invocations", "/generative_scoring", "/inference/v1/generate", "/cohere/v2/chat",
 }  # fmt: skip
 

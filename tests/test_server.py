@@ -8,11 +8,15 @@ import secrets
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
@@ -20,6 +24,8 @@ pytestmark = pytest.mark.vllm
 from otlp import Collector
 from server_process import ServerProcess, gone
 from tiny_models import ATTENTION, MLP, VOCAB, ReferenceModel, make_lora, make_model, make_qaa
+
+from qaa_serve.server.metrics import FAMILIES
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 OPTIONS = ("--dtype", "float32", "--kv-cache-memory-bytes", "64M")
@@ -201,9 +207,71 @@ def test_the_log_names_what_was_chosen_and_what_was_rejected(server):
     assert f"curl {server.url}/v1/chat/completions" in log
 
 
-def test_metrics_and_health(server):
+def test_health(server):
     assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
-    assert "vllm:request_success_total" in httpx.get(f"{server.url}/metrics", timeout=60).text
+
+
+def scraped(server, **headers: str) -> list:
+    """The families of a scrape."""
+    answer = httpx.get(f"{server.url}/metrics", timeout=60, headers=headers)
+    assert answer.status_code == 200
+    openmetrics = answer.headers["content-type"].startswith("application/openmetrics-text")
+    return list((parse_openmetrics if openmetrics else parse_text)(answer.text))
+
+
+def series(server, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    found = [sample for family in scraped(server) for sample in family.samples if sample.name == name]
+    values = {tuple(sorted(sample.labels.items())): sample.value for sample in found}
+    assert len(values) == len(found)
+    return values
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/openmetrics-text;version=1.0.0"])
+def test_one_page_of_metrics_has_ours_vllm_s_and_the_process_s(server, accept):
+    families = scraped(server, accept=accept)
+    names = [family.name for family in families]
+    assert len(set(names)) == len(names)
+    assert {"vllm:request_success", "qaa_requests", "process_cpu_seconds", "http_requests"} <= set(names)
+    ours = {family.name.removesuffix("_total") for family in FAMILIES}
+    assert ours <= set(names)
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=60).json()["paths"]
+    assert "get" in paths["/metrics"]
+    assert httpx.get(f"{server.url}/metrics/", timeout=60).status_code in (307, 404), "vLLM's own page is gone"
+
+
+def test_where_adapters_are_and_how_old_that_is(server):
+    server.client().completions.create(model="one", prompt=words(3), **GREEDY)
+    deadline = time.monotonic() + 60
+    while (("adapter", "one"), ("tier", "device")) not in (tiers := series(server, "qaa_adapter_tier")):
+        assert time.monotonic() < deadline, tiers
+        time.sleep(1)
+    assert {dict(labels)["adapter"] for labels in tiers} == set(MODELS[1:])
+    assert set(tiers.values()) == {1}
+    assert 0 <= series(server, "qaa_engine_account_age_seconds")[()] < 60
+    assert series(server, "qaa_key_requests_total") == {}, "there are no keys"
+
+
+def test_adapters_with_requests_are_one_series_whatever_ran_before(server):
+    """vLLM has one for every combination that ever was, and revisions in it."""
+    ask = partial(server.client().completions.create, prompt=words(3), **GREEDY)
+    for batch in (MODELS[:2], MODELS[1:3], MODELS[2:], ("one", "lora"), MODELS):
+        with ThreadPoolExecutor(len(batch)) as pool:
+            answers = [pool.submit(ask, model=model) for model in batch]
+        assert all(answer.result().choices for answer in answers)
+    before = time.time()
+    time.sleep(1.1)
+    (((*labels,), at),) = series(server, "vllm:lora_requests_info").items()
+    assert dict(labels) == {"running_lora_adapters": "", "waiting_lora_adapters": "", "max_lora": "3"}
+    assert before < at <= time.time()
+    with ThreadPoolExecutor(3) as pool:
+        with server.held():
+            asked = [pool.submit(ask, model=model) for model in ("two", "base", "lora")]
+            deadline = time.monotonic() + 30
+            while dict(labels)["running_lora_adapters"] != "lora,two":
+                assert time.monotonic() < deadline, labels
+                time.sleep(0.2)
+                (((*labels,), _),) = series(server, "vllm:lora_requests_info").items()
+        assert all(answer.result().choices for answer in asked)
 
 
 def revision_of(server, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
 
 from qaa_serve.server import settings
+from qaa_serve.server.keys import KeyRing, first_key
 
 SECRETS = ("VLLM_API_KEY", "QAA_SERVE_ADMIN_KEY")
 
@@ -47,16 +49,17 @@ def cache(tmp_path, monkeypatch):
 def resolve(parser, *arguments, keep_open=False):
     """The arguments as vLLM gets them, our options, the store and the keys."""
     args = parser.parse_args([str(argument) for argument in arguments])
-    options, store, keys = settings.resolve(args)
+    options, store, sources = settings.resolve(args)
+    assert "hush" not in repr(sources) + repr(vars(sources))
     if not keep_open:
         store.close()
-    return args, options, store, keys
+    return args, options, store, KeyRing(*sources.read())
 
 
 def test_the_base_is_taken_from_the_adapters(parser, root, capsys):
     args, options, *_ = resolve(parser, "--adapters", root / "adapters")
     assert args.model == str(root / "base")
-    assert args.served_model_name == ["base", str(root / "base")]
+    assert args.served_model_name == ["base"], "where it lies is nobody's business"
     assert options.adapters == root / "adapters"
     assert f"Base model: {root / 'base'}" in capsys.readouterr().err
 
@@ -228,7 +231,7 @@ def test_secrets_leave_the_arguments_and_the_environment_and_are_never_printed(
     parser, root, tmp_path, monkeypatch, capfd
 ):
     (tmp_path / "clients").write_text("hush-1\nhush-2 one  # only\n")
-    (tmp_path / "admins").write_text("hush-3\n")
+    (tmp_path / "admins").write_text("ops: hush-3\n")
     monkeypatch.setenv("VLLM_API_KEY", "hush-4")
     monkeypatch.setenv("QAA_SERVE_ADMIN_KEY", "hush-5")
     args, options, _, keys = resolve(
@@ -242,8 +245,9 @@ def test_secrets_leave_the_arguments_and_the_environment_and_are_never_printed(
         assert name not in os.environ
     shown = capfd.readouterr()
     assert "hush" not in shown.out + shown.err + repr(options) + repr(keys) + repr(vars(keys))
+    assert keys.admin("hush-3").name == "ops"
     clients = {f"hush-{n}" for n in range(1, 10) if keys.client(f"hush-{n}")}
-    admins = {f"hush-{n}" for n in range(1, 10) if keys.is_admin(f"hush-{n}")}
+    admins = {f"hush-{n}" for n in range(1, 10) if keys.admin(f"hush-{n}")}
     # As with vLLM, its variable counts only where no --api-key is given.
     assert clients == {"hush-1", "hush-2", "hush-6", "hush-7"}
     assert admins == {"hush-3", "hush-5", "hush-8", "hush-9"}
@@ -257,8 +261,8 @@ def test_keys_of_the_environment(parser, root, monkeypatch):
     args, _, _, keys = resolve(parser, root / "base")
     assert not holds_secret(args)
     assert keys.client("hush-4") is not None
-    assert keys.is_admin("hush-5")
-    assert not keys.is_admin("hush-4")
+    assert keys.admin("hush-5") is not None
+    assert keys.admin("hush-4") is None
     assert keys.client("hush-5") is None
 
 
@@ -268,7 +272,7 @@ def test_keys_of_a_config_file(parser, root, tmp_path, capfd):
     args, _, _, keys = resolve(parser, "--config", config)
     assert not holds_secret(args)
     assert keys.client("hush-2") is not None
-    assert keys.is_admin("hush-3")
+    assert keys.admin("hush-3") is not None
     shown = capfd.readouterr()
     assert "hush" not in shown.out + shown.err
 
@@ -277,11 +281,39 @@ def test_keys_of_a_config_file(parser, root, tmp_path, capfd):
 def test_an_empty_key_is_none(parser, root, option, monkeypatch):
     for name in SECRETS:
         monkeypatch.setenv(name, "")
-    _, _, _, keys = resolve(parser, root / "base", option, "")
+    _, options, _, keys = resolve(parser, root / "base", option, "")
     assert not keys.guards_clients
-    assert not keys.guards_admins
+    assert options.made_admin_key is not None
     assert keys.client("") is None
-    assert not keys.is_admin("")
+    assert keys.admin("") is None
+
+
+def test_without_an_admin_key_one_is_made_at_each_start_and_written_for_its_owner(parser, root, capfd):
+    made = set()
+    for _ in range(2):
+        args, options, store, keys = resolve(parser, root / "base")
+        assert options.made_admin_key == store.directory / "admin.key"
+        assert stat.S_IMODE(options.made_admin_key.stat().st_mode) == 0o600
+        key = first_key(options.made_admin_key)
+        assert keys.admin(key).name == "made-at-start"
+        assert keys.client(key) is None
+        shown = capfd.readouterr()
+        assert key not in shown.out + shown.err + repr(vars(args)) + repr(options)
+        made.add(key)
+    assert len(made) == 2
+    assert all(len(key) >= 32 for key in made)
+
+
+@pytest.mark.parametrize("how", ["option", "file", "environment"])
+def test_with_an_admin_key_none_is_made(parser, root, tmp_path, monkeypatch, how):
+    (tmp_path / "admins").write_text("hush-1\n")
+    given = {"option": ["--admin-key", "hush-1"], "file": ["--admin-key-file", tmp_path / "admins"]}.get(how, [])
+    if how == "environment":
+        monkeypatch.setenv("QAA_SERVE_ADMIN_KEY", "hush-1")
+    _, options, store, keys = resolve(parser, root / "base", *given)
+    assert options.made_admin_key is None
+    assert not (store.directory / "admin.key").exists()
+    assert keys.admin("hush-1") is not None
 
 
 @pytest.mark.parametrize("option", ["--api-key-file", "--admin-key-file"])
@@ -347,6 +379,7 @@ SIZES = {
     "--adapter-cache-bytes": "adapter_cache_bytes",
     "--max-adapter-bytes": "max_adapter_bytes",
     "--max-body-bytes": "max_body_bytes",
+    "--max-held-bytes": "max_held_bytes",
 }
 
 
@@ -370,6 +403,8 @@ def test_sizes_may_have_units(parser, root, text, size):
         ("--keep-revisions", "-1"), ("--adapter-max-running", "-1"), ("--adapter-max-queue", "-1"),
         ("--adapter-max-queue", "many"), ("--drain-timeout", "-1"), ("--drain-timeout", "nan"),
         ("--drain-timeout", "inf"), ("--adapters-quiet", "-0.5"), ("--adapters-quiet", "soon"),
+        ("--max-queue-wait", "-1"), ("--body-timeout", "nan"), ("--engine-stall-timeout", "-1"),
+        ("--max-connections", "-1"), ("--metrics-max-keys", "-1"), ("--log-format", "xml"),
     ],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(parser, root, capsys, option, text):
@@ -386,6 +421,22 @@ def test_our_other_options_arrive(parser, root):
     )  # fmt: skip
     assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (0.25, True, 0)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (3, 0, 0)
+    _, options, _, _ = resolve(
+        parser, root / "base", "--max-queue-wait", 1, "--body-timeout", 2, "--max-connections", 3,
+        "--engine-stall-timeout", 4, "--metrics-max-adapters", 5, "--metrics-max-keys", 6,
+        "--admin-listen", "unix:/run/x", "--audit-log", "/var/log/x", "--log-format", "text",
+    )  # fmt: skip
+    assert (options.max_queue_wait_s, options.body_timeout_s, options.max_connections) == (1, 2, 3)
+    assert (options.engine_stall_timeout_s, options.metrics_max_adapters, options.metrics_max_keys) == (4, 5, 6)
+    assert (options.admin_listen, str(options.audit_log), options.log_format) == (
+        "unix:/run/x", "/var/log/x", "text",
+    )  # fmt: skip
+
+
+def test_log_lines_are_json_if_asked_for(parser, root):
+    args, options, _, _ = resolve(parser, root / "base", "--log-format", "json")
+    assert options.log_format == "json"
+    assert args.logging_config.formatter == "json"
 
 
 def test_our_defaults_are_what_the_help_says(parser, root):
@@ -394,6 +445,10 @@ def test_our_defaults_are_what_the_help_says(parser, root):
     assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (1, False, 2)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (0, 1000, 30)
     assert (options.max_body_bytes, options.max_adapter_bytes, store.max_bytes) == (32 << 20, 1 << 30, 16 << 30)
+    assert (options.max_held_bytes, options.body_timeout_s, options.max_queue_wait_s) == (256 << 20, 60, 600)
+    assert (options.max_connections, options.engine_stall_timeout_s, options.log_format) == (4096, 60, "text")
+    assert (options.metrics_max_adapters, options.metrics_max_keys) == (200, 100)
+    assert (options.admin_listen, options.audit_log) == (None, None)
 
 
 def test_a_wrong_command_line_is_one_line_and_status_2(root):
@@ -402,7 +457,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(root):
     )
     assert result.returncode == 2
     assert "qaa-serve: --adapters" in result.stderr
-    assert "is not a directory" in result.stderr
+    assert "does not exist" in result.stderr
     assert "Traceback" not in result.stderr
 
 

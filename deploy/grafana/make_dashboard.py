@@ -133,6 +133,14 @@ ROWS: dict[str, list[Panel]] = {
             maximum=1,
         ),
     ],
+    "Keys": [
+        Panel("Tokens generated/s, by client's key", "short",
+              {"{{key}}": rate("qaa_key_tokens_total", "key", f'{SERVER}, kind="generated"')}),
+        Panel("Prompt tokens/s, by client's key", "short",
+              {"{{key}}": rate("qaa_key_tokens_total", "key", f'{SERVER}, kind="prompt"')}),
+        Panel("Requests, by client's key", "reqps",
+              {"{{key}} {{outcome}}": rate("qaa_key_requests_total", "key, outcome", SERVER)}),
+    ],
     "Errors": [
         Panel("Requests by outcome", "reqps", {"{{outcome}}": rate(REQUESTS, "outcome")}, stacked=True),
         Panel(
@@ -145,6 +153,8 @@ ROWS: dict[str, list[Panel]] = {
             {"{{adapter}} rejected": rate(REQUESTS, "adapter", outcome("rejected")),
              "{{adapter}} aborted": rate(REQUESTS, "adapter", outcome("aborted"))},
         ),
+        Panel("Refused for want of a key", "reqps",
+              {"{{instance}} {{role}}": rate("qaa_wrong_keys_total", "instance, role", SERVER)}),
     ],
     "Adapters": [
         Panel("By state", "none",
@@ -160,6 +170,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Loading an adapter", "s", quantiles("qaa_adapter_load_seconds", "instance", SERVER)),
         Panel("Evictions/s", "short",
               {"{{instance}}": rate("qaa_adapter_evictions_total", "instance", f'{SERVER}, tier="host"')}),
+        Panel("Adapters by tier", "none", {"{{tier}}": f"sum by (tier) (qaa_adapter_tier{{{ADAPTER}}})"},
+              stacked=True, about="Where their current revision is, nearest to the device."),
         Panel("Bytes by tier", "bytes", {"{{tier}}": f"sum by (tier) (qaa_adapter_bytes{{{ADAPTER}}})"},
               stacked=True,
               about="store: the copies on disk; host: the engine's memory; device: the slots of the batch."),
@@ -178,6 +190,9 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Of the processes", "bytes",
               {"{{instance}} {{process}}": f"sum by (instance, process) (qaa_process_memory_bytes{{{SERVER}}})"},
               width=12, stacked=True),
+        Panel("Since the engine last answered", "s",
+              {"{{instance}}": f"max by (instance) (qaa_engine_account_age_seconds{{{SERVER}}})"}, width=12,
+              thresholds=[(60, "red")], about="It is asked every ten seconds what memory it takes."),
     ],
     "Circuits": [
         Panel("Time of a circuit, by backend (sampled)", "s", quantiles("qaa_circuit_seconds", "backend", SERVER),
@@ -214,6 +229,8 @@ ROWS: dict[str, list[Panel]] = {
               quantiles("vllm:time_to_first_token_seconds", "instance", SERVER), width=12,
               about="From the engine's side: without the wait for the model's turn."),
         Panel("Queue", "s", quantiles("vllm:request_queue_time_seconds", "instance", SERVER), width=12),
+        Panel("Adapters with requests now", "none", {"": f"vllm:lora_requests_info{{{SERVER}}}"}, "table",
+              WIDTH, about="As routers read it that choose a server by the adapters it runs."),
     ],
     "Servers": [
         Panel("Builds", "none", {"": f"qaa_build_info{{{SERVER}}}"}, "table", width=12),

@@ -11,8 +11,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 class SeededCPUModelRunner(CPUModelRunner):
     """As vLLM's, but a request draws no number from its seed before its prompt is through.
 
-    vLLM samples for every request of a step. Where only a part of the prompt has run, it throws the token away
-    and sets the request's generator back by what a GPU has drawn; a CPU's cannot be set back, and the engine ends.
+    vLLM samples for every request of a step. Where only a part of the prompt has run, it throws the token away and
+    sets the request's generator back by what a GPU has drawn; a CPU's cannot be set back, and the engine ends.
     """
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -117,7 +117,7 @@ class EngineCache:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory in use."""
-        return sum(resident.nbytes for resident in self._residents.values())
+        return sum(resident.nbytes for resident in list(self._residents.values()))  # the metrics' thread asks too
 
     def find(self, revision: Revision) -> Resident | None:
         """The revision's place in the engine; None if it is not there."""

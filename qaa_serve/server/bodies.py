@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from qaa_serve.server.asgi import ClientGoneError, Message, Receive, Scope
@@ -21,7 +22,9 @@ from qaa_serve.server.errors import RefusedError
 #: Where vLLM takes the model of its route /invocations from, whatever the body says.
 _INVOCATIONS_MODEL = "x-amzn-sagemaker-adapter-identifier"
 
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MULTIPART = "multipart/form-data"
+
+_FORMS = (MULTIPART, "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class _Fields(msgspec.Struct):
     model: str | None = None
     n: msgspec.Raw = msgspec.Raw(b"1")
     prompt: msgspec.Raw = msgspec.Raw(b"null")
+    prompt_embeds: msgspec.Raw = msgspec.Raw(b"null")
     messages: msgspec.Raw = msgspec.Raw(b"null")
     input: msgspec.Raw = msgspec.Raw(b"null")
     items: msgspec.Raw = msgspec.Raw(b"null")
@@ -176,33 +180,50 @@ def limited_receive(receive: Receive, headers: Headers, limit: int) -> Receive:
     return receive_limited
 
 
+def media_type(scope: Scope) -> str:
+    """What a request's body is said to be, without parameters."""
+    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def asked_by(body: Body, path: str, scope: Scope) -> Asked:
     """What a client's request asks for.
 
     Raises:
         RefusedError: with 400 if that cannot be told for sure.
     """
-    headers = Headers(scope=scope)
-    if headers.get("content-type", "").lower().startswith(_FORMS):
-
-        async def whole() -> Message:
-            return {"type": "http.request", "body": body.data}
-
-        async with Request(scope, whole).form() as form:
-            model = form.get("model")
-        return Asked(model if isinstance(model, str) and model else None)
+    if media_type(scope) in _FORMS:
+        return Asked(await _model_in_form(body, scope))
     if not body.data:
         return Asked(None)
     try:
+        if not body.data.isascii():
+            body.data.decode()  # msgspec does not look into the texts that it passes over
         fields = _decode_fields(body.data)
-        prompts = max(map(_prompts_in, (fields.prompt, fields.messages, fields.input, fields.items)))
+        prompts = max(1, *map(_prompts_in, (fields.messages, fields.input, fields.items)), _completions_in(fields))
         n = max(_number(fields.n), _number(_decode_nested(fields.sampling_params).n))
     except msgspec.ValidationError as error:
         raise RefusedError(400, f"the body is not what the route takes: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(400, f"the body is not JSON in UTF-8: {error}") from error
-    model = headers.get(_INVOCATIONS_MODEL) if path == "/invocations" else fields.model
+    model = Headers(scope=scope).get(_INVOCATIONS_MODEL) if path == "/invocations" else fields.model
     return Asked(model or None, prompts, n)
+
+
+async def _model_in_form(body: Body, scope: Scope) -> str | None:
+    async def whole() -> Message:
+        return {"type": "http.request", "body": body.data}
+
+    try:
+        async with Request(scope, whole).form() as form:
+            model = form.get("model")
+    except (MultiPartException, ValueError, LookupError) as error:
+        raise RefusedError(400, f"the body is not the form that it is said to be: {error}") from error
+    return model if isinstance(model, str) and model else None
+
+
+def _completions_in(fields: _Fields) -> int:
+    """Prompts of the one route that takes them in two fields and runs both."""
+    return sum(_prompts_in(raw) for raw in (fields.prompt, fields.prompt_embeds) if _first(raw) != b"n")
 
 
 def _prompts_in(raw: msgspec.Raw) -> int:
@@ -213,7 +234,7 @@ def _prompts_in(raw: msgspec.Raw) -> int:
     if _first(raw) != b"[":
         return 1
     parts = _decode_list(raw)
-    return len(parts) if parts and _first(parts[0]) in (b'"', b"[") else 1
+    return 1 if parts and _first(parts[0]) not in (b'"', b"[") else len(parts)
 
 
 def _first(raw: msgspec.Raw) -> bytes:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import errno
+import os
 import socket
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from qaa_serve.server.errors import error_response
+
 #: The longest that a request's headers may take and be.
 _HEADERS_S, _HEADERS_BYTES = 30.0, 1 << 16
+
+#: How long the rest of a body that nobody reads may take, since its request was refused.
+_REST_S = 30.0
 
 
 def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
@@ -23,59 +28,80 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
         """One connection."""
 
         _deadline: asyncio.TimerHandle | None = None
-        _header_bytes = 0
+        _header_bytes: int | None = None  # None while no headers are awaited
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > max_connections:
-                self._refuse(503, f"the server has {max_connections} connections open, its limit: try again later")
+                message = f"the server has {max_connections} connections open, its limit: try again later"
+                self._refuse(503, message, {"retry-after": "1"})
             else:
                 self._await_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._have_headers()
+            self._disarm()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self._deadline is not None:
-                self._header_bytes += len(data)
-            super().data_received(data)
-            if self._deadline is not None and self._header_bytes > _HEADERS_BYTES:
-                self._refuse(431, f"the request's headers have more than {_HEADERS_BYTES:,} bytes")
+            while self._header_bytes is not None and data and not self.transport.is_closing():
+                room = _HEADERS_BYTES - self._header_bytes
+                if room <= 0:
+                    self._refuse(431, f"the request's headers have more than {_HEADERS_BYTES:,} bytes")
+                    return
+                part, data = data[:room], data[room:]
+                self._header_bytes += len(part)
+                super().data_received(part)
+            if data and not self.transport.is_closing():
+                super().data_received(data)
 
         def on_message_begin(self) -> None:
             self._await_headers()
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._have_headers()
+            self._disarm()
             super().on_headers_complete()
 
-        def _await_headers(self) -> None:
-            if self._deadline is None:
-                self._header_bytes = 0
-                self._deadline = self.loop.call_later(_HEADERS_S, self._close)
+        def on_message_complete(self) -> None:
+            self._disarm()
+            super().on_message_complete()
 
-        def _have_headers(self) -> None:
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.cycle.response_complete and self.cycle.more_body:  # what comes of it passes unread
+                self._arm(_REST_S)
+
+        def _await_headers(self) -> None:
+            if self._header_bytes is None:
+                self._header_bytes = 0
+                self._arm(_HEADERS_S)
+
+        def _arm(self, seconds: float) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self.loop.call_later(seconds, self._close, seconds)
+
+        def _disarm(self) -> None:
+            self._header_bytes = None
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
 
-        def _close(self) -> None:
+        def _close(self, seconds: float) -> None:
             self._deadline = None
-            self.transport.close()
+            if self.flow.read_paused:  # by the server, which still answers the request before
+                self._arm(seconds)
+            else:
+                self.transport.close()
 
-        def _refuse(self, status: int, message: str) -> None:
+        def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
             """Answer and close; no request has been read, so there is nobody to pass it to."""
-            self._have_headers()
+            self._disarm()
             if self.transport.is_closing():
                 return
-            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": status}
-            body = json.dumps({"error": error}).encode()
-            head = (
-                f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            )
-            self.transport.write(head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body)
+            response = error_response(status, message, headers={**(headers or {}), "connection": "close"})
+            lines = [b"HTTP/1.1 %d Refused" % status, *(b"%s: %s" % header for header in response.raw_headers)]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
             self.transport.close()
 
     return BoundedProtocol
@@ -89,18 +115,27 @@ def open_listener(address: str) -> socket.socket:
         OSError: if it cannot be had.
     """
     if address.startswith("unix:"):
-        path = Path(address.removeprefix("unix:"))
-        with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(path.stat().st_mode):  # of a server that was killed
-                path.unlink()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(str(path))
-        path.chmod(0o600)
-        sock.listen(socket.SOMAXCONN)
-        return sock
+        return _open_unix(Path(address.removeprefix("unix:")))
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is neither HOST:PORT nor unix:PATH")
     host = host.strip("[]")
     options: dict[str, Any] = {"family": socket.AF_INET6} if ":" in host else {}
     return socket.create_server((host, int(port)), **options)
+
+
+def _open_unix(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                if other.connect_ex(str(path)) == 0:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), str(path))
+            path.unlink()  # of a server that was killed
+        sock.bind(str(path))
+        path.chmod(0o600)  # before it listens: until then nobody can connect
+        sock.listen(socket.SOMAXCONN)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

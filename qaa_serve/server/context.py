@@ -19,7 +19,7 @@ class RequestContext:
 
     Attributes:
         key: the key it came with; None if none is needed.
-        address: where it came from: the peer's IP address, or "local" for a unix socket.
+        address: where it came from, as `rights.address_of` says it.
         asked: the model it names, as name or name@revision; None if it names none.
         revision: the adapter's revision that is held for it; None for the base model.
         ticket: its place among the requests for its model; None if it needs none.

@@ -9,12 +9,12 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from qaa_serve.registry import EngineRefusedError, Revision
 from qaa_serve.server.account import EngineAccount
@@ -37,6 +37,13 @@ class AdapterEngine(AsyncLLM):
         self, prompt: Any, sampling_params: Any, *args: Any, lora_request: LoRARequest | None = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """As vLLM's; seats and adapter are held until the request has ended or its abort has been sent."""
+        if self.vllm_config.speculative_config is not None and sampling_params.logprob_token_ids:
+            # vLLM 0.32 returns them in rows of another width, and ends with a step in which others want logprobs.
+            raise VLLMValidationError(
+                "the server speculates (--speculative-config), and vLLM cannot give log-probabilities of certain "
+                "tokens then: leave out logprob_token_ids and ask for logprobs",
+                parameter="logprob_token_ids",
+            )
         outputs = super().generate(prompt, sampling_params, *args, lora_request=lora_request, **kwargs)
         request = current_request.get()
         observation = None if request is None else request.observation
@@ -49,6 +56,16 @@ class AdapterEngine(AsyncLLM):
                             sequence.saw(output)
                         yield output
             except (VLLMClientError, GracefulHTTPError):
+                raise
+            except EngineGenerateError as error:
+                if isinstance(error.__cause__, (OverflowError, UnicodeError)):
+                    raise VLLMValidationError(
+                        "the request has a number of more than 64 bits, or half a character (a lone surrogate): "
+                        "the engine can be told neither"
+                    ) from error
+                logger.error("A request has failed, for this reason: %r", error.__cause__)  # vLLM tells nobody
+                if observation is not None:
+                    observation.failed = True
                 raise
             except Exception:
                 # A stream that has begun ends with an error in it, under status 200.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette._utils import get_route_path
@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from qaa_serve.registry import Catalogue, UnavailableError, UnknownAdapterError
 from qaa_serve.server.asgi import App, ClientGoneError, Message, Receive, Scope, Send
-from qaa_serve.server.bodies import Asked, Bodies, asked_by
+from qaa_serve.server.bodies import MULTIPART, Asked, Bodies, asked_by, media_type
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.drain import Drain
 from qaa_serve.server.errors import RefusedError, unknown_route
@@ -85,6 +85,7 @@ class Gate:
         exchange = _Exchange(receive, send, request_id)
         root_path = self._root_path or scope.get("root_path", "")
         path = get_route_path({"path": scope["path"], "root_path": root_path})
+        path = path.removesuffix("\n")  # the app's routes match with a line's end after them, too
         role = role_of(path)
         preflight = scope.get("method") == "OPTIONS"  # browsers ask without a key; nothing is done
         if role is Role.ANYONE or preflight:
@@ -133,7 +134,7 @@ class Gate:
                 if role is Role.CLIENT:  # they name their model later, and can only have the base model
                     self._check_model(request)
                 stack.enter_context(self._drain.request())
-            elif role is Role.ADMIN and _is_upload(scope):
+            elif role is Role.ADMIN and media_type(scope) == MULTIPART:
                 stack.enter_context(self._drain.request())
                 exchange.receives = self._bodies.limit_upload(scope, exchange.receives, self._max_upload_bytes)
             else:
@@ -246,10 +247,6 @@ def _unknown(model: str | None) -> RefusedError:
     )
 
 
-def _is_upload(scope: Scope) -> bool:
-    return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
-
-
 def _is_cancel(path: str) -> bool:
     """Whether a request ends another one: it runs nothing, and may not wait behind what it is to end."""
     return path.startswith("/v1/responses/") and path.endswith("/cancel")
@@ -267,8 +264,8 @@ async def _unless_gone(receive: Receive, turn: Awaitable[None]) -> None:
             raise ClientGoneError
         waiting.result()
     finally:
-        for task in tasks:
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        pending = [task for task in tasks if not task.done()]
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending)  # a cancellation that comes meanwhile is not swallowed

@@ -18,6 +18,9 @@ from typing import Any
 #: What a key may be called. The two that it may not are labels in the metrics.
 _NAME = re.compile(r"(?!(?:other|unknown)$)[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 
+#: What a header can carry, whatever the client.
+_SECRET = re.compile(r"[!-~]+")
+
 #: How often the files of keys are looked at, in seconds.
 _LOOK_EVERY_S = 1.0
 
@@ -117,20 +120,19 @@ class KeySources:
     async def follow(self, ring: KeyRing, logger: Logger) -> None:
         """Read the files again whenever they change; keys stay as they were while one cannot be used."""
         files = [file for file in (self.client_file, self.admin_file) if file is not None]
-        seen = await asyncio.to_thread(_signatures, files)
+        seen = None  # they may have changed since the ring was made
         while files:
-            await asyncio.sleep(_LOOK_EVERY_S)
             now = await asyncio.to_thread(_signatures, files)
-            if now == seen:
-                continue
-            seen = now
-            try:
-                clients, admins = await asyncio.to_thread(self.read)
-            except KeyFileError as error:
-                logger.error("The keys stay as they were: %s", error)
-                continue
-            ring.replace(clients, admins)
-            logger.info("Keys were read again: %d of clients, %d of admins", len(clients), len(admins))
+            if now != seen:
+                seen = now
+                try:
+                    clients, admins = await asyncio.to_thread(self.read)
+                except KeyFileError as error:
+                    logger.error("The keys stay as they were: %s", error)
+                else:
+                    ring.replace(clients, admins)
+                    logger.info("Keys: %d of clients, %d of admins", len(clients), len(admins))
+            await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def read_client_keys(path: Path) -> list[Key]:
@@ -140,7 +142,7 @@ def read_client_keys(path: Path) -> list[Key]:
     guess could make a model's name a key.
 
     Raises:
-        KeyFileError: if the file cannot be read, holds no key, or two keys have one name.
+        KeyFileError: if the file cannot be read, holds no key or one twice, or two keys have one name.
     """
     return _read(path, models=True)
 
@@ -149,7 +151,7 @@ def read_admin_keys(path: Path) -> list[Key]:
     """Read a file of admins' keys: `NAME: KEY` or `KEY` a line; # begins a comment.
 
     Raises:
-        KeyFileError: if the file cannot be read, holds no key, two keys have one name, or more follows a key.
+        KeyFileError: as `read_client_keys`, and if more follows a key.
     """
     return _read(path, models=False)
 
@@ -169,6 +171,8 @@ def _read(path: Path, *, models: bool) -> list[Key]:
         if patterns and not models:
             raise KeyFileError(f"{path}: one admin key a line, and nothing after it")
         keys.append(make_key(secret, name, patterns or None))
+    if len({key.digest for key in keys}) < len(keys):
+        raise KeyFileError(f"{path}: one key is there twice; a key has one line, with all models it is for")
     name, count = Counter(key.name for key in keys).most_common(1)[0]
     if count > 1:
         raise KeyFileError(f"{path}: {count} keys have the name {name!r}; give each its own")
@@ -195,6 +199,10 @@ def _entries(path: Path) -> Iterator[tuple[Any, ...]]:
             raise KeyFileError(
                 f"{path}, line {number}: write NAME: KEY or KEY alone; a name has letters, digits, '.', '_', '-' "
                 "and '@', at most 128, and is neither `other` nor `unknown`"
+            )
+        if not _SECRET.fullmatch(fields[0]):
+            raise KeyFileError(
+                f"{path}, line {number}: a key goes into a header, so it has ASCII letters, digits and marks alone"
             )
         found = True
         yield name, *fields

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qaa_serve.preflight import UsageError
 from qaa_serve.server import settings
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         options, store, key_sources = settings.resolve(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
-    except (settings.UsageError, AssertionError, OSError, TypeError, ValueError) as error:
+    except (UsageError, AssertionError, OSError, TypeError, ValueError) as error:
         print(f"qaa-serve: {error}", file=sys.stderr)
         return 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from logging import Logger
 
 from qaa_serve.server.account import EngineAccount
@@ -72,8 +71,6 @@ class EngineMonitor:
                 self._log.warning("The engine's account of its memory is missing: %s", error)
             finally:
                 asking.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await asking
             await asyncio.sleep(self._ask_every_s)
 
     async def _wait(self, asking: asyncio.Future[EngineAccount]) -> None:
@@ -88,9 +85,10 @@ class EngineMonitor:
             work_s = now_work_s
             idle_s, silent_s = now_s - worked_s, now_s - asked_s
             if self._timeout_s and (idle_s >= self._timeout_s or silent_s >= _BUSY_LIMITS * self._timeout_s):
+                worked = "has done nothing" if idle_s >= self._timeout_s else "goes on working"
                 self._log.error(
-                    "The engine has not answered for %.0f s and worked in none of the last %.0f s "
-                    "(--engine-stall-timeout %g)", silent_s, idle_s, self._timeout_s,
+                    "The engine has not answered for %.0f s and %s: it hangs (--engine-stall-timeout %g)",
+                    silent_s, worked, self._timeout_s,
                 )  # fmt: skip
                 self.stalled.set()
                 return

@@ -10,7 +10,7 @@ import psutil
 def kill_children() -> None:
     """End all of them, at once."""
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):  # it has ended meanwhile
             process.kill()
 
 

@@ -42,8 +42,8 @@ _OPEN = (
 #: Routes that clients call, each with all below it. Everything else is for admins: vLLM has routes that stop its
 #: engine.
 _FOR_CLIENTS = (
-    "/v1", "/v2", "/inference", "/cohere", "/tokenize", "/detokenize", "/pooling", "/classify", "/score",
-    "/rerank", "/invocations", "/generative_scoring",
+    "/v1", "/v2", "/inference", "/cohere", "/tokenize", "/detokenize", "/pooling", "/classify",
+    "/score", "/rerank", "/invocations", "/generative_scoring",
 )  # fmt: skip
 
 #: Routes that would be clients' but change what is served.
@@ -143,21 +143,27 @@ class Rights:
             return key
         if role is Role.ADMIN and self.keys.client(token) is not None:
             raise RefusedError(403, "this key is a client's; the route needs an admin key")
+        wanted = "an API key" if role is Role.CLIENT else "an admin key"
+        found = ""
         if token is not None:
             await self._wrong.seen(role, address_of(scope))
-        wanted = "an API key" if role is Role.CLIENT else "an admin key"
+            found = ", and this is none" if self.keys.admin(token) is None else ", and this is an admin's"
         raise RefusedError(
-            401, f"{wanted} is needed: send the header 'Authorization: Bearer <key>'", WWW_Authenticate="Bearer"
+            401,
+            f"{wanted} is needed{found}: send the header 'Authorization: Bearer <key>'",
+            WWW_Authenticate="Bearer",
         )
 
 
 def address_of(scope: Scope) -> str:
     """Where a request came from: the peer's IP address, or "local" for a unix socket."""
-    client = scope.get("client")
-    return "local" if client is None else str(client[0])
+    if (client := scope.get("client")) is not None:
+        return str(client[0])
+    # A TCP connection that its client has reset already has no peer either.
+    return "local" if (scope.get("server") or ("", 0))[1] is None else "unknown"
 
 
 def _token(headers: Headers) -> str | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     # Anthropic's clients send their key in a header of its own.
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+    return (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")) or None

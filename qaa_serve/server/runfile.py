@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 
 def cache_root() -> Path:
     """Where qaa-serve keeps what can be made again."""
@@ -49,14 +51,16 @@ class RunningServer:
 def find_server(url: str) -> RunningServer | None:
     """The server that answers at a URL, if one on this machine has noted so."""
     with suppress(OSError, ValueError, TypeError):
-        return RunningServer(**json.loads(_path(url).read_text()))
+        server = RunningServer(**json.loads(_path(url).read_text()))
+        # One that was killed leaves its file; what answers there now may be anybody's, and must not get its key.
+        return server if psutil.pid_exists(server.pid) else None
     return None
 
 
 def _path(url: str) -> Path:
     """By port where the server is on this machine, whatever its host is called here."""
-    _, _, address = url.rstrip("/").partition("://")
-    host, _, port = address.rpartition(":")
+    url = url.rstrip("/")
+    host, _, port = url.rpartition("://")[2].rpartition(":")
     here = host.strip("[]") in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
     name = port if here and port.isdigit() else hashlib.sha256(url.encode()).hexdigest()[:16]
     return cache_root() / "servers" / f"{name}.json"

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
 from qaa_serve.circuits import BACKENDS, choose_backend
+from qaa_serve.preflight import UsageError
 from qaa_serve.registry import RevisionStore, StoreError, check_directory, scan
 from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
 from qaa_serve.server.runfile import cache_root
@@ -52,10 +53,6 @@ _CHOSEN = (
 _GIB = 1 << 30
 _MIB = 1 << 20
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class UsageError(ValueError):
-    """The command line cannot be carried out; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

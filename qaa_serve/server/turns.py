@@ -98,15 +98,15 @@ class Turns:
                 "wait together: send it in parts",
             )
         line, name = self._lines.get(model, _Line()), client or ""
-        running, waiting, whose = line.running[name], line.waiting[name], f"your key has, for {model!r},"
-        if running + waiting + sequences <= share:
-            running, waiting, whose = line.running_total, line.waiting_total, f"{model!r} has"
-            share = places
-        if running + waiting + sequences > share:
+        running, waiting, whose = line.running_total, line.waiting_total, f"{model!r} has"
+        if line.running[name] + line.waiting[name] + sequences > share < places:
+            running, waiting, whose = line.running[name], line.waiting[name], f"your key has, for {model!r},"
+            places = share
+        if running + waiting + sequences > places:
             raise RefusedError(
                 429,
                 f"{whose} {running:,} sequences running and {waiting:,} waiting; with the {sequences:,} of this "
-                f"request they are more than the {share:,} there may be: try again later",
+                f"request they are more than the {places:,} there may be: try again later",
                 Retry_After="1",
             )
         self._line(model).count(name, waiting=sequences)

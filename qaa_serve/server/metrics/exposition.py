@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics import exposition as openmetrics_exposition
+from prometheus_client.samples import Sample
 from starlette.responses import Response, StreamingResponse
 
 from qaa_serve.server.metrics.written import Written
@@ -34,8 +35,8 @@ SLICE_S, REST_S = 0.0003, 0.0001
 #: How soon Python asks the writer to give way where one step is longer, a collector's for one; usually 5 ms.
 SWITCH_S = 0.0005
 
-#: Bytes that are sent at once.
-PIECE_BYTES = 1 << 16
+#: Bytes that are sent at once, and that are compressed at once: each time, the threads change places.
+PIECE_BYTES, PACKED_BYTES = 1 << 16, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Exposition:
         """
         self._registry = registry
         self._max_age_s = max_age_s
+        self._foreign = _Foreign()
         self._pages: dict[Form, asyncio.Future[list[bytes]]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="qaa-metrics")
 
@@ -121,24 +123,45 @@ class Exposition:
 
     def _write(self, form: Form) -> list[bytes]:
         with _giving_way_soon():
-            return list(_pieces(_resting(_texts(self._registry, form.openmetrics)), form.gzip))
+            return list(_pieces(_resting(self._lines(form.openmetrics)), form.gzip))
+
+    def _lines(self, openmetrics: bool) -> Iterator[bytes]:
+        """A page in small parts."""
+        for metric in self._registry.collect():
+            if isinstance(metric, Written):
+                yield metric.head(openmetrics)
+                yield from metric.lines()
+            else:
+                yield self._foreign.lines(metric, openmetrics)
+        if openmetrics:
+            yield b"# EOF\n"
 
 
 async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
+        await asyncio.sleep(0)  # to send does not wait while the socket takes more
 
 
-def _texts(registry: CollectorRegistry, openmetrics: bool) -> Iterator[str]:
-    """A page in small parts."""
-    for metric in registry.collect():
-        if isinstance(metric, Written):
-            yield metric.head(openmetrics)
-            yield from metric.lines()
-        else:
-            yield _foreign(metric, openmetrics)
-    if openmetrics:
-        yield "# EOF\n"
+class _Foreign:
+    """Families that do not write themselves: prometheus_client does, if they have changed since it did last."""
+
+    def __init__(self) -> None:
+        self._written: dict[tuple[str, bool], tuple[list[Sample], bytes]] = {}
+
+    def lines(self, metric: Metric, openmetrics: bool) -> bytes:
+        """A family's lines."""
+        samples, lines = self._written.get((metric.name, openmetrics), ([], b""))
+        if not lines or samples != metric.samples:
+            lines = _openmetrics(_Alone(metric)) if openmetrics else generate_latest(_Alone(metric))
+            self._written[metric.name, openmetrics] = metric.samples, lines
+        return lines
+
+
+def _openmetrics(registry: CollectorRegistry) -> bytes:
+    # Left to itself, prometheus_client turns `vllm:` into `vllm_` here.
+    lines: bytes = openmetrics_exposition.generate_latest(registry, escaping=openmetrics_exposition.ALLOWUTF8)
+    return lines.removesuffix(b"# EOF\n")
 
 
 class _Alone(CollectorRegistry):
@@ -152,14 +175,7 @@ class _Alone(CollectorRegistry):
         return [self._metric]
 
 
-def _foreign(metric: Metric, openmetrics: bool) -> str:
-    """A family that does not write itself."""
-    if openmetrics:
-        return str(generate_openmetrics(_Alone(metric)).decode()).removesuffix("# EOF\n")
-    return generate_latest(_Alone(metric)).decode()
-
-
-def _resting(texts: Iterator[str]) -> Iterator[str]:
+def _resting(texts: Iterator[bytes]) -> Iterator[bytes]:
     """The same, with a rest after every slice."""
     begun = time.perf_counter()
     for text in texts:
@@ -169,11 +185,11 @@ def _resting(texts: Iterator[str]) -> Iterator[str]:
             begun = time.perf_counter()
 
 
-def _pieces(texts: Iterator[str], gzip: bool) -> Iterator[bytes]:
+def _pieces(texts: Iterator[bytes], gzip: bool) -> Iterator[bytes]:
     """Texts in pieces to send; compressed, which others can run beside."""
     # The fastest level: a page's lines are so alike that the others save little.
     packer = zlib.compressobj(1, wbits=31) if gzip else None
-    for piece in _joined(texts):
+    for piece in _joined(texts, PACKED_BYTES if gzip else PIECE_BYTES):
         if packer is None:
             yield piece
         elif packed := packer.compress(piece):
@@ -182,15 +198,16 @@ def _pieces(texts: Iterator[str], gzip: bool) -> Iterator[bytes]:
         yield packer.flush()
 
 
-def _joined(texts: Iterator[str]) -> Iterator[bytes]:
-    parts, size = [], 0
+def _joined(texts: Iterator[bytes], least: int) -> Iterator[bytes]:
+    parts: list[bytes] = []
+    size = 0
     for text in texts:
         parts.append(text)
         size += len(text)
-        if size >= PIECE_BYTES:
-            yield "".join(parts).encode()
+        if size >= least:
+            yield b"".join(parts)
             parts, size = [], 0
-    yield "".join(parts).encode()
+    yield b"".join(parts)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from qaa_serve.registry import Catalogue, Entry
 from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.metrics.families import FAMILIES, family
 from qaa_serve.server.metrics.labels import OTHER, BoundedLabels
-from qaa_serve.server.metrics.written import Labels, Written, WrittenValues
+from qaa_serve.server.metrics.written import Labels, Written, WrittenGauge
 
 #: Names in a label of vllm:lora_requests_info: as it is one string, its length is bounded too.
 MAX_NAMES = 200
@@ -179,8 +179,8 @@ def _names(names: list[str]) -> str:
     return ",".join(sorted(names)[:MAX_NAMES])
 
 
-def _gauge(name: str, values: Mapping[Labels, float]) -> WrittenValues:
-    return WrittenValues(family(name), values.items)
+def _gauge(name: str, values: Mapping[Labels, float]) -> WrittenGauge:
+    return WrittenGauge(family(name), values.items)
 
 
 def _process_memory() -> Iterator[tuple[Labels, int]]:

@@ -7,8 +7,7 @@ only if somebody asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 from prometheus_client.core import Metric
@@ -18,12 +17,6 @@ from prometheus_client.utils import floatToGoString
 from qaa_serve.server.metrics.families import Family
 
 Labels: TypeAlias = tuple[str, ...]
-
-#: One series of a counter or gauge.
-Value: TypeAlias = tuple[Labels, float]
-
-#: One series of a histogram: observations by bucket, the last beyond all bounds, and their sum.
-Distribution: TypeAlias = tuple[Labels, Sequence[int], float]
 
 
 class Written(Metric):
@@ -42,12 +35,12 @@ class Written(Metric):
     def samples(self, samples: list[Sample]) -> None:
         """Ignored: Metric's own constructor sets none."""
 
-    def head(self, openmetrics: bool) -> str:
-        """The lines before the series."""
+    def head(self, openmetrics: bool) -> bytes:
+        """The lines before the series: OpenMetrics calls a counter by its name without `_total`."""
         name = self.name if openmetrics else self.family.name
-        return f"# HELP {name} {self.documentation}\n# TYPE {name} {self.type}\n"
+        return f"# HELP {name} {self.documentation}\n# TYPE {name} {self.type}\n".encode()
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[bytes]:
         """The series, in pieces of whole lines; the same in both formats."""
         raise NotImplementedError
 
@@ -55,68 +48,33 @@ class Written(Metric):
         raise NotImplementedError
 
 
-class WrittenValues(Written):
-    """A counter's or gauge's family.
+class WrittenGauge(Written):
+    """A gauge's family: its series are what `read` gives, labels and value, each time it is called."""
 
-    `read` gives its series each time anew.
-    """
-
-    def __init__(self, family: Family, read: Callable[[], Iterable[Value]]):
+    def __init__(self, family: Family, read: Callable[[], Iterable[tuple[Labels, float]]]):
         super().__init__(family)
         self._read = read
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[bytes]:
         """See Written."""
         name, labels = self.family.name, self.family.labels
         for values, number in self._read():
-            yield f"{name}{_braces(labels, values)} {floatToGoString(number)}\n"
+            yield f"{name}{in_braces(pairs(labels, values))} {floatToGoString(number)}\n".encode()
 
     def _samples(self) -> Iterator[Sample]:
         for values, number in self._read():
             yield Sample(self.family.name, dict(zip(self.family.labels, values, strict=True)), number)
 
 
-class WrittenDistributions(Written):
-    """A histogram's family.
+def pairs(labels: Labels, values: Labels) -> str:
+    """Labels and their values as they stand between braces."""
+    return ",".join([f'{label}="{_escaped(value)}"' for label, value in zip(labels, values, strict=True)])
 
-    `read` gives its series each time anew; `bounds` are the buckets' but the last's, which is all the rest.
-    """
 
-    def __init__(self, family: Family, bounds: Sequence[float], read: Callable[[], Iterable[Distribution]]):
-        super().__init__(family)
-        self._bounds = [floatToGoString(bound) for bound in (*bounds, float("inf"))]
-        self._read = read
-
-    def lines(self) -> Iterator[str]:
-        """See Written."""
-        # One formatting of numbers and one replacement a series, both in C. Labels come last: they may hold a %.
-        name = self.family.name
-        own, more = ("{\0}", "\0,") if self.family.labels else ("", "")
-        buckets = [f'{name}_bucket{{{more}le="{bound}"}} %d.0\n' for bound in self._bounds]
-        template = "".join([*buckets, f"{name}_count{own} %d.0\n{name}_sum{own} %s\n"])
-        for values, counts, total in self._read():
-            sums = tuple(accumulate(counts))
-            written = template % (*sums, sums[-1], floatToGoString(total))
-            yield written.replace("\0", _pairs(self.family.labels, values))
-
-    def _samples(self) -> Iterator[Sample]:
-        name = self.family.name
-        for values, counts, total in self._read():
-            labels = dict(zip(self.family.labels, values, strict=True))
-            sums = list(accumulate(counts))
-            for bound, number in zip(self._bounds, sums, strict=True):
-                yield Sample(f"{name}_bucket", {**labels, "le": bound}, number)
-            yield Sample(f"{name}_count", labels, sums[-1])
-            yield Sample(f"{name}_sum", labels, total)
+def in_braces(pairs: str) -> str:
+    """Pairs as they stand after a name."""
+    return f"{{{pairs}}}" if pairs else ""
 
 
 def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
-
-
-def _pairs(labels: Labels, values: Labels) -> str:
-    return ",".join([f'{label}="{_escaped(value)}"' for label, value in zip(labels, values, strict=True)])
-
-
-def _braces(labels: Labels, values: Labels) -> str:
-    return f"{{{_pairs(labels, values)}}}" if labels else ""
