@@ -40,9 +40,17 @@ def make(directory: Path, seed: int = 0, **settings: Any) -> Path:
 def make_lora(directory: Path, value: float = 1.0, **settings: Any) -> Path:
     """A LoRA adapter, as far as it is checked without an engine."""
     directory.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "org/base", **settings}
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+        "base_model_name_or_path": "org/base", **settings,
+    }  # fmt: skip
     (directory / CONFIG_FILE).write_text(json.dumps(config))
-    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((4, 16), value)}
+    rank = (settings.get("rank_pattern") or {}).get("q_proj", 4)
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{layer}.lora_A.weight": torch.full((rank, 16), value),
+        f"{layer}.lora_B.weight": torch.ones(16, rank),
+    }
     save_file(tensors, directory / WEIGHTS_FILE)
     return directory
 

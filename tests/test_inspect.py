@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ATTENTION, MLP, make_lora, make_model, make_qaa
 
-from qaa_serve.adapters import Adapter, AdapterConfig, AdapterError, ModuleWeights, linear_widths, load_adapter
+from qaa_serve.adapters import (
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    AdapterError,
+    ModuleWeights,
+    digest_of,
+    linear_widths,
+    load_adapter,
+)
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, get_backend
 from qaa_serve.cli import main
 from qaa_serve.inspection.circuit import Circuit, choose_circuit, draw, to_qasm
@@ -50,11 +61,11 @@ def facts(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, A
 
 
 def refusal(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """What is said when it is refused: one line on stderr, nothing on stdout."""
+    """What is said when it is refused: one line on stderr, and on stdout what can be told of a refused adapter."""
     capsys.readouterr()  # what making the parts has printed
     assert main(["inspect", *map(str, arguments)]) == status
     said = capsys.readouterr()
-    assert said.out == ""
+    assert ("can be served: no: " in said.out) if status == 1 else said.out == ""
     assert said.err.startswith("qaa-serve inspect: ")
     assert said.err.count("\n") == 1
     return said.err
@@ -254,7 +265,7 @@ def test_a_damaged_lora_adapter_is_refused(
         "no A": "lora_A is missing",
         "shapes": "(rank, d_in)",
         "cut": "damaged",
-        "nothing": "save the adapter",
+        "nothing": "none that vLLM serves",
     }
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-3])
@@ -267,13 +278,86 @@ def test_a_damaged_lora_adapter_is_refused(
     assert expected[damage] in refusal(capsys, 1, tmp_path / "lora")
 
 
-def test_a_lora_adapter_for_another_base_is_told_apart(
+def test_a_lora_adapter_for_another_base_is_refused_in_the_server_s_words(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_lora(tmp_path / "lora", base, ("q_proj",), seed=3)
-    found = facts(capsys, tmp_path / "lora", "--base", make_model(tmp_path / "qwen2", "qwen2"))
-    assert found["base"]["fits"] is False
+    other = make_model(tmp_path / "qwen2", "qwen2")
+    with pytest.raises(AdapterError) as server:
+        read_revision(tmp_path / "lora", base=linear_widths(other))
+    assert refusal(capsys, 1, tmp_path / "lora", "--base", other).endswith(f"is not valid: {server.value}\n")
+
+
+def test_modules_that_the_base_has_no_name_for_are_left_to_the_engine(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_lora(tmp_path / "lora", base, ("q_proj",), seed=3)
+    found = facts(capsys, tmp_path / "lora", "--base", make_model(tmp_path / "opt", "opt"))
+    assert (found["can_be_served"], found["base"]["fits"]) == (True, False)
     assert "2 of 2 modules" in found["notes"][0]
+
+
+def test_what_can_be_told_of_an_adapter_that_cannot_be_served_is_told(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_lora(tmp_path / "lora", base, ("q_proj",), seed=3)
+    file = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"use_dora": True, "target_modules": "all-linear"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(AdapterError) as server:
+        read_revision(tmp_path / "lora")
+    assert main(["inspect", str(tmp_path / "lora"), "--json", "--plot", str(tmp_path / "a.png")]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["can_be_served"], told["reason"], told["vllm_check"]) == (False, str(server.value), "not asked")
+    assert (told["kind"], told["config"], told["digest"]) == ("LORA", config, digest_of(tmp_path / "lora"))
+    assert {tensor["name"] for tensor in told["tensors"]} == load_file(file.with_name(WEIGHTS_FILE)).keys()
+    assert not (tmp_path / "a.png").exists()
+    assert main(["inspect", str(tmp_path / "lora")]) == 1
+    text = capsys.readouterr().out
+    assert f"can be served: no: {server.value}" in text
+    for expected in ("targets     all-linear", "tensors     4", f"{Q1}.lora_A.weight F32 [4, 96]"):
+        assert expected in text
+    file.write_text("no JSON")
+    assert main(["inspect", str(tmp_path / "lora")]) == 1
+    assert "config      unreadable" in capsys.readouterr().out
+
+
+def test_a_regular_expression_of_targets_is_shown_as_it_is_written(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_lora(tmp_path / "lora", base, ("q_proj",), seed=3)
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": r".*\.(q|k)_proj"}))
+    assert main(["inspect", str(tmp_path / "lora")]) == 0
+    assert r"targets     .*\.(q|k)_proj" in capsys.readouterr().out
+    assert read_revision(tmp_path / "lora").details["target_modules"] == r".*\.(q|k)_proj"
+
+
+def test_inspecting_does_not_import_vllm(tmp_path: Path) -> None:
+    """It takes seconds; only --with-vllm needs it."""
+    code = "import sys; from qaa_serve.cli import main; main(sys.argv[1:]); sys.exit('vllm' in sys.modules)"
+    command = [sys.executable, "-c", code, "inspect", str(EXAMPLES / "adapters" / "brief-lora")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_vllm_s_own_check_is_asked_when_that_is_wanted(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    make_lora(tmp_path / "lora", base, ("q_proj",), seed=3)
+    assert facts(capsys, tmp_path / "lora", "--with-vllm")["vllm_check"] == "passed"
+    assert facts(capsys, tmp_path / "lora")["vllm_check"] == "not asked"
+    from vllm.lora.peft_helper import PEFTHelper
+
+    def refuse(self: Any, lora_config: Any) -> None:
+        raise ValueError("vLLM does not take this.")
+
+    monkeypatch.setattr(
+        PEFTHelper, "validate_legal", refuse
+    )  # as a version of vLLM that takes less than ours does
+    assert main(["inspect", str(tmp_path / "lora"), "--with-vllm", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["reason"], told["vllm_check"]) == ("vLLM refuses it: vLLM does not take this.", "refused")
 
 
 def test_without_a_readable_base_all_but_the_fit_is_checked(

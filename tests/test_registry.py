@@ -88,8 +88,9 @@ def test_what_a_lora_adapter_holds_is_checked(tmp_path):
     save_file({}, weights)
     with pytest.raises(AdapterError, match="holds no tensors"):
         read_revision(adapter)
-    save_file({"lora_A": torch.tensor([1.0, float("nan"), float("-inf")])}, weights)
-    with pytest.raises(AdapterError, match="lora_A has 2 values that are NaN or infinite"):
+    bad = torch.tensor([1.0, float("nan"), float("-inf"), 0.0]).expand(16, 4).contiguous()
+    save_file({"q_proj.lora_A.weight": torch.ones(4, 16), "q_proj.lora_B.weight": bad}, weights)
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight has 32 values that are NaN or infinite"):
         read_revision(adapter)
 
 

@@ -483,7 +483,7 @@ def test_a_request_never_has_a_revision_that_was_retired_before_it_came(place: P
 
     async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
         await catalogue.publish("a", place.adapter(0), "api")
-        await catalogue.publish("other", place.adapter(0), "api")
+        await catalogue.publish("b", place.adapter(0), "api")
         done = False
 
         async def ask(name: str) -> int:
@@ -504,7 +504,7 @@ def test_a_request_never_has_a_revision_that_was_retired_before_it_came(place: P
                 await asyncio.sleep(0)
             return count
 
-        asking = [asyncio.create_task(ask(name)) for name in ("a", "a", "a", "other")]
+        asking = [asyncio.create_task(ask(name)) for name in ("a", "a", "a", "b")]
         for seed in (1, 2, 0, 1, 2, 3):
             try:
                 await catalogue.publish("a", place.adapter(seed), "api")

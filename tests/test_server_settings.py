@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -71,6 +73,30 @@ def test_the_base_may_be_relative_to_the_adapter(parser, root):
     finally:
         config.write_text(original)
     assert args.model == str(root / "base")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"r": 100_000},
+        {"base_model_name_or_path": 5},
+        {"base_model_name_or_path": "x" * 5000},
+        {"base_model_name_or_path": None},
+        {"rank_pattern": [1]},
+    ],
+    ids=str,
+)
+def test_an_odd_adapter_changes_nothing_for_the_others(parser, root, odd):
+    """It neither ends the start nor takes part in what is chosen."""
+    without, *_ = resolve(parser, "--adapters", root / "adapters")
+    place = shutil.copytree(root / "adapters" / "lora", root / "adapters" / "odd")
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(config | odd))
+    try:
+        args, *_ = resolve(parser, "--adapters", root / "adapters")
+    finally:
+        shutil.rmtree(place)
+    assert (args.model, args.max_lora_rank) == (str(root / "base"), without.max_lora_rank)
 
 
 @pytest.mark.parametrize("given", [["{base}"], ["--model", "{base}"]])

@@ -2,41 +2,54 @@
 
 from qaa_serve.adapters.base import LinearWidths, linear_widths
 from qaa_serve.adapters.config import QAA_FORMAT, AdapterConfig
-from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.adapters.errors import AdapterError, only_refusals
 from qaa_serve.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Adapter,
     ModuleWeights,
+    TensorInfo,
     check_fit,
-    check_lora,
     copy_adapter,
     digest_of,
     load_adapter,
     matches,
     read_config,
+    read_header,
     resolve_base,
     save_adapter,
 )
+from qaa_serve.adapters.lora import MAX_RANK, Lora, LoraConfig, LoraPair, check_lora
 from qaa_serve.adapters.staging import staged
+from qaa_serve.adapters.verdict import MAX_ADAPTER_BYTES, Sound, judge
 
 __all__ = [
     "CONFIG_FILE",
+    "MAX_ADAPTER_BYTES",
+    "MAX_RANK",
     "QAA_FORMAT",
     "WEIGHTS_FILE",
     "Adapter",
     "AdapterConfig",
     "AdapterError",
     "LinearWidths",
+    "Lora",
+    "LoraConfig",
+    "LoraPair",
     "ModuleWeights",
+    "Sound",
+    "TensorInfo",
     "check_fit",
     "check_lora",
     "copy_adapter",
     "digest_of",
+    "judge",
     "linear_widths",
     "load_adapter",
     "matches",
+    "only_refusals",
     "read_config",
+    "read_header",
     "resolve_base",
     "save_adapter",
     "staged",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.adapters.errors import AdapterError, shown
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, qubits_for
 
 QAA_FORMAT: Literal[1] = 1
@@ -14,8 +14,8 @@ QAA_FORMAT: Literal[1] = 1
 #: Keys that PEFT's PeftConfig writes into every adapter_config.json; they say nothing about a QAA adapter.
 _PEFT_KEYS = {"auto_mapping", "inference_mode", "peft_version", "revision", "exclude_modules"}
 
-#: Far beyond any use; keeps ``scale`` finite in float32.
-_MAX_ALPHA = 1e6
+#: Far beyond any use; keeps scales finite in float32.
+MAX_ALPHA = 1e6
 
 
 #: Fields that older readers do not know, with their defaults.
@@ -34,7 +34,7 @@ class AdapterConfig(BaseModel):
     target_modules: tuple[str, ...] = Field(min_length=1)
     ansatz: str = ANSATZ_NAMES[0]
     layers: int = Field(default=2, ge=1, le=64)
-    alpha: float = Field(default=16.0, ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False)
+    alpha: float = Field(default=16.0, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False)
     heads: int = Field(default=1, ge=1, le=64)
     #: Added to qaa_format 1 later: written only where they are not the default, so that older readers take what
     #: they can read and refuse what they cannot.
@@ -95,28 +95,23 @@ class AdapterConfig(BaseModel):
             raise AdapterError(f"adapter_config.json holds a JSON {type(raw).__name__}, not an object")
         if raw.get("peft_type") != "QAA":
             raise AdapterError(
-                f'adapter_config.json has peft_type {_shown(raw.get("peft_type"))}; a QAA adapter has "QAA"'
+                f'adapter_config.json has peft_type {shown(raw.get("peft_type"))}; a QAA adapter has "QAA"'
             )
         found = raw.get("qaa_format")
         if type(found) is not int or found != QAA_FORMAT:  # True and 1.0 equal 1
             raise AdapterError(
-                f"adapter_config.json has qaa_format {_shown(found)}; this version reads qaa_format "
+                f"adapter_config.json has qaa_format {shown(found)}; this version reads qaa_format "
                 f"{QAA_FORMAT}. Save the adapter again with a matching qaa-serve, or update qaa-serve"
             )
         if raw.get("exclude_modules"):
             raise AdapterError(
-                f"adapter_config.json has exclude_modules {_shown(raw['exclude_modules'])}, which QAA adapters do "
+                f"adapter_config.json has exclude_modules {shown(raw['exclude_modules'])}, which QAA adapters do "
                 "not have: list the layers to adapt in target_modules; full names are taken too"
             )
         try:
             return cls.model_validate({k: v for k, v in raw.items() if k not in _PEFT_KEYS}, strict=True)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
-                + ("" if item["type"] == "missing" else f", found {_shown(item['input'])}")
-                for item in error.errors()
-            )
-            raise AdapterError(f"adapter_config.json is not valid: {problems}") from error
+            raise AdapterError(f"adapter_config.json is not valid: {'; '.join(problems_of(error))}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The object to write to adapter_config.json."""
@@ -124,7 +119,10 @@ class AdapterConfig(BaseModel):
         return {k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}
 
 
-def _shown(value: object) -> str:
-    """What was found, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def problems_of(error: ValidationError) -> list[str]:
+    """What is wrong with each field, and what was found in it."""
+    return [
+        f"{'.'.join(map(str, item['loc'])):.80}: {item['msg'].removeprefix('Value error, ')}"
+        + ("" if item["type"] == "missing" else f", found {shown(item['input'])}")
+        for item in error.errors()
+    ]

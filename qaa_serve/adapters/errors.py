@@ -1,10 +1,19 @@
 """The error of everything that is wrong with an adapter."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal
+
+_MAX_MESSAGE = 1000
 
 
 class AdapterError(ValueError):
     """An adapter cannot be used; the message says what is wrong, what was found and what to do.
+
+    A message is one line of printable text, whatever the files held that it speaks of: it goes to terminals, logs
+    and clients.
 
     Attributes:
         kind: what it was refused for, for those who count.
@@ -13,3 +22,32 @@ class AdapterError(ValueError):
 
     kind: ClassVar[Literal["name", "invalid", "store", "memory", "engine"]] = "invalid"
     temporary: ClassVar[bool] = False
+
+    def __init__(self, message: str):
+        text = " ".join(message.splitlines())
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        if len(text) > _MAX_MESSAGE:  # what to do is said at the end
+            text = f"{text[: _MAX_MESSAGE - 305]} ... {text[-300:]}"
+        super().__init__(text)
+
+
+def shown(value: object) -> str:
+    """What was found, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@contextmanager
+def only_refusals(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong into an AdapterError: one adapter must not end the work on the others.
+
+    Args:
+        what: what is being read, for the message of what nobody foresaw.
+    """
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:  # MemoryError, OSError and RecursionError are among them, Ctrl-C is not
+        found = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise AdapterError(f"{what} cannot be read ({found}); save the adapter again") from error

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,35 @@ from safetensors.torch import save_file
 
 from qaa_serve.adapters.base import LinearWidths
 from qaa_serve.adapters.config import AdapterConfig
-from qaa_serve.adapters.errors import AdapterError
+from qaa_serve.adapters.errors import AdapterError, shown
 from qaa_serve.adapters.staging import staged
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _MAX_CONFIG_BYTES = 1 << 20
+#: Of safetensors files; names and shapes of some hundred thousand tensors.
+_MAX_HEADER_BYTES = 1 << 26
+#: Bytes of a number, by safetensors' name of its type. Others are left to the library.
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8), **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2), **dict.fromkeys(("BOOL", "I8", "U8"), 1),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2"), 1),
+}  # fmt: skip
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>theta|weight)")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _UNADAPTABLE = re.compile(
     r"(^|\.)(lm_head|embed_out|embed_tokens|embed_positions|word_embeddings|wte|wpe|experts)(\.|$)"
 )
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors file's header says of a tensor: its type by safetensors' name, such as F32, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,21 +98,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         AdapterError: if it is missing, unreadable, too large, not JSON or no object.
     """
-    raw = _read(directory, CONFIG_FILE, limit=_MAX_CONFIG_BYTES)
-    return _parse_config(raw)
+    return parse_config(read_file(directory, CONFIG_FILE))
 
 
-def digest_of(directory: Path) -> str:
+def digest_of(directory: Path, *, max_bytes: int | None = None) -> str:
     """SHA-256, in hex, that identifies an adapter by its content.
 
-    Taken over the SHA-256 of adapter_config.json followed by that of adapter_model.safetensors.
+    Taken over the SHA-256 of adapter_config.json followed by that of adapter_model.safetensors, which may have
+    ``max_bytes``.
 
     Raises:
-        AdapterError: if a file is missing, unreadable or leaves the directory.
+        AdapterError: if a file is missing, unreadable, too large or leaves the directory.
     """
     parts = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with _open(directory, name) as file, _readable(name):
+        with _open(directory, name, max_bytes) as file, _readable(name):
             parts.append(hashlib.file_digest(file, "sha256").digest())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -126,41 +143,27 @@ def copy_adapter(source: Path, target: Path, *, max_bytes: int) -> None:
                     copy.write(chunk)
 
 
-def load_adapter(directory: str | Path, base: LinearWidths | None = None) -> Adapter:
+def load_adapter(
+    directory: str | Path, base: LinearWidths | None = None, *, max_bytes: int | None = None
+) -> Adapter:
     """Read and validate a QAA adapter.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
         base: the base model's linear layers (``linear_widths``); None checks all but the fit to a base.
+        max_bytes: of adapter_model.safetensors: a larger one is refused before it is read; None sets no limit.
 
     Raises:
         AdapterError: for anything that is wrong with it.
     """
     directory = Path(directory)
-    config_bytes, weight_bytes = _read(directory, CONFIG_FILE, _MAX_CONFIG_BYTES), _read(directory, WEIGHTS_FILE)
-    config = AdapterConfig.parse(_parse_config(config_bytes))
-    modules = _modules(config, _parse_weights(weight_bytes))
+    config_bytes = read_file(directory, CONFIG_FILE)
+    config = AdapterConfig.parse(parse_config(config_bytes))
+    weight_bytes = read_file(directory, WEIGHTS_FILE, max_bytes)
+    modules = _modules(config, parse_weights(weight_bytes))
     if base is not None:
         check_fit(config, modules, base)
-    return Adapter(config, modules, _digest(config_bytes, weight_bytes))
-
-
-def check_lora(directory: Path) -> str:
-    """Check the weights of a LoRA adapter as far as they can be judged without the engine that loads them.
-
-    Returns:
-        the adapter's digest.
-
-    Raises:
-        AdapterError: if the file is damaged or empty, or holds values that are NaN or infinite.
-    """
-    config_bytes, weight_bytes = _read(directory, CONFIG_FILE, _MAX_CONFIG_BYTES), _read(directory, WEIGHTS_FILE)
-    tensors = _parse_weights(weight_bytes)
-    if not tensors:
-        raise AdapterError(f"{WEIGHTS_FILE} holds no tensors")
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor)
-    return _digest(config_bytes, weight_bytes)
+    return Adapter(config, modules, digest_from(config_bytes, weight_bytes))
 
 
 def save_adapter(
@@ -218,7 +221,8 @@ def save_adapter(
 def resolve_base(directory: Path, name_or_path: str) -> str:
     """The base model an adapter names: a path relative to the adapter's directory if it is one, or as is."""
     relative = directory / name_or_path
-    return str(relative.resolve()) if os.path.isdir(relative) else name_or_path  # never raises, unlike is_dir
+    found = name_or_path and os.path.isdir(relative)  # never raises, unlike is_dir
+    return str(relative.resolve()) if found else name_or_path
 
 
 def matches(module: str, targets: tuple[str, ...]) -> bool:
@@ -230,7 +234,11 @@ _RESAVE = "save the adapter as safetensors and try again"
 
 
 def _locate(directory: Path, name: str) -> Path:
-    """The real path of one of the two files; links must stay inside the directory."""
+    """The real path of one of the two files; links must stay inside the directory, or the hub's repository.
+
+    The Hugging Face hub's cache keeps a repository as models--ORG--NAME, with its files in blobs/ and links to
+    them in snapshots/COMMIT/: all of it comes from that one repository.
+    """
     if not directory.is_dir():
         raise AdapterError(f"{directory} is not a directory")
     path = directory / name
@@ -243,7 +251,11 @@ def _locate(directory: Path, name: str) -> Path:
         kind = "no regular file" if os.path.lexists(path) else "missing"
         raise AdapterError(f"{name} is {kind}; an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     real = path.resolve()
-    if not real.is_relative_to(directory.resolve()):
+    home = directory.resolve()
+    for place in home.parents:
+        if place.name == "snapshots" and place.parent.name.startswith("models--"):
+            home = place.parent if (place.parent / "blobs").is_dir() else home
+    if not real.is_relative_to(home):
         raise AdapterError(f"{name} is a link that leaves the adapter's directory: copy the file into it")
     return real
 
@@ -268,9 +280,38 @@ def _read_chunk(file: BufferedReader, name: str) -> bytes:
         return file.read(1 << 20)
 
 
-def _read(directory: Path, name: str, limit: int | None = None) -> bytes:
-    with _open(directory, name, limit) as file, _readable(name):
-        return file.read()
+def read_file(directory: Path, name: str, limit: int | None = None) -> bytes:
+    """The bytes of one of the two files.
+
+    Args:
+        directory: the adapter's.
+        name: CONFIG_FILE or WEIGHTS_FILE.
+        limit: of the weights' bytes: a larger file is refused unread, and so is one whose header does not fit it.
+
+    Raises:
+        AdapterError: if it is missing, unreadable, too large or leaves the directory.
+    """
+    with _open(directory, name, _MAX_CONFIG_BYTES if name == CONFIG_FILE else limit) as file, _readable(name):
+        size = os.fstat(file.fileno()).st_size
+        if name == WEIGHTS_FILE:
+            _header(file, size)
+            file.seek(0)
+        return file.read(size)  # and no more, if it grows
+
+
+def read_header(directory: Path) -> dict[str, TensorInfo]:
+    """Name, type and shape of the tensors in a directory's weights, whatever they are; no tensor is read.
+
+    Raises:
+        AdapterError: if the file is missing, unreadable, no safetensors file, or leaves the directory.
+    """
+    with _open(directory, WEIGHTS_FILE) as file, _readable(WEIGHTS_FILE):
+        return _header(file, os.fstat(file.fileno()).st_size)
+
+
+def header_of(raw: bytes) -> dict[str, TensorInfo]:
+    """As `read_header`, of what was read."""
+    return _header(BytesIO(raw), len(raw))
 
 
 @contextmanager
@@ -286,37 +327,122 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _parse_config(raw: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{CONFIG_FILE} is not JSON: {error}") from error
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """What an adapter_config.json holds.
+
+    Raises:
+        AdapterError: if it is no JSON object.
+    """
+    config = _parse_json(raw, f"{CONFIG_FILE} is not JSON: ")
     if not isinstance(config, dict):
         raise AdapterError(f"{CONFIG_FILE} holds a JSON {type(config).__name__}, not an object")
     return config
 
 
-def _parse_weights(raw: bytes) -> dict[str, torch.Tensor]:
+def _parse_json(raw: bytes, trouble: str) -> Any:
+    """JSON without what readers of it disagree on, or cannot write again: twice a key, NaN, half a character."""
+    try:
+        # As text, since vLLM and PEFT read it so: other encodings and a byte order mark are none to them.
+        whole = json.loads(raw.decode(), object_pairs_hook=_object)
+        waiting = [("", whole)]
+        while waiting:
+            key, value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += value.items()
+            elif isinstance(value, list):
+                waiting += ((key, item) for item in value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{shown(key)} is {value}, and numbers must be finite")
+            for text in (key, value):
+                if isinstance(text, str) and not text.isascii():
+                    text.encode()
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{trouble}{error!s:.200}") from error
+    return whole
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice")
+        found[key] = value
+    return found
+
+
+_DAMAGED = f"{WEIGHTS_FILE} is damaged or no safetensors file: "
+_AGAIN = "; copy or save it again"
+
+
+def _header(file: BufferedIOBase, size: int) -> dict[str, TensorInfo]:
+    """A safetensors file's header, checked against the file's size: nothing is made because a header claims it."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}")
+    if len(start) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise AdapterError(f"{_DAMAGED}of its {size:,} bytes {length:,} would be the header{_AGAIN}")
+    entries = _parse_json(file.read(length), f"{_DAMAGED}its header is not JSON: ")
+    if not isinstance(entries, dict):
+        raise AdapterError(f"{_DAMAGED}its header is a JSON {type(entries).__name__}, not an object{_AGAIN}")
+    entries.pop("__metadata__", None)
+    found, places = {}, []
+    for name, entry in entries.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if all(
+                type(number) is int and number >= 0 for number in (*shape, begin, end)
+            ):
+                if end - begin != math.prod(shape) * _ITEM_BYTES.get(dtype, 0) and dtype in _ITEM_BYTES:
+                    raise AdapterError(
+                        f"{_DAMAGED}{shown(name)} has {end - begin:,} bytes, which are not those of "
+                        f"{shown(shape)} in {dtype}{_AGAIN}"
+                    )
+                found[name] = TensorInfo(dtype, tuple(shape))
+                places.append((begin, end))
+            case _:
+                raise AdapterError(f"{_DAMAGED}{shown(name)} is {shown(entry)} in its header{_AGAIN}")
+    reached = 0
+    for begin, end in sorted(places):
+        if not begin == reached <= end:
+            raise AdapterError(
+                f"{_DAMAGED}its tensors overlap or leave gaps at byte {begin:,} of the data{_AGAIN}"
+            )
+        reached = end
+    if reached != size - 8 - length:
+        raise AdapterError(
+            f"{_DAMAGED}its tensors take {reached:,} bytes and {size - 8 - length:,} are there{_AGAIN}"
+        )
+    return found
+
+
+def parse_weights(raw: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose header was checked.
+
+    Raises:
+        AdapterError: if it is damaged, or has types that torch does not know.
+    """
     try:
         tensors: dict[str, torch.Tensor] = load_safetensors(raw)
+    except MemoryError:
+        raise
     except Exception as error:  # SafetensorError, and whatever its conversion to torch stumbles over
-        if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise AdapterError(f"{WEIGHTS_FILE} is a pickle file, which is never read: {_RESAVE}") from error
-        raise AdapterError(
-            f"{WEIGHTS_FILE} is damaged or no safetensors file: {error!s:.200}; copy or save it again"
-        ) from error
+        raise AdapterError(f"{_DAMAGED}{error!s:.200}{_AGAIN}") from error
     return tensors
 
 
-def _digest(config_bytes: bytes, weight_bytes: bytes) -> str:
+def digest_from(config_bytes: bytes, weight_bytes: bytes) -> str:
+    """As `digest_of`, of what was read."""
     parts = (hashlib.sha256(raw).digest() for raw in (config_bytes, weight_bytes))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise AdapterError for NaN and infinity."""
     finite = torch.isfinite(tensor)
     if not finite.all():
-        raise AdapterError(f"{name} has {int((~finite).sum())} values that are NaN or infinite")
+        raise AdapterError(
+            f"{WEIGHTS_FILE}: {name:.200} has {int((~finite).sum())} values that are NaN or infinite"
+        )
 
 
 def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleWeights]:
@@ -326,53 +452,53 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"tensor {name!r} does not belong in a QAA adapter; names are "
+                f"{WEIGHTS_FILE}: tensor {shown(name)} does not belong in a QAA adapter; names are "
                 "base_model.model.<module>.qaa_theta and .qaa_weight"
             )
         pairs.setdefault(match["module"], {})[match["kind"]] = tensor
     for target in config.target_modules:
         if not any(matches(module, (target,)) for module in pairs):
-            raise AdapterError(f"target module {target!r} has no tensors in {WEIGHTS_FILE}")
+            raise AdapterError(f"target module {shown(target)} has no tensors in {WEIGHTS_FILE}")
     modules = {}
     for module, pair in pairs.items():
         if not matches(module, config.target_modules):
             raise AdapterError(
-                f"{WEIGHTS_FILE} adapts {module!r}, which is not among the target_modules "
-                f"{list(config.target_modules)}"
+                f"{WEIGHTS_FILE} adapts {shown(module)}, which is not among the target_modules "
+                f"{shown(list(config.target_modules))}"
             )
         if _UNADAPTABLE.search(module):
             raise AdapterError(
-                f"{module!r} cannot be adapted: embeddings, output heads and MoE experts are not supported"
+                f"{WEIGHTS_FILE}: {shown(module)} cannot be adapted: embeddings, output heads and MoE experts are "
+                "not supported"
             )
         for kind in ("theta", "weight"):
             if kind not in pair:
-                raise AdapterError(f"tensor base_model.model.{module}.qaa_{kind} is missing")
+                raise AdapterError(f"{WEIGHTS_FILE}: tensor base_model.model.{module:.200}.qaa_{kind} is missing")
         modules[module] = _module(config, module, pair["theta"], pair["weight"])
     return modules
 
 
 def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: torch.Tensor) -> ModuleWeights:
+    angles, columns = (f"{WEIGHTS_FILE}: {module:.200}.qaa_{kind}" for kind in ("theta", "weight"))
     if theta.dtype != torch.float32:
-        raise AdapterError(f"{module}.qaa_theta has dtype {theta.dtype}; torch.float32 is needed")
+        raise AdapterError(f"{angles} has dtype {theta.dtype}; torch.float32 is needed")
     if weight.dtype not in _WEIGHT_DTYPES:
-        raise AdapterError(f"{module}.qaa_weight has dtype {weight.dtype}; one of {_WEIGHT_DTYPES} is needed")
+        raise AdapterError(f"{columns} has dtype {weight.dtype}; one of {_WEIGHT_DTYPES} is needed")
     qubits = theta.shape[-1] if theta.ndim else 0
     try:
         shape = config.circuit(qubits).theta_shape
     except ValueError as error:
-        raise AdapterError(f"{module}.qaa_theta has shape {tuple(theta.shape)}: {error}") from error
+        raise AdapterError(f"{angles} has shape {tuple(theta.shape)}: {error}") from error
     expected = shape if config.heads == 1 else (config.heads, *shape)
     if tuple(theta.shape) != expected:
         raise AdapterError(
-            f"{module}.qaa_theta has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
+            f"{angles} has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
             f"{config.ansatz!r} with {config.layers} layers, {config.heads} heads and {qubits} qubits"
         )
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != config.rank(qubits):
-        raise AdapterError(
-            f"{module}.qaa_weight has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed"
-        )
-    _check_finite(f"{module}.qaa_theta", theta)
-    _check_finite(f"{module}.qaa_weight", weight)
+        raise AdapterError(f"{columns} has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed")
+    check_finite(f"{module}.qaa_theta", theta)
+    check_finite(f"{module}.qaa_weight", weight)
     return ModuleWeights(theta.reshape(config.heads, *shape), weight)
 
 
@@ -382,24 +508,27 @@ def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base:
     Raises:
         AdapterError: for modules the base lacks, other widths, or targeted layers without tensors.
     """
+    of = f"made for another base, {shown(config.base_model_name_or_path)}"
     for module, weights in modules.items():
         if module not in base:
             near = sorted({name.rpartition(".")[2] for name in base})
             raise AdapterError(
-                f"the base model has no linear layer {module!r} (its layers end in {', '.join(near)}): "
-                f"the adapter was made for another base, {config.base_model_name_or_path!r}"
+                f"{WEIGHTS_FILE}: the base model has no linear layer {shown(module)} (its layers end in "
+                f"{', '.join(near):.200}): the adapter was {of}"
             )
         d_in, d_out = base[module]
         try:
             qubits = config.qubits(d_in)
         except ValueError as error:
-            raise AdapterError(f"{module!r} of the base model cannot be adapted: {error}") from error
+            raise AdapterError(
+                f"{WEIGHTS_FILE}: {module!r} of the base model cannot be adapted: {error}"
+            ) from error
         if weights.qubits != qubits or weights.weight.shape[0] != d_out:
             raise AdapterError(
-                f"{module!r} is {d_in} -> {d_out} in the base model, which needs {qubits} qubits and {d_out} "
-                f"rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was "
-                f"made for another base, {config.base_model_name_or_path!r}"
+                f"{WEIGHTS_FILE}: {module!r} is {d_in} -> {d_out} in the base model, which needs {qubits} qubits "
+                f"and {d_out} rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: "
+                f"it was {of}"
             )
     for module in base:
         if matches(module, config.target_modules) and module not in modules:
-            raise AdapterError(f"tensors for {module!r} are missing, which target_modules names")
+            raise AdapterError(f"{WEIGHTS_FILE}: tensors for {module!r} are missing, which target_modules names")

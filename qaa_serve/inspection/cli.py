@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Say what an adapter is: its base, modules, circuits and sizes, and how large its updates are, layer by layer.
-An adapter that qaa-serve would refuse is refused here, with the same message.
+Whether it can be served is judged as qaa-serve judges it, with the same message where it cannot.
 """
 
 EXAMPLE = """\
@@ -33,7 +33,7 @@ examples:
   qaa-serve inspect adapters/support --check support.jsonl --noise depolarizing=0.001 --noise readout=0.01 \\
       --module q_proj --tokens 4
 
-exit status: 0; 1 if the adapter is not valid; 2 if what was asked for cannot be done; 130 after Ctrl-C.
+exit status: 0; 1 if the adapter cannot be served; 2 if what was asked for cannot be done; 130 after Ctrl-C.
 """
 
 #: Packages that the extra `inspect` brings, and those that reading a base model needs.
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="MODEL",
         help="base model, a directory or a name on the Hugging Face hub (default: the one the adapter names)",
+    )
+    parser.add_argument(
+        "--with-vllm",
+        action="store_true",
+        help="ask vLLM's own check of LoRA adapters too, which takes the seconds that importing vLLM takes",
     )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     parser.add_argument(
@@ -115,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     """Inspect as the arguments say.
 
     Returns:
-        The exit status: 0; 1 for an invalid adapter, 2 for what cannot be done, with the reason on stderr; 130
-        after Ctrl-C.
+        The exit status: 0; 1 for an adapter that cannot be served, 2 for what cannot be done, with the reason on
+        stderr; 130 after Ctrl-C.
     """
     try:
         _inspect(args)
@@ -147,7 +152,13 @@ def _inspect(args: argparse.Namespace) -> None:
     from qaa_serve.inspection.report import inspect_adapter
 
     _check_usage(args)
-    report = inspect_adapter(args.adapter, args.base, trust_remote_code=args.trust_remote_code)
+    try:
+        report = inspect_adapter(
+            args.adapter, args.base, trust_remote_code=args.trust_remote_code, with_vllm=args.with_vllm
+        )
+    except AdapterError as error:
+        _print_refused(args, error)
+        raise
     messages = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     # What can fail at once fails before the long check.
     files = _make_files(args, report)
@@ -224,9 +235,29 @@ def _qaa_of(report: Report, option: str) -> Any:
     return report.adapter
 
 
-def _print(args: argparse.Namespace, report: Report, result: HardwareResult | None) -> None:
+def _print_refused(args: argparse.Namespace, error: AdapterError) -> None:
+    """What can be told all the same; files that were asked for are not written."""
+    if args.qasm == "-":
+        return
+    from qaa_serve.inspection.report import describe_refused
+
+    report = describe_refused(args.adapter, error)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        return
+    from qaa_serve.inspection.show import show_refused
+
+    show_refused(_console(), report)
+
+
+def _console() -> Console:
     from rich.console import Console
 
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=115)
+
+
+def _print(args: argparse.Namespace, report: Report, result: HardwareResult | None) -> None:
     if args.qasm == "-":
         return
     if args.json:
@@ -237,9 +268,7 @@ def _print(args: argparse.Namespace, report: Report, result: HardwareResult | No
         return
     from qaa_serve.inspection.show import show_check, show_report
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=115)
+    console = _console()
     show_report(console, report)
     if result is not None:
         show_check(console, result)

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from os.path import abspath
 from pathlib import Path
-from typing import Any
+from sys import stderr
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from qaa_serve.adapters import (
     CONFIG_FILE,
+    MAX_ADAPTER_BYTES,
     WEIGHTS_FILE,
     Adapter,
     AdapterError,
     LinearWidths,
-    check_fit,
+    Lora,
+    LoraPair,
+    TensorInfo,
+    digest_of,
+    judge,
     linear_widths,
-    load_adapter,
+    only_refusals,
     read_config,
+    read_header,
 )
 from qaa_serve.inspection.base_weights import frobenius_norms
 from qaa_serve.inspection.errors import InspectionError
-from qaa_serve.inspection.lora import read_lora
 from qaa_serve.registry import Revision, read_revision
 
 #: Raised when a key of the JSON goes away or changes its meaning; new keys may come at any time.
 INSPECT_FORMAT = 1
+
+#: What vLLM's own check of a LoRA adapter said; it takes no QAA adapters.
+VllmCheck: TypeAlias = Literal["passed", "refused", "not asked"]
+
+#: Of one adapter's weights, where a server is not told otherwise.
+_USUAL_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,7 @@ class Report:
         adapter: the validated adapter; None for LoRA.
         config: the fields of adapter_config.json.
         notes: what a reader should know besides, a sentence each.
+        vllm_check: whether vLLM's own check was asked too.
     """
 
     revision: Revision
@@ -131,11 +147,15 @@ class Report:
     modules: tuple[ModuleFacts, ...]
     notes: tuple[str, ...]
     adapter: Adapter | None
+    vllm_check: VllmCheck = "not asked"
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints; docs/inspect.md lists the keys."""
         return {
             "inspect_format": INSPECT_FORMAT,
+            "can_be_served": True,
+            "reason": None,
+            "vllm_check": self.vllm_check,
             "name": self.revision.name,
             "revision": self.revision.revision,
             "digest": self.revision.digest,
@@ -149,16 +169,78 @@ class Report:
         }
 
 
-def inspect_adapter(directory: Path, base: str | None = None, *, trust_remote_code: bool = False) -> Report:
+@dataclass(frozen=True)
+class RefusedReport:
+    """What can be told of an adapter that cannot be served; None is what cannot.
+
+    Attributes:
+        reason: why it cannot, in the server's words.
+        config: what adapter_config.json holds, whatever that is.
+        tensors: what the header of the weights says is in them.
+        vllm_check: `refused` if it was vLLM's own check that refused it.
+    """
+
+    directory: Path
+    reason: str
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, TensorInfo] | None
+    digest: str | None
+    vllm_check: VllmCheck
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints: the keys of `Report`, and the tensors."""
+        config = self.config or {}
+        base = {"named": config.get("base_model_name_or_path"), "resolved": None, "fits": None, "problem": None}
+        return {
+            "inspect_format": INSPECT_FORMAT,
+            "can_be_served": False,
+            "reason": self.reason,
+            "vllm_check": self.vllm_check,
+            "name": self.directory.name,
+            "revision": None,
+            "digest": self.digest,
+            "directory": str(self.directory),
+            "kind": config.get("peft_type"),
+            "config": self.config,
+            "base": base,
+            "sizes": None,
+            "modules": [],
+            "notes": [],
+            "tensors": [{"name": name, **asdict(info)} for name, info in (self.tensors or {}).items()],
+        }
+
+
+class VllmRefusedError(AdapterError):
+    """vLLM's own check refuses an adapter that ours takes."""
+
+
+def describe_refused(directory: Path, error: AdapterError) -> RefusedReport:
+    """What can be told of an adapter that `inspect_adapter` refused with this error."""
+    directory = Path(abspath(directory))
+    config = tensors = digest = None
+    with suppress(AdapterError), only_refusals(CONFIG_FILE):
+        config = read_config(directory)
+    with suppress(AdapterError), only_refusals(WEIGHTS_FILE):
+        tensors = read_header(directory)
+    with suppress(AdapterError), only_refusals(WEIGHTS_FILE):
+        digest = digest_of(directory, max_bytes=MAX_ADAPTER_BYTES)
+    said: VllmCheck = "refused" if isinstance(error, VllmRefusedError) else "not asked"
+    return RefusedReport(directory, str(error), config, tensors, digest, said)
+
+
+def inspect_adapter(
+    directory: Path, base: str | None = None, *, trust_remote_code: bool = False, with_vllm: bool = False
+) -> Report:
     """Validate an adapter as the server does, and describe it.
 
     Args:
         directory: the adapter.
         base: a base model in place of the one that the adapter names.
         trust_remote_code: whether code that comes with the base model may run.
+        with_vllm: ask vLLM's own check of LoRA adapters too.
 
     Raises:
-        InspectionError: if there is no such directory, or ``base`` cannot be read.
+        InspectionError: if there is no such directory, ``base`` cannot be read, or vLLM is not there.
         AdapterError: if the adapter cannot be served.
     """
     directory = Path(abspath(directory))  # "." has no name, and a link keeps its own
@@ -173,13 +255,39 @@ def inspect_adapter(directory: Path, base: str | None = None, *, trust_remote_co
     widths, problem = _widths(resolved, trust_remote_code)
     if base is not None and problem is not None:
         raise InspectionError(f"--base {base}: {problem}")
-    facts = BaseFacts(str(raw.get("base_model_name_or_path") or ""), resolved, None, problem)
+    found = judge(directory, base=widths)
+    said: VllmCheck = "not asked"
+    if with_vllm and isinstance(found.content, Lora):
+        _ask_vllm(directory)
+        said = "passed"
+    facts = BaseFacts(found.base, resolved, None, problem)
+    notes = found.notes
+    if revision.nbytes > _USUAL_BYTES:
+        notes = (
+            *notes,
+            f"a server takes {WEIGHTS_FILE} only with a larger --max-adapter-bytes than it has by default",
+        )
     disk = sum((directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
-    if revision.kind == "QAA":
-        report = _qaa_report(directory, revision, facts, widths, disk)
+    if isinstance(found.content, Adapter):
+        report = _qaa_report(found.content, revision, facts, widths, disk)
     else:
-        report = _lora_report(directory, revision, raw, facts, widths, disk)
-    return _with_base_norms(report)
+        report = _lora_report(found.content, revision, raw, facts, widths, disk)
+    return _with_base_norms(replace(report, notes=(*notes, *report.notes), vllm_check=said))
+
+
+def _ask_vllm(directory: Path) -> None:
+    """Raise AdapterError if vLLM's own check refuses a LoRA adapter.
+
+    By name, since importing vLLM takes seconds and only this needs it.
+    """
+    if find_spec("vllm") is None or find_spec("vllm_qaa") is None:
+        raise InspectionError("--with-vllm: vLLM is not installed here; leave it out, or ask where the server is")
+    with redirect_stdout(stderr):  # which vLLM logs to
+        check = import_module("vllm_qaa.lora_check").check
+        try:
+            check(directory, read_header(directory))
+        except AdapterError as error:
+            raise VllmRefusedError(str(error)) from error
 
 
 def _widths(base: str, trust_remote_code: bool) -> tuple[LinearWidths | None, str | None]:
@@ -197,11 +305,9 @@ def _widths(base: str, trust_remote_code: bool) -> tuple[LinearWidths | None, st
 
 
 def _qaa_report(
-    directory: Path, revision: Revision, base: BaseFacts, widths: LinearWidths | None, disk: int
+    adapter: Adapter, revision: Revision, base: BaseFacts, widths: LinearWidths | None, disk: int
 ) -> Report:
-    adapter = load_adapter(directory)
     if widths is not None:
-        check_fit(adapter.config, adapter.modules, widths)
         base = replace(base, fits=True)
     modules = []
     for name, weights in adapter.modules.items():
@@ -232,18 +338,17 @@ def _qaa_report(
 
 
 def _lora_report(
-    directory: Path,
+    lora: Lora,
     revision: Revision,
     raw: Mapping[str, Any],
     base: BaseFacts,
     widths: LinearWidths | None,
     disk: int,
 ) -> Report:
-    lora = read_lora(directory, raw)
     modules = []
-    notes = list(lora.notes)
+    notes = []
     for name, pair in lora.modules.items():
-        frobenius, spectral = pair.norms()
+        frobenius, spectral = _norms(pair)
         modules.append(
             ModuleFacts(
                 name,
@@ -258,17 +363,31 @@ def _lora_report(
                 update_spectral=spectral,
             )
         )
+    if lora.other:
+        notes.append(
+            f"{len(lora.other)} tensors are no pairs of matrices, the first {next(iter(lora.other))!r}; they "
+            "count as parameters and are in no norm"
+        )
     if widths is not None:
-        misfits = [m.name for m in modules if widths.get(m.name) != (m.d_in, m.d_out)]
-        if misfits:
+        unknown = [m.name for m in modules if m.name not in widths]
+        if unknown:
             notes.append(
-                f"{len(misfits)} of {len(modules)} modules, the first {misfits[0]!r}, are not in the base model "
-                "with these widths: the adapter was made for another base, or names its layers otherwise"
+                f"{len(unknown)} of {len(modules)} modules, the first {unknown[0]!r}, are no linear layers of the "
+                "base model by name: whether they fit is for the engine to say"
             )
-        base = replace(base, fits=not misfits)
-    item = max(pair.b.element_size() for pair in lora.modules.values())
-    sizes = _sizes(modules, 0, disk, lora.nbytes, item, other=lora.other_parameters)
+        base = replace(base, fits=not unknown)
+    item = max((pair.b.element_size() for pair in lora.modules.values()), default=0)
+    other = sum(tensor.numel() for tensor in lora.other.values())
+    sizes = _sizes(modules, 0, disk, lora.nbytes, item, other=other)
     return Report(revision, dict(raw), base, sizes, tuple(modules), tuple(notes), None)
+
+
+def _norms(pair: LoraPair) -> tuple[float, float]:
+    """(Frobenius, spectral) norm of dW, without making it: those of two small triangular factors."""
+    right = torch.linalg.qr(pair.a.double().T, mode="r").R
+    left = torch.linalg.qr(pair.b.double(), mode="r").R
+    values = torch.linalg.svdvals(left @ right.T) * abs(pair.scale)
+    return float(torch.linalg.vector_norm(values)), float(values.max())
 
 
 def _sizes(modules: list[ModuleFacts], angles: int, disk: int, memory: int, item: int, other: int = 0) -> Sizes:
@@ -285,10 +404,10 @@ def _sizes(modules: list[ModuleFacts], angles: int, disk: int, memory: int, item
         weights=parameters - angles,
         bytes_on_disk=disk,
         bytes_in_memory=memory,
-        largest_rank=max(module.rank for module in modules),
+        largest_rank=max((module.rank for module in modules), default=0),
         lora_parameters=same_rank,
         lora_bytes=None if same_rank is None else same_rank * item,
-        equal_lora_rank=None if per_rank is None else parameters / per_rank,
+        equal_lora_rank=parameters / per_rank if per_rank else None,
     )
 
 

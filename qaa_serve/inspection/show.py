@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qaa_serve.inspection.hardware import Deviation, HardwareResult
 from qaa_serve.inspection.plot import by_kind
-from qaa_serve.inspection.report import ModuleFacts, Report, place_of
+from qaa_serve.inspection.report import ModuleFacts, RefusedReport, Report, place_of
 
 #: Config keys that have a line of their own.
 _SHOWN = ("base_model_name_or_path", "peft_type", "target_modules")
@@ -26,19 +26,18 @@ _MAX_ROWS = 32
 def show_report(console: Console, report: Report) -> None:
     """Print the summary, the table of kinds and that of norms by layer."""
     revision, sizes = report.revision, report.sizes
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
+    facts = _grid()
 
     def fact(name: str, value: object) -> None:
         facts.add_row(name, _plain(str(value)))
 
     console.print(Text.assemble((_plain(revision.revision), "bold cyan"), f"   {revision.kind} adapter"))
+    console.print(f"can be served: yes, {_vllm(report)}", soft_wrap=True)
     fact("directory", revision.path)
     fact("base model", _base(report))
     fact("digest", f"{revision.digest} (SHA-256)")
     fact("config", _config(revision.kind, report.config))
-    fact("targets", ", ".join(report.config.get("target_modules") or []))
+    fact("targets", _targets(report.config))
     split = f" ({sizes.angles:,} angles, {sizes.weights:,} in B)" if sizes.angles else ""
     fact("trained", f"{sizes.parameters:,} parameters{split} in {sizes.modules} modules, rank {_ranks(report)}")
     fact("bytes", f"{sizes.bytes_on_disk:,} on disk, {sizes.bytes_in_memory:,} in memory")
@@ -52,6 +51,47 @@ def show_report(console: Console, report: Report) -> None:
     console.print(_meaning(report), style="dim")
     for note in report.notes:
         console.print(Text(f"note: {_plain(note)}", style="yellow"))
+
+
+def show_refused(console: Console, report: RefusedReport) -> None:
+    """Print why an adapter cannot be served, and what its files say."""
+    config, tensors = report.config or {}, report.tensors or {}
+    kind = config.get("peft_type")
+    console.print(Text.assemble((_plain(report.directory.name), "bold cyan"), f"   {_plain(str(kind))} adapter"))
+    console.print(Text(f"can be served: no: {_plain(report.reason)}", style="red"), soft_wrap=True)
+    facts = _grid()
+    facts.add_row("directory", _plain(str(report.directory)))
+    facts.add_row("base model", _plain(str(config.get("base_model_name_or_path") or "none")))
+    facts.add_row("digest", f"{report.digest} (SHA-256)" if report.digest else "unknown")
+    facts.add_row("config", _plain(_config(str(kind), config)) if report.config is not None else "unreadable")
+    facts.add_row("targets", _plain(_targets(config)))
+    facts.add_row("tensors", "unreadable" if report.tensors is None else str(len(tensors)))
+    console.print(facts)
+    for name, info in list(tensors.items())[:_MAX_ROWS]:
+        console.print(_plain(f"  {name} {info.dtype} {list(info.shape)}"), soft_wrap=True)
+    if len(tensors) > _MAX_ROWS:
+        console.print(f"  ... --json has all {len(tensors)}", style="dim")
+
+
+def _grid() -> Table:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    return facts
+
+
+def _vllm(report: Report) -> str:
+    if report.revision.kind == "QAA":
+        return "as far as can be told without the engine (vLLM itself has no check of QAA adapters)"
+    if report.vllm_check == "passed":
+        return "and vLLM's own check of its config and names passed"
+    return "as far as can be told without the engine; vLLM's own check was not asked (--with-vllm asks it)"
+
+
+def _targets(config: Mapping[str, Any]) -> str:
+    """A list by its names, a regular expression and all-linear as they are written."""
+    targets = config.get("target_modules") or ""
+    return ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
 
 
 def show_check(console: Console, result: HardwareResult) -> None:
@@ -99,7 +139,7 @@ def _base(report: Report) -> str:
     text = base.resolved if base.resolved == base.named else f"{base.resolved} (named {base.named!r})"
     if base.fits is None:
         return f"{text or 'none'}\nthe fit to it was not checked: {base.problem}"
-    return f"{text}, {'which it fits' if base.fits else 'which it does not fit'}"
+    return f"{text}, {'which it fits' if base.fits else 'which lacks names that it has'}"
 
 
 def _config(kind: str, config: Mapping[str, Any]) -> str:
@@ -156,7 +196,7 @@ def _kinds(report: Report) -> Table:
 def _layers(report: Report) -> Table:
     """Frobenius norms, layers down, kinds across; a bar each, and the part of the base's norm."""
     kinds = by_kind(report.modules)
-    largest = max(module.update_frobenius for module in report.modules) or 1.0
+    largest = max((module.update_frobenius for module in report.modules), default=0) or 1.0
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", justify="right")
     for kind in kinds:

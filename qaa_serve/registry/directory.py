@@ -6,14 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from logging import Logger, getLogger
 from pathlib import Path
 from typing import TypeAlias
 
 from watchfiles import awatch
 
-from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from qaa_serve.adapters import CONFIG_FILE, MAX_ADAPTER_BYTES, WEIGHTS_FILE, AdapterError, only_refusals
 from qaa_serve.registry.catalogue import Catalogue
 from qaa_serve.registry.revisions import Rejection, Revision, read_revision
 
@@ -28,20 +28,28 @@ def check_directory(directory: Path) -> None:
         )
 
 
-def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
+def scan(directory: Path, *, max_bytes: int = MAX_ADAPTER_BYTES) -> tuple[list[Revision], list[Rejection]]:
     """Read every adapter directory in a directory, in the order of their names.
 
-    Hidden directories and those that hold neither an adapter config nor weights are passed over.
+    Hidden directories and those that hold neither an adapter config nor weights are passed over. Whatever goes
+    wrong with one of them is its rejection.
+
+    Args:
+        directory: the adapters directory.
+        max_bytes: of one adapter's weights: a larger file is refused before it is read.
 
     Raises:
-        AdapterError: if ``directory`` is not a directory, or is itself an adapter.
+        AdapterError: if ``directory`` cannot be read, or is itself an adapter.
     """
     check_directory(directory)
     revisions: list[Revision] = []
     rejections: list[Rejection] = []
-    for path in _adapter_directories(directory):
+    with only_refusals(f"--adapters {directory}"):
+        paths = list(_adapter_directories(directory))
+    for path in paths:
         try:
-            revisions.append(read_revision(path))
+            with only_refusals(f"the adapter {path.name!r}"):
+                revisions.append(read_revision(path, max_bytes=max_bytes))
         except AdapterError as error:
             rejections.append(Rejection(path.name, path, str(error), error.kind))
     return revisions, rejections
@@ -49,14 +57,17 @@ def scan(directory: Path) -> tuple[list[Revision], list[Rejection]]:
 
 def _adapter_directories(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
-        if not path.name.startswith(".") and path.is_dir() and _looks_like_an_adapter(path):
+        if not path.name.startswith(".") and _looks_like_an_adapter(path):
             yield path
 
 
 def _looks_like_an_adapter(path: Path) -> bool:
-    with suppress(OSError):  # what may not be read is an adapter that is refused
-        return os.path.lexists(path / CONFIG_FILE) or any(path.glob("adapter_model.*"))
-    return True
+    try:
+        return any(name == CONFIG_FILE or name.startswith("adapter_model.") for name in os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # what may not be read is an adapter that is refused
 
 
 #: What changes when an adapter's directory or one of its two files does.

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qaa_serve.adapters import (
+    MAX_ADAPTER_BYTES,
     WEIGHTS_FILE,
     AdapterError,
     LinearWidths,
-    check_lora,
-    load_adapter,
-    read_config,
+    judge,
+    only_refusals,
     resolve_base,
 )
 
 #: Names that adapters may be served under. "@" separates a name from a revision's digest.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+#: Names that the metrics have a meaning of their own for: of what has no series of its own, and of no model.
+RESERVED_NAMES = frozenset({"other", "unknown"})
 
 #: Ids up to here are vLLM's own (its warm-up uses 1, 2, ...).
 _RESERVED_IDS = 1 << 16
@@ -114,10 +117,21 @@ def check_name(name: str) -> None:
             f"{name!r} cannot be an adapter's name: letters, digits, '.', '_' and '-', at most 128, the first a "
             "letter or digit. Rename the directory"
         )
+    if name in RESERVED_NAMES:
+        raise NameRefusedError(
+            f"{name!r} cannot be an adapter's name: in the metrics it stands for requests of others. Rename the "
+            "directory"
+        )
 
 
+@only_refusals("the adapter")
 def read_revision(
-    directory: Path, name: str | None = None, *, origin: Path | None = None, base: LinearWidths | None = None
+    directory: Path,
+    name: str | None = None,
+    *,
+    origin: Path | None = None,
+    base: LinearWidths | None = None,
+    max_bytes: int = MAX_ADAPTER_BYTES,
 ) -> Revision:
     """Validate an adapter directory, QAA or LoRA, as far as is possible without an engine.
 
@@ -125,37 +139,22 @@ def read_revision(
         directory: the adapter.
         name: the name to serve it under; None takes the directory's.
         origin: the directory that a relative path of the base model is relative to, if this one is a copy.
-        base: the base model's linear layers, which a QAA adapter must fit; None leaves that to the engine.
+        base: the base model's linear layers, which an adapter must fit; None leaves that to the engine.
+        max_bytes: of the weights: a larger file is refused before it is read.
 
     Raises:
-        AdapterError: if it cannot be served.
+        AdapterError: if it cannot be served, and for whatever goes wrong while it is read.
     """
     name = directory.name if name is None else name
     check_name(name)
-    config = read_config(directory)
-    kind = config.get("peft_type")
-    if kind == "QAA":
-        adapter = load_adapter(directory, base)
-        digest, rank = adapter.digest, adapter.rank
-        details = {key: getattr(adapter.config, key) for key in ("ansatz", "layers", "heads", "alpha")}
-    elif kind == "LORA":
-        digest, r = check_lora(directory), config.get("r")
-        if not isinstance(r, int) or r < 1:
-            raise AdapterError(f"adapter_config.json of a LoRA adapter needs a positive integer r, found {r!r}")
-        patterns = config.get("rank_pattern") or {}
-        rank = max([r, *(other for other in patterns.values() if isinstance(other, int))])
-        details = {"r": r, "lora_alpha": config.get("lora_alpha")}
-    else:
-        raise AdapterError(f"adapter_config.json has peft_type {kind!r}; QAA and LORA adapters can be served")
-    details["target_modules"] = config.get("target_modules")
-    named_base = config.get("base_model_name_or_path") or ""
+    found = judge(directory, base=base, max_bytes=max_bytes)
     return Revision(
         name=name,
-        digest=digest,
+        digest=found.digest,
         path=directory.resolve(),
-        kind=kind,
-        rank=rank,
+        kind=found.kind,
+        rank=found.rank,
         nbytes=(directory / WEIGHTS_FILE).stat().st_size,
-        base=resolve_base(origin or directory, named_base),
-        details=details,
+        base=resolve_base(origin or directory, found.base),
+        details=found.details,
     )

@@ -18,7 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, LinearWidths, copy_adapter, digest_of
+from qaa_serve.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterError,
+    LinearWidths,
+    copy_adapter,
+    digest_of,
+    only_refusals,
+)
 from qaa_serve.registry.revisions import Revision, read_revision
 
 
@@ -79,6 +87,7 @@ class RevisionStore:
         """Let another server use the directory."""
         self._lock.close()
 
+    @only_refusals("the adapter")
     def admit(self, source: Path, name: str) -> Revision:
         """Copy an adapter into the store and check the copy.
 
@@ -92,7 +101,7 @@ class RevisionStore:
             raise self._no_room(error) from error
         try:
             copy_adapter(source, copy, max_bytes=self.max_adapter_bytes)
-            revision = read_revision(copy, name, origin=source, base=self.base)
+            revision = self._read(copy, name, origin=source)
             place = self._revisions / revision.revision
             if place.exists() and _intact(place, revision.digest):
                 return self._at(revision, place)
@@ -123,7 +132,7 @@ class RevisionStore:
             AdapterError: if it is gone or no longer what it was.
         """
         place = self._revisions / f"{name}@{digest[:12]}"
-        revision = read_revision(place, name, base=self.base)
+        revision = self._read(place, name)
         if not revision.digest.startswith(digest):
             raise AdapterError(f"the copy of {name}@{digest[:12]} in the revision store is damaged")
         return revision
@@ -179,6 +188,9 @@ class RevisionStore:
         beside = self.directory / ".state.json"
         beside.write_text(json.dumps(state, indent=1), encoding="utf-8")
         beside.replace(self.directory / "state.json")
+
+    def _read(self, directory: Path, name: str, origin: Path | None = None) -> Revision:
+        return read_revision(directory, name, origin=origin, base=self.base, max_bytes=self.max_adapter_bytes)
 
     def _at(self, revision: Revision, place: Path) -> Revision:
         return Revision(**{**vars(revision), "path": place.resolve()})

@@ -412,7 +412,7 @@ def _look_at_adapters(args: argparse.Namespace) -> set[str] | None:
     check_directory(args.adapters)
     if not args.strict_adapters and (args.model_tag or args.model):
         return None
-    revisions, rejections = scan(args.adapters)
+    revisions, rejections = scan(args.adapters, max_bytes=args.max_adapter_bytes)
     if args.strict_adapters and rejections:
         found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
         raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
@@ -535,7 +535,7 @@ def _base_of(bases: set[str], directory: Path | None) -> str:
     """The one local base model that the adapters name."""
     if directory is None:
         raise UsageError("nothing to serve: give a MODEL, or --adapters DIR whose adapters name a local base")
-    local = [base for base in bases if Path(base).is_dir()]
+    local = [base for base in bases if os.path.isdir(base)]  # which never raises, whatever the name
     if len(local) == 1:
         return local[0]
     found = ", ".join(map(repr, sorted(bases))) or "no valid adapter"
