@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,13 +18,19 @@ from registry_support import FakeEngine, eventually, make, make_catalogue, make_
 
 from qaa_serve.adapters import WEIGHTS_FILE, AdapterError
 from qaa_serve.registry import (
+    AmbiguousRevisionError,
     CacheFullError,
     Catalogue,
+    EngineRefusedError,
+    Entry,
+    LoadTimeoutError,
     Rejection,
     Revision,
     RevisionStore,
     UnavailableError,
     UnknownAdapterError,
+    public_form,
+    read_revision,
 )
 
 Body = Callable[[Catalogue, FakeEngine], Awaitable[None]]
@@ -533,6 +540,173 @@ def test_a_request_that_waits_for_a_load_has_what_the_name_stands_for_then(place
             assert used == (new if change == "replace" else old)
 
     place.serve(body, cache_bytes=two_fit(place), engine=LenientEngine())
+
+
+def test_changes_of_other_names_do_not_wait_for_a_load_that_hangs(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        a = await catalogue.publish("a", place.adapter(1), "api")
+        await catalogue.remove("a")
+        await settle()
+        engine.hang(a)
+        hanging = asyncio.create_task(catalogue.publish("a", place.adapter(1), "api"))
+        await eventually(lambda: engine.busy == {a}, "it hangs")
+        behind = asyncio.create_task(catalogue.publish("a", place.adapter(2), "api"))
+        async with asyncio.timeout(5):
+            b = await catalogue.publish("b", place.adapter(1), "api")
+            await catalogue.publish("b", place.adapter(2), "api")
+            await catalogue.roll_back("b")
+            await catalogue.pin("b")
+            async with catalogue.use("b") as used:
+                assert used == b
+            await catalogue.remove("b")
+        assert not behind.done()
+        assert "a" not in catalogue.entries
+        engine.gates[a].set()
+        assert await hanging == a
+        assert await behind == catalogue.resolve("a")
+        assert catalogue.entries["a"].kept == [a], "one after the other"
+        assert not catalogue._locks
+
+    place.serve(body)
+
+
+def test_a_publishing_that_takes_too_long_leaves_the_old_one_and_no_copy(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        old = await catalogue.publish("a", place.adapter(1), "api")
+        slow = read_revision(place.adapter(2), "a")
+        engine.hang(slow)
+        for _ in range(2):
+            with pytest.raises(LoadTimeoutError):
+                await catalogue.publish("a", place.adapter(2), "api")
+            assert catalogue.resolve("a") == old
+            assert place.copies() == names([old, slow]), "the engine may read it yet"
+        engine.gates[slow].set()
+        await settle()
+        assert engine.held == {old}
+        assert place.copies() == [old.engine_name]
+        assert await catalogue.publish("a", place.adapter(2), "api") == slow
+
+    place.serve(body, load_timeout_s=0.05)
+
+
+def test_a_publishing_that_is_cancelled_leaves_nothing(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        wanted = read_revision(place.adapter(1), "a")
+        engine.hang(wanted)
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(1), "api"))
+        await eventually(lambda: engine.busy, "it is being loaded")
+        publishing.cancel()
+        await settle()
+        engine.gates[wanted].set()
+        await settle()
+        assert (engine.held, place.copies(), catalogue.entries) == (set(), [], {})
+
+    place.serve(body)
+
+
+def test_requests_for_what_is_broken_ask_the_engine_once_and_a_change_asks_anew(place: Place) -> None:
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        for seed in (1, 2):
+            await catalogue.publish("a", place.adapter(seed), "api")
+        old = catalogue.entries["a"].kept[0]
+        engine.refuses = lambda revision: True
+        asked = len(engine.loads)
+
+        async def ask() -> float:
+            with pytest.raises(UnavailableError, match="cannot be loaded now: the engine refuses it") as caught:
+                async with catalogue.use(old.revision):
+                    pass
+            return caught.value.retry_after_s
+
+        await asyncio.gather(*(ask() for _ in range(100)))
+        assert all([0 < await ask() <= 1 for _ in range(100)])
+        assert len(engine.loads) == asked + 1
+        for change in (
+            catalogue.roll_back("a"),
+            catalogue.pin("a", old.digest),
+            catalogue.publish("a", place.adapter(1), "api"),
+        ):
+            asked = len(engine.loads)
+            with pytest.raises(EngineRefusedError):
+                await change
+            assert len(engine.loads) == asked + 1
+        engine.refuses = lambda revision: False
+        assert await catalogue.roll_back("a") == old
+        async with catalogue.use(old.revision) as used:
+            assert used == old
+
+    place.serve(body)
+
+
+def test_a_revision_may_be_asked_for_by_as_many_digits_as_tell_it_apart(place: Place) -> None:
+    def revision(digit: str) -> Revision:
+        return Revision("a", "0" * 12 + digit * 52, place.directory, "QAA", 4, 1, "base", {})
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        one, two = revision("1"), revision("2")
+        catalogue.entries["a"] = Entry("a", current=one, kept=[two])
+        assert catalogue.resolve("a") == one
+        for known in (one, two):
+            assert catalogue.find(known.engine_name) == catalogue.find(f"a@{known.digest[:13]}") == known
+        assert catalogue.resolve("a@000000000000") is None
+        both = f"{one.engine_name} and {two.engine_name}"
+        for ask in (catalogue.roll_back, catalogue.pin, catalogue.unpin):
+            with pytest.raises(AmbiguousRevisionError, match=both):
+                await ask("a", "0" * 12)
+        with pytest.raises(UnknownAdapterError, match=both):
+            async with catalogue.use("a@000000000000"):
+                pass
+        for asked in ("a@00000000000", "a@", f"a@{one.digest}1", f"a@{'0' * 13}"):
+            assert catalogue.resolve(asked) is None
+        catalogue.entries.clear()
+
+    place.serve(body)
+
+
+def test_states_are_written_one_at_a_time_and_the_last_one_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state = RevisionStore.write_state
+    writing: list[Any] = []
+
+    def write_slowly(store: RevisionStore, state: dict[str, Any]) -> None:
+        writing.append(state)
+        assert len(writing) == 1
+        time.sleep(0.01)
+        write_state(store, state)
+        writing.pop()
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        monkeypatch.setattr(RevisionStore, "write_state", write_slowly)
+        changes = [asyncio.create_task(catalogue.publish(name, place.adapter(1), "api")) for name in "abcdef"]
+        await eventually(lambda: writing, "one is written")
+        changes[0].cancel()
+        await asyncio.gather(*changes, return_exceptions=True)
+        await catalogue.remove("c")
+        assert catalogue.store.read_state() == catalogue._state()
+        assert list(catalogue._state()["adapters"]) == list(catalogue.entries)
+        assert not writing
+
+    place.serve(body)
+
+
+def test_pins_that_an_older_version_wrote_are_kept(place: Place) -> None:
+    """It wrote the first 12 digits, here and as the copies' names."""
+    kept, *_ = publish_two(place)
+    file = place.state / "state.json"
+    state = json.loads(file.read_text())
+    state["adapters"]["a"]["pinned_revisions"] = [kept.short_digest]
+    file.write_text(json.dumps(state))
+    for copy in (place.state / "revisions").iterdir():
+        copy.rename(copy.with_name(public_form(copy.name)))
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.entries["a"].pinned_revisions == {kept.digest}
+        assert kept in engine.held
+        assert catalogue.cache.pinned == {kept.int_id}
+        assert len(place.copies()) == 4
+
+    place.serve(body)
 
 
 class LenientEngine(FakeEngine):
