@@ -13,7 +13,14 @@ import pytest
 from registry_support import FakeEngine, settle
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.registry import CacheFullError, EngineCache, EngineRefusedError, LoadTimeoutError, Revision
+from qaa_serve.registry import (
+    CacheFullError,
+    EngineCache,
+    EngineRefusedError,
+    LoadTimeoutError,
+    Observer,
+    Revision,
+)
 from qaa_serve.registry.failures import MAX_REMEMBERED, Failures
 
 
@@ -354,14 +361,58 @@ def test_an_eviction_under_way_is_waited_for() -> None:
     asyncio.run(run())
 
 
+def test_loads_and_evictions_are_told() -> None:
+    class Told(Observer):
+        def __init__(self) -> None:
+            self.heard: list[tuple[str, Revision]] = []
+
+        def loaded(self, revision: Revision, seconds: float) -> None:
+            assert seconds >= 0
+            self.heard.append(("loaded", revision))
+
+        def evicted(self, revision: Revision) -> None:
+            self.heard.append(("evicted", revision))
+
+    async def run() -> None:
+        cache, engine = make_cache(capacity=10, observer=(told := Told()))
+        await cache.load(A)
+        await cache.load(B)
+        await cache.retire(B)
+        engine.refuses = lambda revision: True
+        with pytest.raises(EngineRefusedError):
+            await cache.load(C)
+        assert told.heard == [("loaded", A), ("evicted", A), ("loaded", B)]
+
+    asyncio.run(run())
+
+
 def test_two_that_need_room_do_not_evict_for_three() -> None:
     async def run() -> None:
         cache, engine = make_cache(capacity=40)
         others = [revision(f"other-{i}") for i in range(4)]
         for other in others:
             await cache.load(other)
-        await asyncio.gather(cache.load(A), cache.load(B))
+        engine.hang(*others[:2])
+        loads = [start(cache.load(r)) for r in (A, B)]
+        await settle()
+        assert engine.unloading == set(others[:2]), "both at once"
+        for other in others[:2]:
+            engine.gates[other].set()
+        await asyncio.gather(*loads)
         assert engine.held == {*others[2:], A, B}
+
+
+def test_nothing_is_evicted_while_enough_is_leaving() -> None:
+    async def run() -> None:
+        cache, engine = make_cache(capacity=20)
+        await cache.load(A)
+        await cache.load(B)
+        engine.hang(B)
+        retiring, loading = start(cache.retire(B)), start(cache.load(C))
+        await settle()
+        engine.gates[B].set()
+        await asyncio.gather(retiring, loading)
+        assert engine.held == {A, C}
 
     asyncio.run(run())
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -600,6 +601,35 @@ def test_a_publishing_that_is_cancelled_leaves_nothing(place: Place) -> None:
         engine.gates[wanted].set()
         await settle()
         assert (engine.held, place.copies(), catalogue.entries) == (set(), [], {})
+
+    place.serve(body)
+
+
+def test_a_publishing_that_is_cancelled_while_it_is_copied_leaves_nothing_and_is_waited_for(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit, go, admitting = RevisionStore.admit, threading.Event(), []
+
+    def admit_slowly(store: RevisionStore, source: Path, name: str) -> Revision:
+        admitting.append(name)
+        assert len(admitting) == 1
+        go.wait(30)
+        try:
+            return admit(store, source, name)
+        finally:
+            admitting.pop()
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        monkeypatch.setattr(RevisionStore, "admit", admit_slowly)
+        publishing = asyncio.create_task(catalogue.publish("a", place.adapter(1), "api"))
+        await eventually(lambda: admitting, "it is copied")
+        publishing.cancel()
+        again = asyncio.create_task(catalogue.publish("a", place.adapter(2), "api"))
+        await settle()
+        go.set()
+        revision = await again
+        assert publishing.cancelled()
+        assert place.copies() == [revision.engine_name]
 
     place.serve(body)
 

@@ -409,10 +409,19 @@ class Catalogue:
 
     async def _admit(self, directory: Path, name: str) -> Revision:
         self._admitting.add(name)  # what is found in the store may not be swept away now
+        admitting = asyncio.ensure_future(self._in(self._readers, self.store.admit, directory, name))
         try:
-            revision = await self._in(self._readers, self.store.admit, directory, name)
-            self._dropped.get(name, set()).discard(revision)
-            return revision
+            await asyncio.wait((admitting,))
+        except asyncio.CancelledError:
+            await asyncio.wait((admitting,))  # its thread goes on, and no other change of the name may begin
+            entry = self.entries.get(name) or Entry(name)
+            if admitting.exception() is None and admitting.result() not in entry.revisions():
+                self._dropped.setdefault(name, set()).add(admitting.result())
+            raise
+        else:
+            if admitting.exception() is None:
+                self._dropped.get(name, set()).discard(admitting.result())
+            return admitting.result()
         finally:
             self._admitting.discard(name)
             self._sweep(name)
