@@ -401,6 +401,8 @@ def test_two_that_need_room_do_not_evict_for_three() -> None:
         await asyncio.gather(*loads)
         assert engine.held == {*others[2:], A, B}
 
+    asyncio.run(run())
+
 
 def test_nothing_is_evicted_while_enough_is_leaving() -> None:
     async def run() -> None:
