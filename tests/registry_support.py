@@ -15,12 +15,11 @@ from qaa_serve.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
-    AdapterError,
     ModuleWeights,
     digest_of,
     save_adapter,
 )
-from qaa_serve.registry import Catalogue, Revision, RevisionStore
+from qaa_serve.registry import Catalogue, EngineRefusedError, Revision, RevisionStore
 
 #: The longest that anything is waited for, in seconds.
 PATIENCE_S = 30.0
@@ -78,6 +77,8 @@ class FakeEngine:
         refuses: revisions whose loading fails.
         go: cleared, loading waits until it is set.
         loading: set while a load waits.
+        gates: events that the loads and unloads of certain revisions wait for.
+        busy: revisions that are being loaded.
     """
 
     def __init__(self, reads: bool = True):
@@ -88,24 +89,45 @@ class FakeEngine:
         self.go = asyncio.Event()
         self.go.set()
         self.loading = asyncio.Event()
+        self.gates: dict[Revision, asyncio.Event] = {}
+        self.busy: set[Revision] = set()
+        self.unloading: set[Revision] = set()
         self._reads = reads
+
+    def hang(self, *revisions: Revision) -> None:
+        """Have the loads of these, or their unloads, wait until `gates` says go."""
+        for revision in revisions:
+            self.gates[revision] = asyncio.Event()
 
     async def load(self, revision: Revision) -> int:
         assert revision not in self.held, "it is there already"
-        self.loads.append(revision.revision)
-        self.loading.set()
-        await asyncio.sleep(0)
-        await self.go.wait()
-        self.loading.clear()
-        if self.refuses(revision):
-            raise AdapterError("the engine refuses it")
-        if self._reads:
-            assert digest_of(revision.path) == revision.digest
-        self.held.add(revision)
-        return revision.nbytes
+        assert revision not in self.busy | self.unloading, "it is being loaded, or unloaded"
+        self.busy.add(revision)
+        try:
+            self.loads.append(revision.revision)
+            self.loading.set()
+            await asyncio.sleep(0)
+            await self.go.wait()
+            if revision in self.gates:
+                await self.gates[revision].wait()
+            self.loading.clear()
+            if self.refuses(revision):
+                raise EngineRefusedError("the engine refuses it")
+            if self._reads:
+                assert digest_of(revision.path) == revision.digest
+            self.held.add(revision)
+            return revision.nbytes
+        finally:
+            self.busy.discard(revision)
 
     async def unload(self, revision: Revision) -> None:
+        assert revision in self.held
+        assert revision not in self.unloading
+        self.unloading.add(revision)
         await asyncio.sleep(0)
+        if revision in self.gates:
+            await self.gates[revision].wait()
+        self.unloading.discard(revision)
         self.held.remove(revision)
         self.unloads.append(revision.revision)
 

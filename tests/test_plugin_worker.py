@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +56,43 @@ def test_loading_in_place_is_refused(adapter):
 def test_a_rank_above_the_servers_is_refused(adapter):
     with pytest.raises(AdapterError, match=r"rank 3 .* larger --max-lora-rank"):
         manager(max_lora_rank=1)._load_adapter(LoRARequest("a", 1, str(adapter)))
+
+
+def test_a_reading_that_hangs_keeps_no_other_one_waiting():
+    """Nor the process's end: its thread is a daemon."""
+    reading, go = [], threading.Event()
+
+    class Reader(QAAWorkerManager):
+        def __init__(self):
+            self._staged = {}
+
+        def _read_adapter(self, request):
+            reading.append((request.lora_int_id, threading.current_thread().daemon, torch.get_num_threads()))
+            if request.lora_int_id == 1:
+                go.wait(30)
+            if request.lora_int_id == 2:
+                raise AdapterError("broken")
+            return SimpleNamespace(loras={"x": SimpleNamespace(lora_a=torch.zeros(4), lora_b=torch.zeros(2))})
+
+    reader = Reader()
+    for number in (1, 2, 3):
+        reader.stage(LoRARequest(f"a{number}", number, "/nowhere"))
+    wait([reader._staged[2], reader._staged[3]], timeout=30)
+    assert [reader.staged_bytes(number) for number in (1, 2, 3)] == [None, 0, 24]
+    assert reader._load_adapter(LoRARequest("a3", 3, "/nowhere")).loras
+    with pytest.raises(AdapterError, match="broken"):
+        reader._load_adapter(LoRARequest("a2", 2, "/nowhere"))
+    assert sorted(reading) == [(number, True, 1) for number in (1, 2, 3)]
+    go.set()
+    wait([reader._staged[1]], timeout=30)
+    assert reader.staged_bytes(1) == 24
+    assert len(reader._staged) == 1
+
+
+def test_files_that_are_not_those_of_the_name_are_refused(adapter):
+    for digest in ("0" * 12, "0" * 64):
+        with pytest.raises(AdapterError, match="its files are not those of a@0"):
+            manager()._load_adapter(LoRARequest(f"a@{digest}", 1, str(adapter)))
 
 
 def graphs(mode, cudagraph_mode, splitting_ops):

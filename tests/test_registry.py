@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from registry_support import make, make_lora
 from safetensors.torch import save_file
 
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, digest_of
-from qaa_serve.registry import check_name, read_revision, scan
+from qaa_serve.registry import Ids, Revision, check_name, public_form, read_revision, scan
 
 
 def test_a_revision_is_named_by_its_content(tmp_path):
@@ -24,7 +26,7 @@ def test_a_revision_is_named_by_its_content(tmp_path):
 
 
 def test_the_same_content_elsewhere_has_the_same_name_and_id(tmp_path):
-    """Replicas agree without talking to each other."""
+    """Replicas agree on names without talking to each other; ids are each process's own."""
     here, there = make(tmp_path / "a" / "support"), tmp_path / "b" / "support"
     shutil.copytree(here, there)
     assert read_revision(here).revision == read_revision(there).revision
@@ -51,6 +53,30 @@ def test_ids_fit_in_32_bits_and_leave_vllms_own_alone(tmp_path):
     ids = {read_revision(make(tmp_path / f"n{i}", seed=i)).int_id for i in range(50)}
     assert len(ids) == 50
     assert all(1 << 16 <= number < 1 << 31 for number in ids)
+
+
+def test_ids_are_counted_kept_and_never_given_twice():
+    ids = Ids(first=5, limit=8)
+    assert [ids.of(name) for name in ("a@1", "b@1", "a@1", "c@1", "b@1")] == [5, 6, 5, 7, 6]
+    with pytest.raises(OverflowError, match="start the server anew"):
+        ids.of("d@1")
+    assert ids.of("c@1") == 7
+
+
+def test_many_threads_that_ask_at_once_agree_on_ids():
+    ids, names = Ids(), [f"n{i}@1" for i in range(2000)]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: [ids.of(name) for name in names], range(8)))
+    assert all(answer == answers[0] for answer in answers)
+    assert len(set(answers[0])) == 2000
+
+
+def test_what_differs_after_the_first_12_digits_is_another_revision_to_the_engine():
+    one, two = (Revision("a", "0" * 12 + digit * 52, Path("x"), "QAA", 4, 1, "base", {}) for digit in "ab")
+    assert one.revision == two.revision == "a@000000000000"
+    assert one.engine_name != two.engine_name
+    assert one.int_id != two.int_id
+    assert public_form(one.engine_name) == one.revision
 
 
 @pytest.mark.parametrize("name", ["a", "support-v2", "0.5_x", "A" * 128])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from registry_support import make, make_lora, make_store, tree
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, digest_of
 from qaa_serve.adapters import files as adapter_files
 from qaa_serve.registry import Revision, RevisionStore, StoreError
+from qaa_serve.registry import store as store_module
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make devices")
 
@@ -33,7 +36,7 @@ def copies(store: RevisionStore) -> list[str]:
 
 def copy_of(revision: Revision) -> list[str]:
     """What the store holds if it holds this revision alone."""
-    place = revision.revision
+    place = revision.engine_name
     return [place, f"{place}/{CONFIG_FILE}", f"{place}/{WEIGHTS_FILE}"]
 
 
@@ -47,7 +50,7 @@ def test_what_is_admitted_is_a_copy_of_the_two_files(tmp_path: Path, store: Revi
     revision = store.admit(source, "support")
     assert revision.name == "support"
     assert revision.digest == digest_of(source) == digest_of(revision.path)
-    assert revision.path == store.directory / "revisions" / revision.revision
+    assert revision.path == store.directory / "revisions" / revision.engine_name
     assert copies(store) == copy_of(revision)
 
 
@@ -316,7 +319,6 @@ def test_what_a_killed_server_left_half_done_is_removed(tmp_path: Path, store: R
 def test_recalling_finds_damage(tmp_path: Path, store: RevisionStore, name: str, damage: str) -> None:
     revision = store.admit(make(tmp_path / "a"), "a")
     assert store.recall("a", revision.digest) == revision
-    assert store.recall("a", revision.short_digest) == revision
     file = revision.path / name
     sound = file.read_bytes()
     if damage == "changed":  # still a valid adapter, but another one
@@ -371,3 +373,66 @@ def test_a_store_that_was_deleted_is_made_anew(tmp_path: Path, store: RevisionSt
     again = store.admit(tmp_path / "a", "a")
     assert again == first
     assert copies(store) == copy_of(again)
+
+
+# --------------------------------------------------------------------------- several threads, older versions
+
+
+def test_a_copy_that_an_older_version_left_is_found_and_used(tmp_path: Path, store: RevisionStore) -> None:
+    """It named the directories by 12 digits."""
+    revision = store.admit(make(tmp_path / "a"), "a")
+    older = revision.path.rename(store.directory / "revisions" / revision.revision)
+    assert store.recall("a", revision.digest).path == older
+    assert store.admit(tmp_path / "a", "a").path == older
+    assert [found.path for found in store.revisions()] == [older]
+    store.keep_only([store.recall("a", revision.digest)])
+    assert older.exists()
+    (older / WEIGHTS_FILE).write_bytes(b"damaged")
+    assert store.admit(tmp_path / "a", "a").path == revision.path
+    assert store.recall("a", revision.digest).path == revision.path
+
+
+def test_two_contents_with_the_same_12_digits_have_a_copy_each(
+    tmp_path: Path, store: RevisionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {seed: digest_of(make(tmp_path / str(seed), seed)) for seed in (1, 2)}
+    alike = {digest: "0" * 12 + digest[12:] for digest in digests.values()}
+    real = adapter_files.digest_of
+
+    def same_beginning(revision: Revision) -> Revision:
+        return dataclasses.replace(revision, digest=alike[revision.digest])
+
+    read = store_module.read_revision
+    monkeypatch.setattr(
+        store_module, "read_revision", lambda *args, **kwargs: same_beginning(read(*args, **kwargs))
+    )
+    monkeypatch.setattr(store_module, "digest_of", lambda place: alike[real(place)])
+    first = store.admit(tmp_path / "1", "a")
+    older = first.path.rename(store.directory / "revisions" / "a@000000000000")
+    second = store.admit(tmp_path / "2", "a")
+    assert first.revision == second.revision
+    assert second.path != older
+    assert store.recall("a", first.digest).path == older
+    assert store.recall("a", second.digest) == second
+    store.remove(second)
+    assert store.admit(tmp_path / "1", "a").path == older
+
+
+def test_threads_that_copy_at_once_do_not_overfill_the_store(tmp_path: Path) -> None:
+    sources = [make(tmp_path / f"n{i}", i) for i in range(16)]
+    size = (sources[0] / WEIGHTS_FILE).stat().st_size
+    store = make_store(tmp_path / "state", max_bytes=5 * size)
+
+    def admit(source: Path) -> Revision | None:
+        try:
+            return store.admit(source, source.name)
+        except AdapterError:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        admitted = [revision for revision in threads.map(admit, sources) if revision is not None]
+    assert len(admitted) == 5
+    assert store.nbytes() == 5 * size
+    store.remove(admitted[0])
+    assert admit(sources[0]) is not None
+    store.close()

@@ -402,6 +402,7 @@ def test_sizes_may_have_units(parser, root, text, size):
         *((option, text) for option in SIZES for text in ("-1", "-64M", "64X", "4i", "", "1.5G", "nan")),
         ("--keep-revisions", "-1"), ("--adapter-max-running", "-1"), ("--adapter-max-queue", "-1"),
         ("--adapter-max-queue", "many"), ("--drain-timeout", "-1"), ("--drain-timeout", "nan"),
+        ("--adapter-loaders", "0"), ("--adapter-loaders", "-1"), ("--adapter-load-timeout", "-1"),
         ("--drain-timeout", "inf"), ("--adapters-quiet", "-0.5"), ("--adapters-quiet", "soon"),
         ("--max-queue-wait", "-1"), ("--body-timeout", "nan"), ("--engine-stall-timeout", "-1"),
         ("--max-connections", "-1"), ("--metrics-max-keys", "-1"), ("--log-format", "xml"),
@@ -418,7 +419,9 @@ def test_our_other_options_arrive(parser, root):
     _, options, _, _ = resolve(
         parser, root / "base", "--adapters", root / "adapters", "--adapters-quiet", "0.25", "--strict-adapters",
         "--keep-revisions", 0, "--adapter-max-running", 3, "--adapter-max-queue", 0, "--drain-timeout", 0,
+        "--adapter-loaders", 2, "--adapter-load-timeout", 0.5,
     )  # fmt: skip
+    assert (options.adapter_loaders, options.adapter_load_timeout_s) == (2, 0.5)
     assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (0.25, True, 0)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (3, 0, 0)
     _, options, _, _ = resolve(
@@ -444,6 +447,7 @@ def test_our_defaults_are_what_the_help_says(parser, root):
     assert options.adapters is None
     assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (1, False, 2)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (0, 1000, 30)
+    assert (options.adapter_loaders, options.adapter_load_timeout_s) == (4, 60)
     assert (options.max_body_bytes, options.max_adapter_bytes, store.max_bytes) == (32 << 20, 1 << 30, 16 << 30)
     assert (options.max_held_bytes, options.body_timeout_s, options.max_queue_wait_s) == (256 << 20, 60, 600)
     assert (options.max_connections, options.engine_stall_timeout_s, options.log_format) == (4096, 60, "text")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import psutil
@@ -31,7 +32,7 @@ from vllm_qaa.memory import device_memory, host_free
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
 from vllm_qaa.timing import TIMER
 
-_DIGEST = re.compile(r"[0-9a-f]{12}")
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 #: In the names of output heads; vLLM knows them by it too.
 OUTPUT_HEAD = "lm_head"
@@ -204,15 +205,22 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # A thread of its own would bring OpenMP threads of its own, which take the steps' cores.
-        self._reader = ThreadPoolExecutor(
-            1, thread_name_prefix="qaa-reader", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._staged: dict[int, Future[LoRAModel]] = {}
+        self._staged: dict[int, Future[LoRAModel]] = {}  # of the worker's own thread alone
 
     def stage(self, request: LoRARequest) -> None:
-        """Start to read an adapter beside the engine's steps; `add_adapter` takes what was read."""
-        self._staged[request.lora_int_id] = self._reader.submit(self._read_adapter, request)
+        """Start to read an adapter beside the engine's steps; `add_adapter` takes what was read.
+
+        Each in a thread of its own: if its files never come, it keeps no other one waiting, nor the worker's end.
+        """
+        reading = self._staged[request.lora_int_id] = Future()
+        Thread(target=self._read_into, args=(reading, request), name="qaa-reader", daemon=True).start()
+
+    def _read_into(self, reading: Future[LoRAModel], request: LoRARequest) -> None:
+        torch.set_num_threads(1)  # it would bring OpenMP threads of its own, which take the steps' cores
+        try:
+            reading.set_result(self._read_adapter(request))
+        except BaseException as error:
+            reading.set_exception(error)
 
     def staged_bytes(self, lora_id: int) -> int | None:
         """Bytes of host memory that an adapter takes which was read; None while it is being read.

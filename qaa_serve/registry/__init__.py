@@ -1,13 +1,36 @@
 """Public adapter names, the revisions behind them, and where those come from."""
 
-from qaa_serve.registry.cache import CacheFullError, Engine, EngineCache, EngineRefusedError, Observer, Result
-from qaa_serve.registry.catalogue import Catalogue, Entry, UnavailableError, UnknownAdapterError
+from qaa_serve.registry.cache import (
+    CacheFullError,
+    Engine,
+    EngineCache,
+    EngineRefusedError,
+    LoadTimeoutError,
+    Observer,
+    Result,
+)
+from qaa_serve.registry.catalogue import (
+    AmbiguousRevisionError,
+    Catalogue,
+    Entry,
+    UnavailableError,
+    UnknownAdapterError,
+)
 from qaa_serve.registry.directory import DirectoryWatcher, check_directory, scan
-from qaa_serve.registry.revisions import NAME_PATTERN, Rejection, Revision, check_name, read_revision
+from qaa_serve.registry.revisions import (
+    NAME_PATTERN,
+    Ids,
+    Rejection,
+    Revision,
+    check_name,
+    public_form,
+    read_revision,
+)
 from qaa_serve.registry.store import RevisionStore, StoreError
 
 __all__ = [
     "NAME_PATTERN",
+    "AmbiguousRevisionError",
     "CacheFullError",
     "Catalogue",
     "DirectoryWatcher",
@@ -15,6 +38,8 @@ __all__ = [
     "EngineCache",
     "EngineRefusedError",
     "Entry",
+    "Ids",
+    "LoadTimeoutError",
     "Observer",
     "Rejection",
     "Result",
@@ -25,6 +50,7 @@ __all__ = [
     "UnknownAdapterError",
     "check_directory",
     "check_name",
+    "public_form",
     "read_revision",
     "scan",
 ]

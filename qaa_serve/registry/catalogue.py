@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,6 +21,7 @@ from qaa_serve.registry.revisions import NameRefusedError, Rejection, Revision, 
 from qaa_serve.registry.store import RevisionStore
 
 Source = Literal["directory", "api"]
+T = TypeVar("T")
 
 
 class Changed(Protocol):
@@ -35,8 +37,20 @@ class UnknownAdapterError(AdapterError):
     """There is no such adapter, or no such revision of it."""
 
 
+class AmbiguousRevisionError(UnknownAdapterError):
+    """Several revisions begin with the digits that were given."""
+
+
 class UnavailableError(AdapterError):
-    """The adapter is served, but cannot be brought into the engine now."""
+    """The adapter is served, but cannot be brought into the engine now.
+
+    Attributes:
+        retry_after_s: when to ask again, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass
@@ -51,7 +65,7 @@ class Entry:
         seen: the digest of the adapters directory's content that was published last, so that a restart does
             not undo a rollback or a removal.
         pinned: the current revision, whichever it is, always stays in the engine's memory.
-        pinned_revisions: digests' first 12 hex of revisions that are never dropped.
+        pinned_revisions: digests of revisions that are never dropped.
         rejection: why the newest content is not served.
         published: Unix time at which the current revision was published.
         last_used: Unix time of the last request.
@@ -73,24 +87,28 @@ class Entry:
         return [*([self.current] if self.current else []), *self.kept]
 
     def find(self, digest: str) -> Revision:
-        """A revision by the first 12 hex digits of its digest.
+        """A revision by its digest, or by the first 12 or more hex digits of it.
 
         Raises:
+            AmbiguousRevisionError: if several begin with them.
             UnknownAdapterError: if it is not kept.
         """
-        for revision in self.revisions():
-            if revision.short_digest == digest:
-                return revision
-        known = ", ".join(r.revision for r in self.revisions()) or "none"
-        raise UnknownAdapterError(f"adapter {self.name!r} has no revision {digest!r}; kept: {known}")
+        found = [r for r in self.revisions() if r.digest.startswith(digest)] if len(digest) >= 12 else []
+        if len(found) > 1:
+            names = " and ".join(r.engine_name for r in found)
+            raise AmbiguousRevisionError(f"{self.name}@{digest} may be {names}: give more digits")
+        if not found:
+            known = ", ".join(r.revision for r in self.revisions()) or "none"
+            raise UnknownAdapterError(f"adapter {self.name!r} has no revision {digest!r}; kept: {known}")
+        return found[0]
 
 
 class Catalogue:
     """The adapters that are served.
 
-    Changes happen one after the other, each in this order: copy and check, load into the engine, switch the
-    name (one step of the event loop), let go of the old revision. A failure on the way leaves the name as it
-    was.
+    Changes of one name happen one after the other, each in this order: copy and check, load into the engine,
+    switch the name (one step of the event loop), let go of the old revision. A failure on the way leaves the name
+    as it was.
     """
 
     def __init__(
@@ -100,6 +118,8 @@ class Catalogue:
         *,
         cache_bytes: int,
         max_count: int = 1 << 16,
+        loaders: int = 4,
+        load_timeout_s: float = 60.0,
         keep: int = 2,
         reserved: Callable[[str], bool] = lambda name: False,
         observer: Observer | None = None,
@@ -113,6 +133,8 @@ class Catalogue:
             engine: what runs them.
             cache_bytes: of host memory in the engine.
             max_count: of adapters in the engine.
+            loaders: how many adapters are loaded at once, and how many are copied and checked.
+            load_timeout_s: how long the engine may take to load one; 0: for ever.
             keep: former revisions of each name to keep.
             reserved: whether a name is taken, by the base model for one.
             observer: told of changes, loads and evictions, to count them.
@@ -122,34 +144,51 @@ class Catalogue:
         self.store = store
         self._observer = observer or Observer()
         self._changed = changed
-        self.cache = EngineCache(engine, cache_bytes, max_count, self._observer, self._sweep)
+        self.cache = EngineCache(
+            engine,
+            cache_bytes,
+            max_count,
+            self._observer,
+            lambda revision: self._sweep(revision.name),
+            loaders=loaders,
+            timeout_s=load_timeout_s,
+        )
         self.entries: dict[str, Entry] = {}
         self.ready = False
         self._keep = keep
         self._reserved = reserved
-        self._changing = asyncio.Lock()
-        # A thread of its own, without OpenMP threads of its own: they would take the engine's cores.
-        self._reader = ThreadPoolExecutor(
-            1, thread_name_prefix="qaa-store", initializer=torch.set_num_threads, initargs=(1,)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Threads of their own, without OpenMP threads of their own: they would take the engine's cores.
+        self._readers = ThreadPoolExecutor(
+            loaders, thread_name_prefix="qaa-store", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self._admitting: str | None = None
-        self._dropped: set[Revision] = set()  # their copies go when the engine has let go of them
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="qaa-state")  # so the last state is written last
+        self._admitting: set[str] = set()
+        self._dropped: dict[str, set[Revision]] = {}  # by name; their copies go when the engine has let go of them
+        self._pins: dict[str, set[int]] = {}  # by name
         self._log = logger or getLogger(__name__)
 
     # ------------------------------------------------------------------------------------------------ use
 
     def resolve(self, asked: str) -> Revision | None:
         """The revision that ``name`` or ``name@revision`` stands for; None if there is none."""
-        name, at, digest = asked.partition("@")
-        entry = self.entries.get(name)
-        if entry is None:
-            return None
-        if not at:
-            return entry.current
         try:
-            return entry.find(digest)
+            return self.find(asked)
         except UnknownAdapterError:
             return None
+
+    def find(self, asked: str) -> Revision:
+        """The revision that ``name`` or ``name@revision`` stands for.
+
+        Raises:
+            AmbiguousRevisionError: if it may be several.
+            UnknownAdapterError: if there is none.
+        """
+        name, at, digest = asked.partition("@")
+        entry = self.entries.get(name)
+        if entry is None or (not at and entry.current is None):
+            raise UnknownAdapterError(f"there is no adapter {asked!r}")
+        return entry.find(digest) if at or entry.current is None else entry.current
 
     @asynccontextmanager
     async def use(self, asked: str) -> AsyncIterator[Revision]:
@@ -160,18 +199,16 @@ class Catalogue:
             UnavailableError: if the revision is not in the engine and cannot be brought there.
         """
         while True:
-            if (revision := self.resolve(asked)) is None:
-                raise UnknownAdapterError(f"there is no adapter {asked!r}")
+            revision = self.find(asked)
             if self.cache.find(revision) is not None:
                 break
             try:
                 await self.cache.load(revision)
             except AdapterError as error:
                 if self.resolve(asked) == revision:
-                    raise UnavailableError(f"adapter {asked!r} cannot be loaded now: {error}") from error
-            entry = self.entries.get(revision.name)
-            if entry is None or revision not in entry.revisions():
-                await self.cache.retire(revision)  # removed while it was loaded
+                    retry_after_s = self.cache.failures.pause_s(revision) or 5
+                    message = f"adapter {asked!r} cannot be loaded now: {error}"
+                    raise UnavailableError(message, retry_after_s) from error
         self.entries[revision.name].last_used = time.time()
         with self.cache.hold(revision.int_id):
             yield revision
@@ -205,7 +242,7 @@ class Catalogue:
         check_name(name)
         if self._reserved(name):
             raise NameRefusedError(f"{name!r} is the base model's name: choose another for the adapter")
-        async with self._changing:
+        async with self._lock(name):
             revision = await self._admit(directory, name)
             entry = self.entries.get(name) or Entry(name)
             try:
@@ -227,9 +264,8 @@ class Catalogue:
             finally:
                 # What was copied for nothing goes again.
                 if revision not in entry.revisions():
-                    self._drop(revision)
-                self._sweep()
-            self._persist()
+                    await self._drop(revision)
+            await self._persist()
         return revision
 
     async def remove(self, name: str) -> None:
@@ -238,7 +274,7 @@ class Catalogue:
         Raises:
             UnknownAdapterError: if nothing is served under it.
         """
-        async with self._changing:
+        async with self._lock(name):
             entry = self._known(name)
             old = entry.current
             await self._let_go(entry)
@@ -246,13 +282,13 @@ class Catalogue:
             self._note(entry, old, "delete")
             if entry.seen is None and entry.rejection is None:
                 del self.entries[name]
-            self._persist()
+            await self._persist()
         self._observer.swapped("removed")
         self._log.info("Removed adapter %r", name)
 
     async def forget_directory(self, name: str) -> None:
         """A directory of the adapters directory is gone: what came from it goes too."""
-        async with self._changing:
+        async with self._lock(name):
             entry = self.entries.get(name)
             if entry is None:
                 return
@@ -265,20 +301,21 @@ class Catalogue:
                     self._observer.swapped("removed")
                     self._note(entry, old, "forget")
                     self._log.info("Removed adapter %r: its directory is gone", name)
-            self._persist()
+            await self._persist()
 
     async def roll_back(self, name: str, digest: str | None = None) -> Revision:
         """Serve a kept revision again.
 
         Args:
             name: the public name.
-            digest: the first 12 hex digits of the revision's digest; None takes the one before the current.
+            digest: the first 12 or more hex digits of the revision's digest; None takes the one before the
+                current.
 
         Raises:
             UnknownAdapterError: if there is no such name or revision.
             AdapterError: if it cannot be loaded; what the name stood for goes on.
         """
-        async with self._changing:
+        async with self._lock(name):
             if (entry := self.entries.get(name)) is None:
                 raise UnknownAdapterError(f"there is no adapter {name!r}")
             if digest is None and not entry.kept:
@@ -290,7 +327,7 @@ class Catalogue:
             self._observer.swapped("rolled_back")
             self._note(entry, before, "rollback")
             await self._let_go_of_former(entry, old)
-            self._persist()
+            await self._persist()
         return revision
 
     async def pin(self, name: str, digest: str | None = None) -> None:
@@ -300,17 +337,17 @@ class Catalogue:
             UnknownAdapterError: if there is no such name or revision.
             AdapterError: if it cannot be loaded.
         """
-        async with self._changing:
+        async with self._lock(name):
             entry = self._served(name) if digest is None else self._known(name)
             revision = entry.current if digest is None else entry.find(digest)
             assert revision is not None  # `_served` has seen to it
-            await self.cache.load(revision)
+            await self.cache.load(revision, again=True)
             if digest is None:
                 entry.pinned = True
             else:
-                entry.pinned_revisions.add(digest)
-            self._note_pins()
-            self._persist()
+                entry.pinned_revisions.add(revision.digest)
+            self._note_pins(entry)
+            await self._persist()
             self._note(entry, revision, "pin", revision)
 
     async def unpin(self, name: str, digest: str | None = None) -> None:
@@ -319,16 +356,16 @@ class Catalogue:
         Raises:
             UnknownAdapterError: if there is no such name or revision.
         """
-        async with self._changing:
+        async with self._lock(name):
             entry = self._known(name)
             revision = entry.current if digest is None else entry.find(digest)
             if digest is None:
                 entry.pinned = False
-            else:
-                entry.pinned_revisions.discard(digest)
-            self._note_pins()
+            elif revision is not None:
+                entry.pinned_revisions.discard(revision.digest)
+            self._note_pins(entry)
             await self._trim(entry)
-            self._persist()
+            await self._persist()
             self._note(entry, revision, "unpin", revision)
 
     def reject(self, rejection: Rejection) -> None:
@@ -345,25 +382,20 @@ class Catalogue:
     async def restore(self) -> None:
         """Serve what an earlier server with this state directory served, as far as that can be."""
         saved = self.store.read_state().get("adapters", {})
-        async with self._changing:
-            for name, fields in saved.items() if isinstance(saved, dict) else ():
-                entry = Entry(name)
-                try:
-                    check_name(name)
-                    entry.source, entry.seen = fields["source"], fields["seen"]
-                    entry.pinned, entry.pinned_revisions = fields["pinned"], set(fields["pinned_revisions"])
-                    await self._restore_revisions(entry, fields["current"], fields["kept"])
-                except (AdapterError, KeyError, TypeError) as error:
-                    self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
-            self.store.keep_only(r for entry in self.entries.values() for r in entry.revisions())
-            self._note_pins()
+        if isinstance(saved, dict):
+            await asyncio.gather(*(self._restore(name, fields) for name, fields in saved.items()))
+        self.store.keep_only(r for entry in self.entries.values() for r in entry.revisions())
 
     def start(self) -> None:
         """All adapters there are at the start have been seen to: from now on changes are written down."""
         self.ready = True
-        self._persist()
+        self._write(self._state())
 
     # ------------------------------------------------------------------------------------------- internals
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """What a change of this name holds; it is kept as long as somebody does or waits for it."""
+        return self._locks.setdefault(name, asyncio.Lock())
 
     def _known(self, name: str) -> Entry:
         if (entry := self.entries.get(name)) is None or not entry.revisions():
@@ -376,28 +408,53 @@ class Catalogue:
         return entry
 
     async def _admit(self, directory: Path, name: str) -> Revision:
-        self._admitting = name  # what is found in the store may not be swept away now
+        self._admitting.add(name)  # what is found in the store may not be swept away now
+        admitting = asyncio.ensure_future(self._in(self._readers, self.store.admit, directory, name))
         try:
-            revision = await self._in_reader(self.store.admit, directory, name)
+            await asyncio.wait((admitting,))
+        except asyncio.CancelledError:
+            await asyncio.wait((admitting,))  # its thread goes on, and no other change of the name may begin
+            entry = self.entries.get(name) or Entry(name)
+            if admitting.exception() is None and admitting.result() not in entry.revisions():
+                self._dropped.setdefault(name, set()).add(admitting.result())
+            raise
+        else:
+            if admitting.exception() is None:
+                self._dropped.get(name, set()).discard(admitting.result())
+            return admitting.result()
         finally:
-            self._admitting = None
-        self._dropped.discard(revision)
-        return revision
+            self._admitting.discard(name)
+            self._sweep(name)
 
-    async def _in_reader(self, function: Callable[..., Revision], *args: object) -> Revision:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, function, *args)
+    async def _in(self, threads: Executor, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+    async def _restore(self, name: str, fields: Any) -> None:
+        async with self._lock(name):
+            entry = Entry(name)
+            try:
+                check_name(name)
+                entry.source, entry.seen, entry.pinned = fields["source"], fields["seen"], fields["pinned"]
+                current, kept, pins = fields["current"], fields["kept"], set(fields["pinned_revisions"])
+                for digest in [*kept, current or ""]:
+                    if pins & {digest, digest[:12]}:  # an older version wrote the first 12 digits
+                        entry.pinned_revisions.add(digest)
+                await self._restore_revisions(entry, current, kept)
+            except (AdapterError, KeyError, TypeError) as error:
+                self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
+            self._note_pins(entry)
 
     async def _restore_revisions(self, entry: Entry, current: str | None, kept: list[str]) -> None:
         """Bring back an entry's revisions. A current one that cannot be loaded now stays as a kept one."""
         for digest in [*reversed(kept), *([] if current is None else [current])]:
             try:
-                revision = await self._in_reader(self.store.recall, entry.name, digest)
+                revision = await self._in(self._readers, self.store.recall, entry.name, digest)
                 entry.kept.insert(0, revision)
                 if digest == current:
                     await self._load(entry, revision)
                     self._switch(entry, revision)
                     await self._trim(entry)
-                elif revision.short_digest in entry.pinned_revisions:
+                elif digest in entry.pinned_revisions:
                     await self.cache.load(revision)
             except AdapterError as error:
                 self._log.error("Revision %.12s of adapter %r is not back: %s", digest, entry.name, error)
@@ -408,31 +465,22 @@ class Catalogue:
 
     async def _load(self, entry: Entry, revision: Revision) -> None:
         """Bring into the engine what a name shall stand for."""
-        if entry.current == revision:
-            return
-        for other in self._all():
-            if other.int_id == revision.int_id and other.revision != revision.revision:
-                raise AdapterError(
-                    f"its id {revision.int_id} is that of {other.revision!r} by chance: rename the adapter, or "
-                    "save it again with any change to its config"
-                )
-        await self.cache.load(revision)
+        if entry.current != revision:
+            await self.cache.load(revision, again=True)
 
     def _switch(self, entry: Entry, revision: Revision) -> Revision | None:
         """Let a name stand for a loaded revision; what it stood for, if that was another one."""
-        old = entry.current
-        if old == revision:
+        old, entry.current = entry.current, revision
+        if old == revision:  # though its copy may be another one
             return None
         if revision in entry.kept:
             entry.kept.remove(revision)
         if old is not None:
             entry.kept.insert(0, old)
-        entry.current = revision
         self._settle(entry)
         entry.published = time.time()
         self.entries[entry.name] = entry
-        if entry.pinned or entry.pinned_revisions:
-            self._note_pins()
+        self._note_pins(entry)
         self._log.info(
             "Serving %s adapter %s as %r (rank %d, %d bytes)%s",
             revision.kind,
@@ -452,7 +500,7 @@ class Catalogue:
 
     async def _let_go_of_former(self, entry: Entry, old: Revision | None) -> None:
         """Of what a name stood for until now, and of former revisions beyond those that are kept."""
-        if old is not None and old.short_digest not in entry.pinned_revisions:
+        if old is not None and old.digest not in entry.pinned_revisions:
             await self.cache.retire(old)
         await self._trim(entry)
 
@@ -463,52 +511,56 @@ class Catalogue:
 
     async def _trim(self, entry: Entry) -> None:
         """Drop former revisions beyond those that are to be kept."""
-        loose = [r for r in entry.kept if r.short_digest not in entry.pinned_revisions]
+        loose = [r for r in entry.kept if r.digest not in entry.pinned_revisions]
         for revision in loose[self._keep :]:
             entry.kept.remove(revision)
-            self._drop(revision)
-            await self.cache.retire(revision)
-        self._sweep()
+            await self._drop(revision)
 
     async def _let_go(self, entry: Entry) -> None:
         """Stop serving all revisions of a name."""
         revisions = entry.revisions()
         entry.current, entry.kept = None, []
         entry.pinned, entry.pinned_revisions = False, set()
-        self._note_pins()
-        for revision in revisions:
-            self._drop(revision)
-            await self.cache.retire(revision)
-        self._sweep()
+        self._note_pins(entry)
+        await asyncio.gather(*map(self._drop, revisions))
 
-    def _drop(self, revision: Revision) -> None:
-        self._dropped.add(revision)
+    async def _drop(self, revision: Revision) -> None:
+        """Let a revision go, and its copy as soon as the engine has let go of it."""
+        self._dropped.setdefault(revision.name, set()).add(revision)
+        await self.cache.retire(revision)
+        self._sweep(revision.name)
 
-    def _sweep(self) -> None:
-        """Delete the copies of dropped revisions that the engine no longer holds."""
-        for revision in list(self._dropped):
-            resident = self.cache.find(revision)
-            if revision.name != self._admitting and (resident is None or resident.revision != revision):
-                self._dropped.remove(revision)
-                self.store.remove(revision)
-
-    def _note_pins(self) -> None:
-        pinned = set()
-        for entry in self.entries.values():
-            for revision in entry.revisions():
-                if (entry.pinned and revision == entry.current) or revision.short_digest in entry.pinned_revisions:
-                    pinned.add(revision.int_id)
-        self.cache.pinned = pinned
-
-    def _all(self) -> Iterator[Revision]:
-        for entry in self.entries.values():
-            yield from entry.revisions()
-        yield from self._dropped
-
-    def _persist(self) -> None:
-        if not self.ready:
+    def _sweep(self, name: str) -> None:
+        """Delete the copies of a name's dropped revisions that the engine does not need any more."""
+        if name in self._admitting or (dropped := self._dropped.get(name)) is None:
             return
-        adapters: dict[str, Any] = {}
+        for revision in [r for r in dropped if not self.cache.may_read(r)]:
+            dropped.remove(revision)
+            self.store.remove(revision)
+        if not dropped:
+            del self._dropped[name]
+
+    def _note_pins(self, entry: Entry) -> None:
+        pinned = {
+            revision.int_id
+            for revision in entry.revisions()
+            if (entry.pinned and revision == entry.current) or revision.digest in entry.pinned_revisions
+        }
+        before = self._pins.pop(entry.name, set())
+        if pinned:
+            self._pins[entry.name] = pinned
+        for int_id in pinned - before:
+            self.cache.pin(int_id)
+        for int_id in before - pinned:
+            self.cache.unpin(int_id)
+
+    async def _persist(self) -> None:
+        """Write down what is served; one writer at a time writes one state after the other."""
+        if self.ready:
+            await self._in(self._writer, self._write, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        adapters = {}
         for name, entry in self.entries.items():
             if entry.revisions() or entry.seen:
                 adapters[name] = {
@@ -519,7 +571,10 @@ class Catalogue:
                     "pinned": entry.pinned,
                     "pinned_revisions": sorted(entry.pinned_revisions),
                 }
+        return {"version": 1, "adapters": adapters}
+
+    def _write(self, state: dict[str, Any]) -> None:
         try:
-            self.store.write_state({"version": 1, "adapters": adapters})
+            self.store.write_state(state)
         except OSError as error:
             self._log.error("What is served is not written down for the next start: %s", error)

@@ -1,12 +1,10 @@
-"""Revisions: what an adapter is called inside the engine, derived from its content alone."""
+"""Revisions: one content of one adapter each, and what it is called inside the engine."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +24,34 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 #: Names that the metrics have a meaning of their own for: of what has no series of its own, and of no model.
 RESERVED_NAMES = frozenset({"other", "unknown"})
 
-#: Ids up to here are vLLM's own (its warm-up uses 1, 2, ...).
-_RESERVED_IDS = 1 << 16
+
+class Ids:
+    """Integer ids of revisions in the engine: counted, so no two revisions ever have one.
+
+    The first are vLLM's own (its warm-up uses 1, 2, ...), and its GPU model runner keeps ids as int32. An id is
+    kept for the life of the process, in some 300 bytes: a revision that comes back has the same one. Any thread
+    may ask.
+    """
+
+    def __init__(self, first: int = 1 << 16, limit: int = 1 << 31):
+        self._ids: dict[str, int] = {}
+        self._free = iter(range(first, limit))
+
+    def of(self, engine_name: str) -> int:
+        """The id of the revision with this name in the engine.
+
+        Raises:
+            OverflowError: if there is none left.
+        """
+        int_id = self._ids.get(engine_name)
+        if int_id is None:
+            if (free := next(self._free, None)) is None:
+                raise OverflowError("no integer id is left for another adapter: start the server anew")
+            int_id = self._ids.setdefault(engine_name, free)  # of two threads that came at once, both have one
+        return int_id
+
+
+_ids = Ids()
 
 
 @dataclass(frozen=True)
@@ -66,17 +90,18 @@ class Revision:
 
     @property
     def revision(self) -> str:
-        """`name@<first 12 hex of the digest>`, the adapter's name inside the engine."""
+        """`name@<first 12 hex of the digest>`, as clients and logs call it."""
         return f"{self.name}@{self.short_digest}"
 
     @property
-    def int_id(self) -> int:
-        """The adapter's integer id inside the engine: the same on every process and replica.
+    def engine_name(self) -> str:
+        """`name@<digest>`, the adapter's name inside the engine, which no other content has."""
+        return f"{self.name}@{self.digest}"
 
-        31 bits, since vLLM's GPU model runner keeps ids as int32. The catalogue refuses the rare revision
-        whose id another one has.
-        """
-        return _int_id(self.revision)
+    @property
+    def int_id(self) -> int:
+        """The adapter's integer id inside the engine; this process's own, other servers have others."""
+        return _ids.of(self.engine_name)
 
 
 @dataclass(frozen=True)
@@ -104,10 +129,10 @@ class NameRefusedError(AdapterError):
     kind = "name"
 
 
-@lru_cache(maxsize=1 << 16)  # a change compares the ids of all adapters
-def _int_id(revision: str) -> int:
-    number = int.from_bytes(hashlib.sha256(revision.encode()).digest()[:8], "big")
-    return _RESERVED_IDS + number % ((1 << 31) - _RESERVED_IDS)
+def public_form(engine_name: str) -> str:
+    """What clients know a revision by, from its name inside the engine."""
+    name, at, digest = engine_name.rpartition("@")
+    return name + at + digest[:12]
 
 
 def check_name(name: str) -> None:

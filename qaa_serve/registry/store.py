@@ -2,7 +2,8 @@
 
 STATE/lock                       held by the server that uses the directory
 STATE/state.json                 which revision each name stands for, over restarts
-STATE/revisions/NAME@DIGEST/     adapter_config.json and adapter_model.safetensors
+STATE/revisions/NAME@DIGEST/     adapter_config.json and adapter_model.safetensors; DIGEST has 64 hex digits, or 12
+                                 if an older version wrote it
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ class RevisionStore:
         self.max_adapter_bytes = max_adapter_bytes
         self.base = base
         self._revisions = directory / "revisions"
+        self._counting = threading.Lock()
         try:
             self._revisions.mkdir(parents=True, exist_ok=True)
             self._lock = (directory / "lock").open("w")
@@ -89,7 +93,7 @@ class RevisionStore:
 
     @only_refusals("the adapter")
     def admit(self, source: Path, name: str) -> Revision:
-        """Copy an adapter into the store and check the copy.
+        """Copy an adapter into the store and check the copy; several threads may, each for another name.
 
         Raises:
             AdapterError: if it cannot be served, or there is no room; the store is as it was then.
@@ -101,20 +105,22 @@ class RevisionStore:
             raise self._no_room(error) from error
         try:
             copy_adapter(source, copy, max_bytes=self.max_adapter_bytes)
-            revision = self._read(copy, name, origin=source)
-            place = self._revisions / revision.revision
-            if place.exists() and _intact(place, revision.digest):
-                return self._at(revision, place)
+            revision = self._judged(copy, name, origin=source)
+            for place in self._places(name, revision.digest):
+                if place.exists() and _intact(place, revision.digest):
+                    return self._at(revision, place)
+            place, _ = self._places(name, revision.digest)
             shutil.rmtree(place, ignore_errors=True)  # a damaged one
-            if self._used + revision.nbytes > self.max_bytes:
-                self._used = self.nbytes()
-            if self._used + revision.nbytes > self.max_bytes:
-                raise NoRoomError(
-                    f"the revision store has {self._used:,} of {self.max_bytes:,} bytes in use and the adapter "
-                    f"needs {revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
-                )
-            copy.rename(place)
-            self._used += revision.nbytes
+            with self._counting:
+                if self._used + revision.nbytes > self.max_bytes:
+                    self._used = self.nbytes()
+                if self._used + revision.nbytes > self.max_bytes:
+                    raise NoRoomError(
+                        f"the revision store has {self._used:,} of {self.max_bytes:,} bytes in use and the "
+                        f"adapter needs {revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
+                    )
+                copy.rename(place)
+                self._used += revision.nbytes
             return self._at(revision, place)
         except OSError as error:
             raise self._no_room(error) from error
@@ -126,16 +132,13 @@ class RevisionStore:
 
         Args:
             name: the adapter's public name.
-            digest: at least the first 12 hex digits.
+            digest: of its content.
 
         Raises:
             AdapterError: if it is gone or no longer what it was.
         """
-        place = self._revisions / f"{name}@{digest[:12]}"
-        revision = self._read(place, name)
-        if not revision.digest.startswith(digest):
-            raise AdapterError(f"the copy of {name}@{digest[:12]} in the revision store is damaged")
-        return revision
+        place, older = self._places(name, digest)
+        return self._read(place if place.exists() or not older.exists() else older, name, digest)
 
     def revisions(self) -> list[Revision]:
         """The revisions that an earlier server left, as far as they are valid."""
@@ -143,13 +146,14 @@ class RevisionStore:
         for path in sorted(self._revisions.iterdir()):
             name, _, digest = path.name.partition("@")
             with suppress(AdapterError):
-                found.append(self.recall(name, digest))
+                found.append(self._read(path, name, digest))
         return found
 
     def remove(self, revision: Revision) -> None:
         """Delete a revision's files; nothing happens if they are gone already."""
         if revision.path.exists():
-            self._used -= revision.nbytes
+            with self._counting:
+                self._used -= revision.nbytes
         shutil.rmtree(revision.path, ignore_errors=True)
 
     def keep_only(self, revisions: Iterable[Revision]) -> None:
@@ -189,11 +193,22 @@ class RevisionStore:
         beside.write_text(json.dumps(state, indent=1), encoding="utf-8")
         beside.replace(self.directory / "state.json")
 
-    def _read(self, directory: Path, name: str, origin: Path | None = None) -> Revision:
+    def _judged(self, directory: Path, name: str, origin: Path | None = None) -> Revision:
         return read_revision(directory, name, origin=origin, base=self.base, max_bytes=self.max_adapter_bytes)
 
     def _at(self, revision: Revision, place: Path) -> Revision:
-        return Revision(**{**vars(revision), "path": place.resolve()})
+        return replace(revision, path=place.resolve())
+
+    def _places(self, name: str, digest: str) -> tuple[Path, Path]:
+        """Where a revision's copy is, and where an older version put it."""
+        return self._revisions / f"{name}@{digest}", self._revisions / f"{name}@{digest[:12]}"
+
+    def _read(self, place: Path, name: str, digest: str) -> Revision:
+        """A copy, checked anew; of its digest at least the first 12 hex digits are known."""
+        revision = self._judged(place, name)
+        if not revision.digest.startswith(digest):
+            raise AdapterError(f"the copy {place.name} in the revision store is damaged")
+        return revision
 
     def _no_room(self, error: OSError) -> NoRoomError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

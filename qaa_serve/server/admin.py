@@ -24,8 +24,8 @@ from qaa_serve.registry import (
     CacheFullError,
     Catalogue,
     Entry,
+    LoadTimeoutError,
     Revision,
-    UnavailableError,
     UnknownAdapterError,
 )
 from qaa_serve.server.audit import AuditLog
@@ -109,7 +109,9 @@ class RevisionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     revision: str | None = Field(
-        None, description="name@digest or digest; left out: see the route", max_length=256
+        None,
+        description="name@digest or digest, 12 digits of it or more; left out: see the route",
+        max_length=256,
     )
 
 
@@ -283,7 +285,7 @@ def _changing(catalogue: Catalogue, audit: AuditLog, action: str, name: str) -> 
             yield
         except UnknownAdapterError as error:
             raise RefusedError(404, str(error)) from error
-        except (CacheFullError, UnavailableError) as error:
+        except (CacheFullError, LoadTimeoutError) as error:
             raise RefusedError(503, str(error), Retry_After="5") from error
         except AdapterError as error:
             raise RefusedError(422, str(error)) from error

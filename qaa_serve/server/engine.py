@@ -16,7 +16,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from qaa_serve.registry import EngineRefusedError, Revision
+from qaa_serve.registry import EngineRefusedError, Revision, public_form
 from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.stat_logger import StatLogger
@@ -94,7 +94,7 @@ class AdapterEngine(AsyncLLM):
         """
         request = request_for(revision)
         try:
-            await self.collective_rpc("qaa_stage", args=(revision.revision, revision.int_id, str(revision.path)))
+            await self.collective_rpc("qaa_stage", args=(request.lora_name, revision.int_id, request.lora_path))
             # Every call takes its turn between two steps, so few are made.
             wait_s = _POLL_S if self.output_processor.has_unfinished_requests() else _IDLE_POLL_S
             while None in (sizes := await self.collective_rpc("qaa_staged_bytes", args=(revision.int_id,))):
@@ -167,13 +167,13 @@ async def _holding(request: RequestContext | None, lora: LoRARequest | None) -> 
                 raise KeyError(lora.lora_int_id)
             stack.enter_context(request.hold(lora.lora_int_id))
         except KeyError as error:
-            raise VLLMNotFoundError(f"Adapter {lora.lora_name} is no longer served.") from error
+            raise VLLMNotFoundError(f"Adapter {public_form(lora.lora_name)} is no longer served.") from error
         yield
 
 
 def request_for(revision: Revision) -> LoRARequest:
     """What vLLM knows a revision by: name, path and id are all its own."""
-    return LoRARequest(lora_name=revision.revision, lora_int_id=revision.int_id, lora_path=str(revision.path))
+    return LoRARequest(lora_name=revision.engine_name, lora_int_id=revision.int_id, lora_path=str(revision.path))
 
 
 @asynccontextmanager

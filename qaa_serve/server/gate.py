@@ -7,6 +7,7 @@ until its response has been sent. What cannot be served is refused here, in the 
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -15,7 +16,7 @@ from typing import Any
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 
-from qaa_serve.registry import Catalogue, UnavailableError, UnknownAdapterError
+from qaa_serve.registry import AmbiguousRevisionError, Catalogue, UnavailableError, UnknownAdapterError
 from qaa_serve.server.asgi import App, ClientGoneError, Message, Receive, Scope, Send
 from qaa_serve.server.bodies import MULTIPART, Asked, Bodies, asked_by, media_type
 from qaa_serve.server.context import RequestContext, current_request
@@ -159,8 +160,11 @@ class Gate:
         request.asked = asked.model
         name = self._check_model(request)
         is_base = asked.model is None or asked.model in self._base_names
-        if not is_base and self._catalogue.resolve(str(asked.model)) is None:
-            raise _unknown(asked.model)
+        if not is_base:
+            try:
+                self._catalogue.find(str(asked.model))
+            except UnknownAdapterError as error:
+                raise _unknown(asked.model, error) from error
         request.observation = self._metrics.begin(name, path, None if request.key is None else request.key.name)
         client = request.key.name if request.key is not None and self._rights.keys.has_several_clients else None
         request.ticket = stack.enter_context(self._turns.admit(name, client, asked.prompts * asked.n))
@@ -171,9 +175,9 @@ class Gate:
         try:
             request.revision = await stack.enter_async_context(self._catalogue.use(str(asked.model)))
         except UnknownAdapterError as error:  # removed while the request waited
-            raise _unknown(asked.model) from error
+            raise _unknown(asked.model, error) from error
         except UnavailableError as error:
-            raise RefusedError(503, str(error), Retry_After="5") from error
+            raise RefusedError(503, str(error), Retry_After=str(max(1, math.ceil(error.retry_after_s)))) from error
 
     def _check_model(self, request: RequestContext) -> str:
         """The name that a request is counted under; refuses it if its key may not use that."""
@@ -241,10 +245,9 @@ def _give_id(scope: Scope) -> str:
     return made
 
 
-def _unknown(model: str | None) -> RefusedError:
-    return RefusedError(
-        404, f"The model `{model}` does not exist. GET /v1/models lists those that you can use.", param="model"
-    )
+def _unknown(model: str | None, error: UnknownAdapterError) -> RefusedError:
+    message = f"The model `{model}` does not exist. GET /v1/models lists those that you can use."
+    return RefusedError(404, str(error) if isinstance(error, AmbiguousRevisionError) else message, param="model")
 
 
 def _is_cancel(path: str) -> bool:

@@ -144,6 +144,8 @@ async def _assemble(
         changed=audit.changed,
         cache_bytes=options.adapter_cache_bytes,
         max_count=args.max_cpu_loras,
+        loaders=options.adapter_loaders,
+        load_timeout_s=options.adapter_load_timeout_s,
         keep=options.keep_revisions,
         reserved=base_names.__contains__,
         logger=logger,

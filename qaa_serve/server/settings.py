@@ -64,6 +64,8 @@ class ServingOptions:
         adapters_quiet_s: how long a directory must not change before it is read.
         strict_adapters: whether an invalid adapter at the start ends the server.
         adapter_cache_bytes: host memory in the engine for adapters.
+        adapter_loaders: adapters that are loaded at once.
+        adapter_load_timeout_s: how long the engine may take to load one; 0: for ever.
         keep_revisions: former revisions of each name to keep.
         max_adapter_bytes: of one adapter's weights.
         adapter_max_running: requests of one model in the engine at once; 0: as many as the engine runs.
@@ -87,6 +89,8 @@ class ServingOptions:
     adapters_quiet_s: float
     strict_adapters: bool
     adapter_cache_bytes: int
+    adapter_loaders: int
+    adapter_load_timeout_s: float
     keep_revisions: int
     max_adapter_bytes: int
     adapter_max_running: int
@@ -189,6 +193,21 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="memory of the engine for adapters; what is not in use makes room, and is loaded again before the "
         "next request for it (default: a quarter of the free memory, at most 8Gi)",
+    )
+    group.add_argument(
+        "--adapter-loaders",
+        metavar="N",
+        type=_at_least_one,
+        default=4,
+        help="adapters that are loaded into the engine at once, or copied and checked at once (default: 4)",
+    )
+    group.add_argument(
+        "--adapter-load-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="how long the engine may take to load an adapter before the requests for it are answered 503; "
+        "0: for ever (default: 60)",
     )
     group.add_argument(
         "--max-adapter-bytes", **size, default=_GIB, help="largest weights file that is taken (default: 1Gi)"
@@ -323,6 +342,12 @@ def _count(text: str) -> int:
     return number
 
 
+def _at_least_one(text: str) -> int:
+    if not (number := _count(text)):
+        raise argparse.ArgumentTypeError("at least one is needed")
+    return number
+
+
 def _size(text: str) -> int:
     from vllm.utils.argparse_utils import human_readable_int
 
@@ -379,6 +404,8 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         adapters_quiet_s=args.adapters_quiet,
         strict_adapters=args.strict_adapters,
         adapter_cache_bytes=args.adapter_cache_bytes,
+        adapter_loaders=args.adapter_loaders,
+        adapter_load_timeout_s=args.adapter_load_timeout,
         keep_revisions=args.keep_revisions,
         max_adapter_bytes=args.max_adapter_bytes,
         adapter_max_running=args.adapter_max_running,

@@ -17,6 +17,8 @@ from opentelemetry.sdk.trace import SpanProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm_qaa import port
 
+from qaa_serve.registry import public_form
+
 #: What goes into the spans that start now.
 _attributes: ContextVar[Mapping[str, str] | None] = ContextVar("span_attributes", default=None)
 
@@ -25,17 +27,17 @@ def attributes_of(lora_name: str | None, base_name: str) -> dict[str, str]:
     """What a span says of the model that was asked for and the one that answered.
 
     Args:
-        lora_name: the adapter's name in vLLM, which is its revision; None for the base model.
+        lora_name: the adapter's name in vLLM, which has the whole digest; None for the base model.
         base_name: the base model's name.
     """
     if lora_name is None:
         return {"gen_ai.request.model": base_name, "gen_ai.response.model": base_name}
-    name = lora_name.partition("@")[0]
+    name, revision = lora_name.partition("@")[0], public_form(lora_name)
     return {
         "gen_ai.request.model": name,
-        "gen_ai.response.model": lora_name,
+        "gen_ai.response.model": revision,
         "qaa.adapter": name,
-        "qaa.revision": lora_name,
+        "qaa.revision": revision,
     }
 
 
