@@ -25,6 +25,7 @@ from qaa_serve.registry import (
     EngineRefusedError,
     Entry,
     LoadTimeoutError,
+    NotWrittenError,
     Rejection,
     Revision,
     RevisionStore,
@@ -714,7 +715,7 @@ def test_states_are_written_one_at_a_time_and_the_last_one_stays(
         await asyncio.gather(*changes, return_exceptions=True)
         await catalogue.remove("c")
         assert catalogue.store.read_state() == catalogue._state()
-        assert list(catalogue._state()["adapters"]) == list(catalogue.entries)
+        assert list(catalogue._state()) == list(catalogue.entries)
         assert not writing
 
     place.serve(body)
@@ -939,17 +940,75 @@ def test_a_damaged_part_of_the_state_costs_that_adapter_alone(place: Place, fiel
     place.serve(body)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"adapters": 3}', '{"adapters": [1]}', "{}"])
-def test_a_damaged_state_is_no_state(place: Place, content: str) -> None:
-    publish_two(place)
-    (place.state / "state.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", '{"adapters": 3}', '{"version": 2, "adapters": {}}', "\xff"]
+)
+def test_without_a_state_that_can_be_read_every_copy_is_served_again(place: Place, content: str | None) -> None:
+    """An empty, damaged, lost or newer one: nothing that was uploaded is deleted."""
+    a_kept, a_current, b_kept, b_current = publish_two(place)
+    state = place.state / "state.json"
+    if content is None:
+        state.unlink()
+    else:
+        state.write_text(content, encoding="latin-1")
 
     async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
-        assert catalogue.entries == {}
-        revision = await catalogue.publish("a", place.adapter(1), "api")
+        assert {name: entry.current for name, entry in catalogue.entries.items()} == {
+            "a": a_current, "b": b_current,
+        }  # fmt: skip
+        assert catalogue.resolve(a_kept.revision) == a_kept
+        assert catalogue.resolve(b_kept.revision) == b_kept
+        revision = await catalogue.publish("a", place.adapter(9), "api")
         assert catalogue.resolve("a") == revision
 
     place.serve(body)
+    aside = [path.read_text(encoding="latin-1") for path in place.state.glob("state.json.unreadable-*")]
+    assert aside == ([] if content is None else [content])
+
+
+def test_one_entry_of_the_state_that_is_odd_touches_no_other(place: Place) -> None:
+    *_, b_current = publish_two(place)
+    state = json.loads((place.state / "state.json").read_text())
+    state["adapters"]["a"] = 1
+    (place.state / "state.json").write_text(json.dumps(state))
+
+    async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert catalogue.resolve("b") == b_current
+        assert catalogue.resolve("a") is None
+
+    place.serve(body)
+
+
+def test_a_start_with_another_base_loses_nothing(place: Place) -> None:
+    """None of the copies fits it; with the right base everything is back as it was, pins and all."""
+    publish_two(place)
+
+    async def pin(catalogue: Catalogue, engine: FakeEngine) -> None:
+        await catalogue.pin("b")
+
+    place.serve(pin)
+    before = json.loads((place.state / "state.json").read_text())
+    copies = place.copies()
+
+    async def other_base() -> None:
+        store = make_store(place.state)
+        store.base = {"another.layer": (16, 16)}
+        catalogue = make_catalogue(store, FakeEngine())
+        await catalogue.restore()
+        catalogue.start()
+        assert all(entry.current is None for entry in catalogue.entries.values())
+        store.close()
+
+    for _ in range(2):
+        asyncio.run(other_base())
+    assert place.copies() == copies
+    assert json.loads((place.state / "state.json").read_text()) == before
+
+    async def back(catalogue: Catalogue, engine: FakeEngine) -> None:
+        assert all(entry.current is not None for entry in catalogue.entries.values())
+        assert catalogue.entries["b"].pinned
+
+    place.serve(back)
 
 
 def test_a_damaged_copy_is_not_served_and_the_directory_brings_it_back(place: Place) -> None:
@@ -972,7 +1031,7 @@ def test_a_damaged_copy_of_a_former_revision_costs_that_one_alone(place: Place) 
     async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
         assert catalogue.entries["a"].revisions() == [current]
         assert catalogue.entries["a"].rejection is None
-        assert place.copies() == names([current, *others])
+        assert place.copies() == names([damaged, current, *others]), "it may be mended yet"
 
     place.serve(body)
 
@@ -1036,8 +1095,12 @@ def test_a_state_that_cannot_be_written_stops_nothing(place: Place, monkeypatch:
 
     async def body(catalogue: Catalogue, engine: FakeEngine) -> None:
         monkeypatch.setattr(RevisionStore, "write_state", fail)
-        revision = await catalogue.publish("a", place.adapter(1), "api")
-        assert catalogue.resolve("a") == revision
+        with pytest.raises(NotWrittenError, match="a restart undoes it"):
+            await catalogue.publish("a", place.adapter(1), "api")
+        assert catalogue.resolve("a") is not None, "it is served all the same"
+        with pytest.raises(NotWrittenError):
+            await catalogue.remove("a")
+        await catalogue.publish("a", place.adapter(1), "directory")  # the directory itself is what is remembered
         monkeypatch.undo()
 
     place.serve(body)
@@ -1048,9 +1111,9 @@ def test_before_the_start_nothing_is_written_down(place: Place) -> None:
         store = make_store(place.state)
         catalogue = make_catalogue(store, FakeEngine())
         await catalogue.publish("a", place.adapter(1), "api")
-        assert store.read_state() == {}
+        assert store.read_state() is None
         catalogue.start()
-        assert list(store.read_state()["adapters"]) == ["a"]
+        assert list(store.read_state() or ()) == ["a"]
         store.close()
 
     asyncio.run(run())

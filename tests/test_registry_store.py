@@ -109,7 +109,7 @@ def test_removing_twice_is_removing(tmp_path: Path, store: RevisionStore) -> Non
 def test_only_what_is_kept_stays(tmp_path: Path, store: RevisionStore) -> None:
     kept = store.admit(make(tmp_path / "a", seed=1), "a")
     store.admit(make(tmp_path / "a", seed=2), "a")
-    store.keep_only([kept])
+    store.keep_only([(kept.name, kept.digest)])
     assert copies(store) == copy_of(kept)
 
 
@@ -357,7 +357,19 @@ def test_the_state_is_replaced_in_one_step(store: RevisionStore, monkeypatch: py
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 200_000])
 def test_a_state_that_cannot_be_read_is_no_state(store: RevisionStore, content: bytes) -> None:
     (store.directory / "state.json").write_bytes(content)
-    assert store.read_state() == {}
+    assert store.read_state() is None
+    aside = store.set_state_aside()
+    assert aside is not None
+    assert aside.read_bytes() == content
+    assert store.set_state_aside() is None
+
+
+def test_a_state_of_a_newer_version_is_not_read(store: RevisionStore) -> None:
+    store.write_state({"a": {}})
+    file = store.directory / "state.json"
+    assert store.read_state() == {"a": {}}
+    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
+    assert store.read_state() is None
 
 
 def test_a_store_that_was_deleted_is_made_anew(tmp_path: Path, store: RevisionStore) -> None:
@@ -385,7 +397,7 @@ def test_a_copy_that_an_older_version_left_is_found_and_used(tmp_path: Path, sto
     assert store.recall("a", revision.digest).path == older
     assert store.admit(tmp_path / "a", "a").path == older
     assert [found.path for found in store.revisions()] == [older]
-    store.keep_only([store.recall("a", revision.digest)])
+    store.keep_only([("a", revision.digest)])
     assert older.exists()
     (older / WEIGHTS_FILE).write_bytes(b"damaged")
     assert store.admit(tmp_path / "a", "a").path == revision.path

@@ -558,3 +558,65 @@ def test_without_events_everything_is_found_by_looking(tmp_path: Path, monkeypat
             await watched.until_served("a", None)
 
     run(body)
+
+
+def test_a_directory_that_is_mounted_late_costs_nothing(tmp_path: Path) -> None:
+    """At the start it is empty: what came from it stays. Later, what was deleted or rolled back stays so."""
+    directory = tmp_path / "adapters"
+    directory.mkdir()
+
+    async def first() -> None:
+        async with watching(tmp_path) as watched:
+            await watched.until_served("gone", drop(make(tmp_path / "1", 1), directory / "gone"))
+            good = drop(make(tmp_path / "2", 2), directory / "back")
+            await watched.until_served("back", good)
+            shutil.rmtree(directory / "back")
+            await watched.until_served("back", None)
+            drop(make(tmp_path / "2", 2), directory / "back")
+            await watched.until_served("back", good)
+            make(tmp_path / "3", 3).rename(directory / ".new")
+            (directory / "back").rename(directory / ".old")
+            (directory / ".new").rename(directory / "back")
+            await eventually(lambda: watched.digest("back") not in (None, good), "the bad one is served")
+            await watched.catalogue.roll_back("back")
+            await watched.catalogue.remove("gone")
+
+    async def late() -> None:
+        async with watching(tmp_path) as watched:
+            served = watched.digest("back")
+            assert served is not None
+            await watched.idle()
+            assert watched.digest("back") == served
+            for path in list(away.iterdir()):
+                path.rename(directory / path.name)
+            await watched.idle()
+            await watched.idle()
+            assert watched.digest("back") == served, "what was rolled back stays so"
+            assert watched.digest("gone") is None, "what was deleted stays so"
+
+    run(first)
+    away = tmp_path / "away"
+    directory.rename(away)
+    directory.mkdir()
+    run(late)
+
+
+def test_a_directory_that_goes_while_it_is_published_is_removed(tmp_path: Path) -> None:
+    """Just when its name stands for it, and before that is noted."""
+
+    async def body() -> None:
+        async with watching(tmp_path) as watched:
+            persist = watched.catalogue._persist
+
+            async def slowly(*, must: bool = True) -> None:
+                shutil.rmtree(watched.directory / "a", ignore_errors=True)
+                await persist(must=must)
+
+            watched.catalogue._persist = slowly  # type: ignore[method-assign]
+            drop(make(tmp_path / "new"), watched.directory / "a")
+            await eventually(lambda: not (watched.directory / "a").exists(), "it was published")
+            await watched.until_served("a", None)
+            await watched.idle()
+            assert watched.digest("a") is None
+
+    run(body)

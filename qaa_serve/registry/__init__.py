@@ -13,6 +13,7 @@ from qaa_serve.registry.catalogue import (
     AmbiguousRevisionError,
     Catalogue,
     Entry,
+    NotWrittenError,
     UnavailableError,
     UnknownAdapterError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Entry",
     "Ids",
     "LoadTimeoutError",
+    "NotWrittenError",
     "Observer",
     "Rejection",
     "Result",

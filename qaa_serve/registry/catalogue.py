@@ -41,6 +41,12 @@ class AmbiguousRevisionError(UnknownAdapterError):
     """Several revisions begin with the digits that were given."""
 
 
+class NotWrittenError(AdapterError):
+    """A change is made, and would be undone by a restart."""
+
+    kind, temporary = "store", True
+
+
 class UnavailableError(AdapterError):
     """The adapter is served, but cannot be brought into the engine now.
 
@@ -164,6 +170,7 @@ class Catalogue:
         )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="qaa-state")  # so the last state is written last
         self._admitting: set[str] = set()
+        self._unserved: dict[str, Any] = {}  # what is written of names that could not be brought back whole
         self._dropped: dict[str, set[Revision]] = {}  # by name; their copies go when the engine has let go of them
         self._pins: dict[str, set[int]] = {}  # by name
         self._log = logger or getLogger(__name__)
@@ -265,7 +272,7 @@ class Catalogue:
                 # What was copied for nothing goes again.
                 if revision not in entry.revisions():
                     await self._drop(revision)
-            await self._persist()
+            await self._persist(must=source == "api")
         return revision
 
     async def remove(self, name: str) -> None:
@@ -301,7 +308,7 @@ class Catalogue:
                     self._observer.swapped("removed")
                     self._note(entry, old, "forget")
                     self._log.info("Removed adapter %r: its directory is gone", name)
-            await self._persist()
+            await self._persist(must=False)
 
     async def roll_back(self, name: str, digest: str | None = None) -> Revision:
         """Serve a kept revision again.
@@ -380,16 +387,29 @@ class Catalogue:
         self._changed("reject", rejection.name, current, current, rejection.reason)
 
     async def restore(self) -> None:
-        """Serve what an earlier server with this state directory served, as far as that can be."""
-        saved = self.store.read_state().get("adapters", {})
-        if isinstance(saved, dict):
-            await asyncio.gather(*(self._restore(name, fields) for name, fields in saved.items()))
-        self.store.keep_only(r for entry in self.entries.values() for r in entry.revisions())
+        """Serve what an earlier server with this state directory served, as far as that can be.
+
+        What cannot be served now (by another base, a smaller limit) is not forgotten: its copies stay, and so does
+        what was written of it. Without a state that can be read, every copy is served again, the newest of a name.
+        """
+        saved = self.store.read_state()
+        if saved is None:
+            if (aside := self.store.set_state_aside()) is not None:
+                self._log.error(
+                    "The state of %s cannot be read by this version. It is now %s; every adapter that has a copy "
+                    "is served again, the newest one of each name", self.store.directory, aside.name,
+                )  # fmt: skip
+            saved = {name: _as_uploaded(digests) for name, digests in self.store.copies().items()}
+        await asyncio.gather(*(self._restore(name, fields) for name, fields in saved.items()))
+        self.store.keep_only((name, digest) for name, fields in saved.items() for digest in _digests_in(fields))
 
     def start(self) -> None:
         """All adapters there are at the start have been seen to: from now on changes are written down."""
         self.ready = True
-        self._write(self._state())
+        try:
+            self.store.write_state(self._state())
+        except OSError as error:
+            self._log.error("What is served is not written down for the next start: %s", error)
 
     # ------------------------------------------------------------------------------------------- internals
 
@@ -442,6 +462,8 @@ class Catalogue:
                 await self._restore_revisions(entry, current, kept)
             except (AdapterError, KeyError, TypeError) as error:
                 self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
+            if [revision.digest for revision in entry.revisions()] != _digests_in(fields) or entry.current is None:
+                self._unserved[name] = fields
             self._note_pins(entry)
 
     async def _restore_revisions(self, entry: Entry, current: str | None, kept: list[str]) -> None:
@@ -471,6 +493,7 @@ class Catalogue:
     def _switch(self, entry: Entry, revision: Revision) -> Revision | None:
         """Let a name stand for a loaded revision; what it stood for, if that was another one."""
         old, entry.current = entry.current, revision
+        self._unserved.pop(entry.name, None)
         if old == revision:  # though its copy may be another one
             return None
         if revision in entry.kept:
@@ -519,6 +542,7 @@ class Catalogue:
     async def _let_go(self, entry: Entry) -> None:
         """Stop serving all revisions of a name."""
         revisions = entry.revisions()
+        self._unserved.pop(entry.name, None)
         entry.current, entry.kept = None, []
         entry.pinned, entry.pinned_revisions = False, set()
         self._note_pins(entry)
@@ -554,10 +578,23 @@ class Catalogue:
         for int_id in before - pinned:
             self.cache.unpin(int_id)
 
-    async def _persist(self) -> None:
-        """Write down what is served; one writer at a time writes one state after the other."""
-        if self.ready:
-            await self._in(self._writer, self._write, self._state())
+    async def _persist(self, *, must: bool = True) -> None:
+        """Write down what is served; one writer at a time writes one state after the other.
+
+        Raises:
+            NotWrittenError: if that fails and it `must` not.
+        """
+        if not self.ready:
+            return
+        try:
+            await self._in(self._writer, self.store.write_state, self._state())
+        except OSError as error:
+            self._log.error("What is served is not written down for the next start: %s", error)
+            if must:
+                raise NotWrittenError(
+                    f"it is done, but cannot be written down ({error.strerror or error}), so a restart undoes it: "
+                    "make room in the state directory and send it again"
+                ) from error
 
     def _state(self) -> dict[str, Any]:
         adapters = {}
@@ -571,10 +608,22 @@ class Catalogue:
                     "pinned": entry.pinned,
                     "pinned_revisions": sorted(entry.pinned_revisions),
                 }
-        return {"version": 1, "adapters": adapters}
+        return adapters | self._unserved
 
-    def _write(self, state: dict[str, Any]) -> None:
-        try:
-            self.store.write_state(state)
-        except OSError as error:
-            self._log.error("What is served is not written down for the next start: %s", error)
+
+def _as_uploaded(digests: list[str]) -> dict[str, Any]:
+    """What is written of an adapter that was uploaded, the newest content last."""
+    *former, current = digests
+    return {
+        "current": current, "kept": former[::-1], "source": "api", "seen": None, "pinned": False,
+        "pinned_revisions": [],
+    }  # fmt: skip
+
+
+def _digests_in(fields: Any) -> list[str]:
+    """The revisions that are written of an adapter."""
+    if not isinstance(fields, dict):
+        return []
+    kept = fields.get("kept")
+    found = [fields.get("current"), *(kept if isinstance(kept, list) else ())]
+    return [digest for digest in found if isinstance(digest, str)]

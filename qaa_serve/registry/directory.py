@@ -128,11 +128,18 @@ class DirectoryWatcher:
 
     async def publish_all(self) -> None:
         """Publish everything that is there now, without waiting for it to be quiet."""
-        for path in await asyncio.to_thread(lambda: list(_adapter_directories(self.directory))):
+        there = await asyncio.to_thread(lambda: list(_adapter_directories(self.directory)))
+        entries = self._catalogue.entries
+        from_here = [
+            name for name, entry in entries.items() if entry.source == "directory" or entry.seen is not None
+        ]
+        if from_here and not there:
+            self._note_lost("is empty, as if it were not mounted yet")
+            return
+        for path in there:
             await self._take(path.name, signature_of(path), final=True)
-        for name, entry in list(self._catalogue.entries.items()):
-            from_here = entry.source == "directory" or entry.seen is not None
-            if from_here and name not in self._handled and name not in self._waiting:
+        for name in from_here:
+            if name not in self._handled and name not in self._waiting:
                 await self._catalogue.forget_directory(name)
 
     async def run(self) -> None:
@@ -253,17 +260,22 @@ class DirectoryWatcher:
         except Exception as error:  # unforeseen, and no reason to leave the others waiting
             self._log.exception("Reading %s", path)
             rejection = Rejection(name, path, f"reading it failed: {error!r}")
-        if signature_of(path) != signature or (rejection is not None and not final):
-            self._waiting[name] = (signature_of(path), time.monotonic())
+        if rejection is None:  # noted before anything else, or what happens to it meanwhile would go unnoticed
+            self._note_handled(name, signature)
+        if (now := signature_of(path)) != signature or (rejection is not None and not final):
+            self._waiting[name] = (now, time.monotonic())
             return False
         if rejection is not None:
             self._catalogue.reject(rejection)
+            self._note_handled(name, _NOTHING if temporary else signature)  # that is tried again at the next scan
         self._waiting.pop(name, None)
-        if signature == _NOTHING or temporary:  # what is temporary is tried again at the next scan
+        return True
+
+    def _note_handled(self, name: str, signature: Signature) -> None:
+        if signature == _NOTHING:
             self._handled.pop(name, None)
         else:
             self._handled[name] = signature
-        return True
 
 
 _NOTHING: Signature = (None, None, None)

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,8 @@ from qaa_serve.adapters import (
     only_refusals,
 )
 from qaa_serve.registry.revisions import Revision, read_revision
+
+_STATE_FILE, _STATE_VERSION = "state.json", 1
 
 
 class NoRoomError(AdapterError):
@@ -119,7 +122,10 @@ class RevisionStore:
                         f"the revision store has {self._used:,} of {self.max_bytes:,} bytes in use and the "
                         f"adapter needs {revision.nbytes:,}: delete adapters, or start with a larger --state-bytes"
                     )
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    _sync(copy / name)
                 copy.rename(place)
+                _sync(self._revisions)
                 self._used += revision.nbytes
             return self._at(revision, place)
         except OSError as error:
@@ -156,9 +162,17 @@ class RevisionStore:
                 self._used -= revision.nbytes
         shutil.rmtree(revision.path, ignore_errors=True)
 
-    def keep_only(self, revisions: Iterable[Revision]) -> None:
-        """Delete everything but these revisions."""
-        kept = {revision.path.name for revision in revisions}
+    def copies(self) -> dict[str, list[str]]:
+        """Digests of what is there, by name, the newest last; nothing is checked."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self._revisions.glob("[!.]*@*"), key=lambda path: path.stat().st_mtime_ns):
+            name, _, digest = path.name.partition("@")
+            found.setdefault(name, []).append(digest)
+        return found
+
+    def keep_only(self, mentioned: Iterable[tuple[str, str]]) -> None:
+        """Delete all copies but those of these (name, digest)."""
+        kept = {place.name for name, digest in mentioned for place in self._places(name, digest)}
         for path in self._revisions.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -174,24 +188,46 @@ class RevisionStore:
                 continue
         return total
 
-    def read_state(self) -> dict[str, Any]:
-        """What `write_state` wrote last; empty if there is nothing that can be read."""
+    def read_state(self) -> dict[str, Any] | None:
+        """The adapters that `write_state` wrote last, by name; None if there is none that this version reads."""
         try:
-            state = json.loads((self.directory / "state.json").read_bytes())
+            state = json.loads((self.directory / _STATE_FILE).read_bytes())
         except (OSError, ValueError, RecursionError):
-            return {}
-        return state if isinstance(state, dict) else {}
+            return None
+        if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
+            return None
+        adapters = state.get("adapters")
+        return adapters if isinstance(adapters, dict) else None
 
-    def write_state(self, state: dict[str, Any]) -> None:
-        """Replace the state in one step.
+    def set_state_aside(self) -> Path | None:
+        """Move a state that cannot be read out of the way; None if there is none.
+
+        Raises:
+            OSError: if it cannot be moved.
+        """
+        state = self.directory / _STATE_FILE
+        if not state.exists():
+            return None
+        aside = state.with_name(f"{_STATE_FILE}.unreadable-{time.time_ns()}")
+        state.rename(aside)
+        return aside
+
+    def write_state(self, adapters: dict[str, Any]) -> None:
+        """Replace the state in one step; when this returns it is on the disk.
+
+        Args:
+            adapters: by name.
 
         Raises:
             OSError: if it cannot be written; the old one stays.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        beside = self.directory / ".state.json"
+        beside = self.directory / f".{_STATE_FILE}"
+        state = {"version": _STATE_VERSION, "adapters": adapters}
         beside.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        beside.replace(self.directory / "state.json")
+        _sync(beside)
+        beside.replace(self.directory / _STATE_FILE)
+        _sync(self.directory)
 
     def _judged(self, directory: Path, name: str, origin: Path | None = None) -> Revision:
         return read_revision(directory, name, origin=origin, base=self.base, max_bytes=self.max_adapter_bytes)
@@ -216,6 +252,15 @@ class RevisionStore:
             f"the adapter cannot be copied to the state directory {self.directory}: {error.strerror or error}. "
             + ("Free some space there, or give another --state-dir" if full else "Look at its permissions")
         )
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _intact(place: Path, digest: str) -> bool:

@@ -25,6 +25,7 @@ from qaa_serve.registry import (
     Catalogue,
     Entry,
     LoadTimeoutError,
+    NotWrittenError,
     Revision,
     UnknownAdapterError,
 )
@@ -285,9 +286,9 @@ def _changing(catalogue: Catalogue, audit: AuditLog, action: str, name: str) -> 
             yield
         except UnknownAdapterError as error:
             raise RefusedError(404, str(error)) from error
-        except (CacheFullError, LoadTimeoutError) as error:
-            raise RefusedError(503, str(error), Retry_After="5") from error
         except AdapterError as error:
+            if isinstance(error, (CacheFullError, LoadTimeoutError, NotWrittenError)):
+                raise RefusedError(503, str(error), Retry_After="5") from error
             raise RefusedError(422, str(error)) from error
     except RefusedError as refusal:
         current = catalogue.resolve(name)
