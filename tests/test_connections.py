@@ -204,6 +204,37 @@ def test_a_websocket_is_opened_and_counts_as_a_connection():
     run(test)
 
 
+def test_an_offer_of_http_2_is_passed_over_and_costs_no_request_its_body():
+    """As Java's client and `curl --http2` make it."""
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAA\r\n"
+
+    async def test(site):
+        connection = await site.connect()
+        for body in (b'{"a": 1}', b"x" * 200_000, b"\r\nupgrade: h2c\r\n\r\n"):
+            connection.send(post(b"/a", body).replace(b"host", offer + b"host"))
+            status, _, answer = await connection.answer()
+            assert (status, json.loads(answer)["bytes"]) == (200, len(body))
+        connection.send((GET % b"b").replace(b"host", offer + b"host") + post(b"/c", b"upgrade: h2c\r\n"))
+        for path in ("/b", "/c"):
+            assert json.loads((await connection.answer())[2])["path"] == path
+
+    run(test)
+
+
+@pytest.mark.parametrize("at", [5, 30, 47, 49, 60])
+def test_what_is_like_an_offer_in_a_body_stays(at):
+    whole = post(b"/a", b"\r\nupgrade: h2c\r\nx: y\r\n\r\n")
+
+    async def test(site):
+        connection = await site.connect()
+        connection.send(whole[:at])
+        await asyncio.sleep(0.05)
+        connection.send(whole[at:])
+        assert json.loads((await connection.answer())[2])["bytes"] == 24
+
+    run(test)
+
+
 def test_what_is_no_http_is_400():
     async def test(site):
         connection = await site.connect()

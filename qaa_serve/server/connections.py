@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import socket
 import stat
 from pathlib import Path
@@ -20,6 +21,10 @@ _HEADERS_S, _HEADERS_BYTES = 30.0, 1 << 16
 #: How long the rest of a body that nobody reads may take, since its request was refused.
 _REST_S = 30.0
 
+#: The end of a request's headers, and an offer among them to go on in HTTP/2, as Java's client makes it.
+_END = re.compile(rb"\r?\n\r?\n")
+_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n[^ \t])", re.IGNORECASE)
+
 
 def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
     """uvicorn's protocol for a server that holds no more than so many connections."""
@@ -29,6 +34,7 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
 
         _deadline: asyncio.TimerHandle | None = None
         _header_bytes: int | None = None  # None while no headers are awaited
+        _between = True  # whether the next byte is a request's first
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -43,6 +49,8 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._between:
+                data = _without_offer(data)
             while self._header_bytes is not None and data and not self.transport.is_closing():
                 room = _HEADERS_BYTES - self._header_bytes
                 if room <= 0:
@@ -55,6 +63,7 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
                 super().data_received(data)
 
         def on_message_begin(self) -> None:
+            self._between = False
             self._await_headers()
             super().on_message_begin()
 
@@ -63,6 +72,7 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
+            self._between = True
             self._disarm()
             super().on_message_complete()
 
@@ -105,6 +115,15 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
             self.transport.close()
 
     return BoundedProtocol
+
+
+def _without_offer(data: bytes) -> bytes:
+    """A request without its offer of HTTP/2, which may be passed over (RFC 9110, 7.8).
+
+    httptools takes what follows the headers of such a request for the other protocol's, and the body for none.
+    """
+    end = _END.search(data)
+    return data if end is None else _OFFER.sub(b"", data[: end.end()]) + data[end.end() :]
 
 
 def open_listener(address: str) -> socket.socket:
