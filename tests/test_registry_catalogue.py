@@ -966,6 +966,21 @@ def test_without_a_state_that_can_be_read_every_copy_is_served_again(place: Plac
     assert aside == ([] if content is None else [content])
 
 
+def test_when_it_was_published_stays_over_a_restart(place: Place) -> None:
+    """Clients see it as a model's `created`."""
+    publish_two(place)
+    seen: list[list[float | None]] = []
+
+    async def look(catalogue: Catalogue, engine: FakeEngine) -> None:
+        seen.append([catalogue.entries[name].published for name in "ab"])
+
+    for _ in range(2):
+        place.serve(look)
+        time.sleep(0.01)
+    assert seen[0] == seen[1]
+    assert None not in seen[0]
+
+
 def test_one_entry_of_the_state_that_is_odd_touches_no_other(place: Place) -> None:
     *_, b_current = publish_two(place)
     state = json.loads((place.state / "state.json").read_text())

@@ -27,7 +27,7 @@ from qaa_serve.registry.revisions import (
     public_form,
     read_revision,
 )
-from qaa_serve.registry.store import RevisionStore, StoreError
+from qaa_serve.registry.store import RevisionStore, StoreError, revisions_left
 
 __all__ = [
     "NAME_PATTERN",
@@ -54,5 +54,6 @@ __all__ = [
     "check_name",
     "public_form",
     "read_revision",
+    "revisions_left",
     "scan",
 ]

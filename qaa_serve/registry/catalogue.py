@@ -462,6 +462,9 @@ class Catalogue:
                 await self._restore_revisions(entry, current, kept)
             except (AdapterError, KeyError, TypeError) as error:
                 self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
+            published = fields.get("published") if isinstance(fields, dict) else None
+            if entry.current is not None and isinstance(published, float):
+                entry.published = published
             if [revision.digest for revision in entry.revisions()] != _digests_in(fields) or entry.current is None:
                 self._unserved[name] = fields
             self._note_pins(entry)
@@ -605,6 +608,7 @@ class Catalogue:
                     "kept": [revision.digest for revision in entry.kept],
                     "source": entry.source,
                     "seen": entry.seen,
+                    "published": entry.published,
                     "pinned": entry.pinned,
                     "pinned_revisions": sorted(entry.pinned_revisions),
                 }

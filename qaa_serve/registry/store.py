@@ -33,7 +33,7 @@ from qaa_serve.adapters import (
 )
 from qaa_serve.registry.revisions import Revision, read_revision
 
-_STATE_FILE, _STATE_VERSION = "state.json", 1
+_STATE_FILE, _STATE_VERSION, _COPIES = "state.json", 1, "revisions"
 
 
 class NoRoomError(AdapterError):
@@ -71,7 +71,7 @@ class RevisionStore:
         self.max_bytes = max_bytes
         self.max_adapter_bytes = max_adapter_bytes
         self.base = base
-        self._revisions = directory / "revisions"
+        self._revisions = directory / _COPIES
         self._counting = threading.Lock()
         try:
             self._revisions.mkdir(parents=True, exist_ok=True)
@@ -145,15 +145,6 @@ class RevisionStore:
         """
         place, older = self._places(name, digest)
         return self._read(place if place.exists() or not older.exists() else older, name, digest)
-
-    def revisions(self) -> list[Revision]:
-        """The revisions that an earlier server left, as far as they are valid."""
-        found = []
-        for path in sorted(self._revisions.iterdir()):
-            name, _, digest = path.name.partition("@")
-            with suppress(AdapterError):
-                found.append(self._read(path, name, digest))
-        return found
 
     def remove(self, revision: Revision) -> None:
         """Delete a revision's files; nothing happens if they are gone already."""
@@ -252,6 +243,15 @@ class RevisionStore:
             f"the adapter cannot be copied to the state directory {self.directory}: {error.strerror or error}. "
             + ("Free some space there, or give another --state-dir" if full else "Look at its permissions")
         )
+
+
+def revisions_left(state: Path, max_adapter_bytes: int) -> list[Revision]:
+    """The revisions that an earlier server left in a state directory, as far as they are valid; nothing is locked."""
+    found = []
+    for path in sorted((state / _COPIES).glob("[!.]*@*")):
+        with suppress(AdapterError):
+            found.append(read_revision(path, path.name.partition("@")[0], max_bytes=max_adapter_bytes))
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
 from qaa_serve.circuits import BACKENDS, choose_backend
 from qaa_serve.preflight import UsageError
-from qaa_serve.registry import RevisionStore, StoreError, check_directory, scan
+from qaa_serve.registry import RevisionStore, StoreError, check_directory, revisions_left, scan
 from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
 from qaa_serve.server.runfile import cache_root
 
@@ -374,31 +374,31 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         UsageError: if the arguments make no sense together.
     """
     keys = _take_keys(args)
+    state = _state_directory(args)
     try:
-        bases = _look_at_adapters(args)
-        store = _open_store(args)
-    except (AdapterError, StoreError) as error:
+        bases = _bases_named(args, state)
+    except AdapterError as error:
         raise UsageError(str(error)) from error
     if args.audit_log is not None:
         try:
             args.audit_log.open("a").close()
         except OSError as error:
-            store.close()
             raise UsageError(f"--audit-log {args.audit_log} cannot be written ({error.strerror})") from error
     if args.log_format == "json":
         from vllm.config.logging import LoggingConfig
 
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
+    _choose(args, bases)
     try:
-        _choose(args, set() if bases is None else bases | {revision.base for revision in store.revisions()})
-    except BaseException:
-        store.close()
-        raise
-    store.base = _widths(args)
+        store = RevisionStore(
+            state, max_bytes=args.state_bytes, max_adapter_bytes=args.max_adapter_bytes, base=_widths(args)
+        )
+    except StoreError as error:
+        raise UsageError(str(error)) from error
     made_admin_key = None
     if not keys.read()[1]:
-        made_admin_key, keys = _make_admin_key(store.directory, keys)
+        made_admin_key, keys = _make_admin_key(state, keys)
     options = ServingOptions(
         adapters=None if args.adapters is None else args.adapters.resolve(),
         adapters_quiet_s=args.adapters_quiet,
@@ -427,8 +427,8 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
     return options, store, keys
 
 
-def _look_at_adapters(args: argparse.Namespace) -> set[str] | None:
-    """The base models that the adapters name; None if nobody wants to know, since reading them all takes long.
+def _bases_named(args: argparse.Namespace, state: Path) -> set[str]:
+    """The base models that the adapters name, if somebody wants to know: reading them all takes long.
 
     Raises:
         AdapterError: if the adapters directory is none.
@@ -438,12 +438,12 @@ def _look_at_adapters(args: argparse.Namespace) -> set[str] | None:
         return set()
     check_directory(args.adapters)
     if not args.strict_adapters and (args.model_tag or args.model):
-        return None
+        return set()
     revisions, rejections = scan(args.adapters, max_bytes=args.max_adapter_bytes)
     if args.strict_adapters and rejections:
         found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
         raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
-    return {revision.base for revision in revisions}
+    return {revision.base for revision in (*revisions, *revisions_left(state, args.max_adapter_bytes))}
 
 
 def _take_keys(args: argparse.Namespace) -> KeySources:
@@ -475,13 +475,13 @@ def _make_admin_key(state: Path, sources: KeySources) -> tuple[Path, KeySources]
     return path, replace(sources, admins=(make_key(key, "made-at-start"),))
 
 
-def _open_store(args: argparse.Namespace) -> RevisionStore:
-    directory = args.state_dir
-    if directory is None:
-        # A server of its own has a directory of its own, and finds it again.
-        served = f"{args.adapters.resolve() if args.adapters else ''}:{args.uds or args.port}"
-        directory = cache_root() / hashlib.sha256(served.encode()).hexdigest()[:12]
-    return RevisionStore(directory.resolve(), max_bytes=args.state_bytes, max_adapter_bytes=args.max_adapter_bytes)
+def _state_directory(args: argparse.Namespace) -> Path:
+    if args.state_dir is not None:
+        given: Path = args.state_dir.resolve()
+        return given
+    # A server of its own has a directory of its own, and finds it again.
+    served = f"{args.adapters.resolve() if args.adapters else ''}:{args.uds or args.port}"
+    return (cache_root() / hashlib.sha256(served.encode()).hexdigest()[:12]).resolve()
 
 
 def _widths(args: argparse.Namespace) -> LinearWidths | None:
