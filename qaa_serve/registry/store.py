@@ -246,7 +246,7 @@ class RevisionStore:
 
 
 def revisions_left(state: Path, max_adapter_bytes: int) -> list[Revision]:
-    """The revisions that an earlier server left in a state directory, as far as they are valid; nothing is locked."""
+    """The valid revisions that an earlier server left in a state directory; nothing is locked."""
     found = []
     for path in sorted((state / _COPIES).glob("[!.]*@*")):
         with suppress(AdapterError):
