@@ -214,6 +214,8 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
         filled = re.sub(r"\$\{?(job|instance|adapter|datasource)(:\w+)?\}?", ".*", filled)
         # What is there only when something is wrong: its other labels must find something all the same.
         filled = re.sub(r', outcome="\w+"', "", re.sub(r" (==|>) \d+$", "", filled))
+        if "qaa_key_" in filled:  # these servers have no keys; tests/test_server_rules.py looks for the series
+            continue
         if not query(prometheus, filled):
             empty.append(expression)
     assert empty == []
@@ -226,7 +228,7 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
     ]
     assert unhealthy == []
     recorded = [rule["name"] for group in rules for rule in group["rules"] if rule["type"] == "recording"]
-    assert [name for name in recorded if not query(prometheus, name)] == []
+    assert [name for name in recorded if "qaa_key_" not in name and not query(prometheus, name)] == []
 
 
 def test_replicas_agree_and_a_swap_reaches_both(servers, stage):

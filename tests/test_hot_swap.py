@@ -211,8 +211,7 @@ def test_running_requests_end_on_the_revision_they_began_with(server, stage, adm
     with pytest.raises(openai.NotFoundError):
         ask(server, "guest")
     # It leaves the engine and the store with its last request.
-    (copy,) = (stage.root / "state" / "revisions").glob(f"{revision}*")
-    wait_until(lambda: not copy.exists())
+    wait_until(lambda: not list((stage.root / "state" / "revisions").glob(f"{revision}*")))
 
 
 def test_vllms_own_routes_go_through_the_registry(server, admin, expected):
@@ -295,7 +294,7 @@ def test_requests_tokens_and_refusals_are_counted_by_key(server, admin):
 
 
 def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected):
-    """3 may run and 2 wait: of 8 long requests, 3 are told to come again, and a different adapter is answered."""
+    """3 may run and 2 wait, of one key of several 2 and 2: of 8 long requests, 4 are told to come again."""
 
     async def crowd():
         async with faults.openai_client(server, KEYS) as client, faults.Admin(server.url, KEYS) as admin:
@@ -312,9 +311,9 @@ def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected
                 ]
                 other = asyncio.create_task(faults.complete(client, "n5", PROMPTS[0], stream=False))
                 async with asyncio.timeout(30):
-                    while (await turns(admin, "n4"), await turns(admin, "n5")) != ((3, 2), (1, 0)):
+                    while (await turns(admin, "n4"), await turns(admin, "n5")) != ((2, 2), (1, 0)):
                         await asyncio.sleep(0.05)
-                    while sum(task.done() for task in long) < 3:
+                    while sum(task.done() for task in long) < 4:
                         await asyncio.sleep(0.05)
             return await other, await asyncio.gather(*long, return_exceptions=True)
 
@@ -325,9 +324,9 @@ def test_one_adapter_s_crowd_is_held_back_and_another_is_served(server, expected
     other, results = asyncio.run(crowd())
     assert other == expected["n5", "A", PROMPTS[0]]
     refused = [result for result in results if isinstance(result, openai.RateLimitError)]
-    assert len(refused) == 3
+    assert len(refused) == 4
     assert all(int(error.response.headers["Retry-After"]) >= 1 for error in refused)
-    assert sum(not isinstance(result, Exception) for result in results) == 5
+    assert sum(not isinstance(result, Exception) for result in results) == 4
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(server, admin):

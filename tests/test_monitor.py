@@ -106,6 +106,7 @@ def test_the_last_answer_is_kept_with_its_age(monkeypatch):
 
 
 def test_an_engine_that_neither_answers_nor_works_is_stalled_after_the_limit(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "test")  # others may have raised the root\'s
     engine = Engine(monkeypatch, EngineAccount())
     monitor = engine.monitor(timeout_s=5)
 
@@ -121,6 +122,7 @@ def test_an_engine_that_neither_answers_nor_works_is_stalled_after_the_limit(mon
 
 
 def test_an_engine_that_works_has_ten_times_as_long(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "test")  # others may have raised the root\'s
     engine = Engine(monkeypatch, works=0.5)
     monitor = engine.monitor(timeout_s=5)
 
@@ -194,6 +196,7 @@ def test_without_a_limit_it_is_never_stalled(monkeypatch, works):
 
 
 def test_an_error_of_a_question_is_said_and_the_next_is_asked(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "test")  # others may have raised the root\'s
     account = EngineAccount({1: (1, 1)})
     engine = Engine(monkeypatch, RuntimeError("no such method"), ValueError("odd"), account)
     monitor = engine.monitor(timeout_s=0)
@@ -207,6 +210,7 @@ def test_an_error_of_a_question_is_said_and_the_next_is_asked(monkeypatch, caplo
 
 
 def test_an_error_of_looking_at_its_work_does_not_end_the_watch(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "test")  # others may have raised the root\'s
     engine = Engine(monkeypatch)
     engine.work_s = lambda: 1 / 0
     monitor = engine.monitor()

@@ -66,7 +66,7 @@ def test_the_adapter_that_is_held_is_found_under_the_name_it_was_asked_by(models
         assert list(models.lora_requests) == [asked]
         assert len(models.lora_requests) == 1
         request = models.lora_requests[asked]
-        assert (request.lora_name, request.lora_path) == ("one@aaaaaaaaaaaa", "/store/one")
+        assert (request.lora_name, request.lora_path) == (f"one@{'a' * 64}", "/store/one")
         assert models.model_name(request) == asked
 
 

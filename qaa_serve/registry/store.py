@@ -249,8 +249,11 @@ def revisions_left(state: Path, max_adapter_bytes: int) -> list[Revision]:
     """The valid revisions that an earlier server left in a state directory; nothing is locked."""
     found = []
     for path in sorted((state / _COPIES).glob("[!.]*@*")):
+        name, _, digest = path.name.partition("@")
         with suppress(AdapterError):
-            found.append(read_revision(path, path.name.partition("@")[0], max_bytes=max_adapter_bytes))
+            revision = read_revision(path, name, max_bytes=max_adapter_bytes)
+            if revision.digest.startswith(digest):
+                found.append(revision)
     return found
 
 
