@@ -121,6 +121,23 @@ def test_an_engine_that_neither_answers_nor_works_is_stalled_after_the_limit(mon
     assert "--engine-stall-timeout 5" in caplog.text
 
 
+def test_a_machine_that_slept_is_no_engine_that_hangs(monkeypatch):
+    """The clock goes on while everything stands still: `docker pause`, SIGSTOP, a machine that is moved."""
+    engine = Engine(monkeypatch, None, EngineAccount())
+    monitor = engine.monitor(timeout_s=20)
+
+    async def test(task):
+        await until(lambda: engine.looks >= 3)
+        engine.now += 3600
+        await until(lambda: engine.looks >= 8)
+        assert not monitor.stalled.is_set()
+        await monitor.stalled.wait()
+        await task
+
+    watch(monitor, test)
+    assert 12 <= engine.looks <= 24
+
+
 def test_an_engine_that_works_has_ten_times_as_long(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "test")  # others may have raised the root\'s
     engine = Engine(monkeypatch, works=0.5)

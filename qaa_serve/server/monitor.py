@@ -13,6 +13,10 @@ from qaa_serve.server.processes import engine_work_s
 #: How often the workers are asked, and looked at while they do not answer, in seconds.
 _ASK_EVERY_S, _LOOK_EVERY_S = 10.0, 0.5
 
+#: What counts at most of the time between two looks. If more has passed, this process was stopped or its machine
+#: asleep, and so, as a rule, was the engine.
+_LONGEST_LOOK_S = 5.0
+
 #: Processes that use less of a core than this do not work.
 _IDLE_SHARE = 0.05
 
@@ -75,15 +79,15 @@ class EngineMonitor:
 
     async def _wait(self, asking: asyncio.Future[EngineAccount]) -> None:
         """Wait for an answer, or for a hang."""
-        asked_s = worked_s = time.monotonic()
-        work_s = await asyncio.to_thread(self._work_s)
+        silent_s = idle_s = 0.0
+        last_s, work_s = time.monotonic(), await asyncio.to_thread(self._work_s)
         while not asking.done():
             await asyncio.wait((asking,), timeout=_LOOK_EVERY_S)
             now_s, now_work_s = time.monotonic(), await asyncio.to_thread(self._work_s)
-            if now_work_s - work_s > _IDLE_SHARE * _LOOK_EVERY_S:
-                worked_s = now_s
-            work_s = now_work_s
-            idle_s, silent_s = now_s - worked_s, now_s - asked_s
+            passed_s = min(now_s - last_s, _LONGEST_LOOK_S)
+            silent_s += passed_s
+            idle_s = 0.0 if now_work_s - work_s > _IDLE_SHARE * _LOOK_EVERY_S else idle_s + passed_s
+            last_s, work_s = now_s, now_work_s
             if self._timeout_s and (idle_s >= self._timeout_s or silent_s >= _BUSY_LIMITS * self._timeout_s):
                 worked = "has done nothing" if idle_s >= self._timeout_s else "goes on working"
                 self._log.error(
