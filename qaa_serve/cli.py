@@ -27,6 +27,11 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
 
 
 def _serve(arguments: Sequence[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        from qaa_serve.server.options import print_help
+
+        print_help()
+        return 0
     check_serve(arguments)
     from qaa_serve.server.main import main as serve
 

@@ -77,6 +77,15 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_heavy_is_imported(here, a
     assert re.search(said, line), line
 
 
+def test_serving_is_explained_without_importing_anything_heavy(here):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "serve", "--help"], capture_output=True, text=True, timeout=60, cwd=here
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("--adapters", "--admin-listen", "--engine-stall-timeout", "--help=all"):
+        assert option in done.stdout
+
+
 def test_a_port_that_is_taken_is_said(here):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

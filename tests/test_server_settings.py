@@ -16,8 +16,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
 
+from qaa_serve.circuits import BACKENDS
 from qaa_serve.server import settings
 from qaa_serve.server.keys import KeyRing, first_key
+from qaa_serve.server.options import CIRCUIT_BACKENDS
 
 SECRETS = ("VLLM_API_KEY", "QAA_SERVE_ADMIN_KEY")
 
@@ -440,6 +442,10 @@ def test_log_lines_are_json_if_asked_for(parser, root):
     args, options, _, _ = resolve(parser, root / "base", "--log-format", "json")
     assert options.log_format == "json"
     assert args.logging_config.formatter == "json"
+
+
+def test_the_backends_that_can_be_chosen_are_those_there_are():
+    assert [*CIRCUIT_BACKENDS] == [name for name, backend in BACKENDS.items() if backend.circuits]
 
 
 def test_our_defaults_are_what_the_help_says(parser, root):

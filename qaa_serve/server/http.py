@@ -25,8 +25,8 @@ from qaa_serve.server.connections import bounded_protocol
 from qaa_serve.server.drain import Drain
 from qaa_serve.server.engine import AdapterEngine
 from qaa_serve.server.monitor import EngineMonitor
+from qaa_serve.server.options import ServingOptions
 from qaa_serve.server.processes import kill_children
-from qaa_serve.server.settings import ServingOptions
 
 logger = init_logger("vllm.qaa_serve.http")  # vLLM's handlers hang on the name "vllm"
 

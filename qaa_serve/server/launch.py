@@ -44,11 +44,11 @@ from qaa_serve.server.metrics import (
 )
 from qaa_serve.server.models import ServedModels, make_models_router
 from qaa_serve.server.monitor import EngineMonitor
+from qaa_serve.server.options import ServingOptions
 from qaa_serve.server.readiness import Readiness, make_readiness_router
 from qaa_serve.server.request_log import RequestLog
 from qaa_serve.server.rights import Rights, Role, WrongKeys
 from qaa_serve.server.runfile import RunningServer
-from qaa_serve.server.settings import ServingOptions
 from qaa_serve.server.stored_responses import OwnedResponses
 from qaa_serve.server.turns import Turns
 

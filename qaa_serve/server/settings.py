@@ -6,10 +6,9 @@ import argparse
 import hashlib
 import ipaddress
 import os
-import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,12 @@ import torch
 from rich.console import Console
 
 from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
-from qaa_serve.circuits import BACKENDS, choose_backend
+from qaa_serve.circuits import choose_backend
 from qaa_serve.preflight import UsageError
 from qaa_serve.registry import RevisionStore, StoreError, check_directory, revisions_left, scan
 from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
+from qaa_serve.server.options import DESCRIPTION, GIB, USAGE, ServingOptions, add_options
 from qaa_serve.server.runfile import cache_root
-
-DESCRIPTION = """\
-Serve a base model and every QAA or LoRA adapter directory in DIR with an OpenAI-compatible API. A request's
-"model" is an adapter's directory name, or the base model's name. Directories that appear, change or go while the
-server runs are served, replaced or removed; docs/hot-swap.md tells how.
-
-  qaa-serve --adapters my-adapters/                      base model as the adapters name it
-  qaa-serve meta-llama/Llama-3.2-1B --adapters dir/      base model by name or path
-
-All options of vllm serve can be given too; --help=all lists them. What you leave open of --adapter-cache-bytes,
---host, --served-model-name, --max-loras and --max-lora-rank is chosen, and printed."""
 
 #: Adapters in one batch, and the largest rank of one, unless the user says so. They cost memory in every adapted
 #: layer, so they do not depend on what happens to lie in the directory; what exceeds the rank is refused by name.
@@ -50,64 +39,7 @@ _CHOSEN = (
     "kv_cache_memory_bytes",
 )
 
-_GIB = 1 << 30
-_MIB = 1 << 20
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class ServingOptions:
-    """Our own options; sizes are in bytes.
-
-    Attributes:
-        adapters: the adapters directory.
-        adapters_quiet_s: how long a directory must not change before it is read.
-        strict_adapters: whether an invalid adapter at the start ends the server.
-        adapter_cache_bytes: host memory in the engine for adapters.
-        adapter_loaders: adapters that are loaded at once.
-        adapter_load_timeout_s: how long the engine may take to load one; 0: for ever.
-        keep_revisions: former revisions of each name to keep.
-        max_adapter_bytes: of one adapter's weights.
-        adapter_max_running: requests of one model in the engine at once; 0: as many as the engine runs.
-        adapter_max_queue: further requests of one model that wait.
-        max_queue_wait_s: the longest that a request waits for its turn.
-        max_body_bytes: of a request.
-        max_held_bytes: of all bodies that arrive or wait for their turn.
-        body_timeout_s: for a body to arrive.
-        max_connections: open at once.
-        drain_timeout_s: how long running requests have after a signal.
-        engine_stall_timeout_s: how long an idle engine may leave a question unanswered; 0: for ever.
-        metrics_max_adapters: adapters with labels of their own in the metrics.
-        metrics_max_keys: clients' keys with labels of their own.
-        log_format: text, or json with a line for every request.
-        admin_listen: where the admin routes are, and then nowhere else: HOST:PORT or unix:PATH.
-        audit_log: a file for a line a change.
-        made_admin_key: a file with the admin key that was made here, since none was given.
-    """
-
-    adapters: Path | None
-    adapters_quiet_s: float
-    strict_adapters: bool
-    adapter_cache_bytes: int
-    adapter_loaders: int
-    adapter_load_timeout_s: float
-    keep_revisions: int
-    max_adapter_bytes: int
-    adapter_max_running: int
-    adapter_max_queue: int
-    max_queue_wait_s: float
-    max_body_bytes: int
-    max_held_bytes: int
-    body_timeout_s: float
-    max_connections: int
-    drain_timeout_s: float
-    engine_stall_timeout_s: float
-    metrics_max_adapters: int
-    metrics_max_keys: int
-    log_format: str
-    admin_listen: str | None
-    audit_log: Path | None
-    made_admin_key: Path | None
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -139,229 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = FlexibleArgumentParser(
         prog="qaa-serve",
-        usage="qaa-serve [serve] [MODEL] --adapters DIR [options]",
+        usage=USAGE,
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_our_options(parser)
+    add_options(parser)
     make_arg_parser(parser)
     parser.set_defaults(**dict.fromkeys(_CHOSEN), enable_lora=True)
     return parser
-
-
-def _add_our_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("qaa-serve: adapters")
-    group.add_argument(
-        "--adapters",
-        metavar="DIR",
-        type=Path,
-        help="directory whose sub-directories are adapters; each is served under its directory's name, and the "
-        "directory is followed while the server runs",
-    )
-    group.add_argument(
-        "--adapters-quiet",
-        metavar="SECONDS",
-        type=_seconds,
-        default=1.0,
-        help="how long an adapter's directory must not change before it is read; one that is renamed into place "
-        "is read at once (default: 1)",
-    )
-    group.add_argument(
-        "--strict-adapters", action="store_true", help="end if an adapter is invalid when the server starts"
-    )
-    group.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        help="where private copies of the served adapters are kept, with what is served for the next start "
-        "(default: below ~/.cache/qaa-serve, by adapters directory and port)",
-    )
-    size: dict[str, Any] = {"metavar": "SIZE", "type": _size}
-    group.add_argument(
-        "--state-bytes", **size, default=16 * _GIB, help="most that the copies may take (default: 16Gi)"
-    )
-    group.add_argument(
-        "--keep-revisions",
-        metavar="N",
-        type=_count,
-        default=2,
-        help="former revisions of each adapter to keep, for NAME@REVISION and for rolling back (default: 2)",
-    )
-    group.add_argument(
-        "--adapter-cache-bytes",
-        **size,
-        default=None,
-        help="memory of the engine for adapters; what is not in use makes room, and is loaded again before the "
-        "next request for it (default: a quarter of the free memory, at most 8Gi)",
-    )
-    group.add_argument(
-        "--adapter-loaders",
-        metavar="N",
-        type=_at_least_one,
-        default=4,
-        help="adapters that are loaded into the engine at once, or copied and checked at once (default: 4)",
-    )
-    group.add_argument(
-        "--adapter-load-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=60.0,
-        help="how long the engine may take to load an adapter before the requests for it are answered 503; "
-        "0: for ever (default: 60)",
-    )
-    group.add_argument(
-        "--max-adapter-bytes", **size, default=_GIB, help="largest weights file that is taken (default: 1Gi)"
-    )
-    group.add_argument(
-        "--qaa-backend",
-        choices=("auto", *(name for name, backend in BACKENDS.items() if backend.circuits)),
-        default="auto",
-        help="what runs the circuits; auto takes the first that can run here of cuquantum, triton, cpu (compiled) "
-        "and torch, and the log says which (default: auto)",
-    )
-    group = parser.add_argument_group("qaa-serve: rights and limits")
-    group.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        type=Path,
-        help="file with a client's key a line: `NAME: KEY [MODEL...]` or `KEY [MODEL...]`, the models it may use "
-        "as a shell writes patterns; read again when it changes (also: --api-key, VLLM_API_KEY)",
-    )
-    group.add_argument(
-        "--admin-key",
-        metavar="KEY",
-        nargs="+",
-        default=[],
-        help="keys for the admin API; others on this machine see a command line, so rather use --admin-key-file "
-        "or QAA_SERVE_ADMIN_KEY. Without any, one is made at each start and written to STATE/admin.key, where "
-        "`qaa-serve adapters` finds it",
-    )
-    group.add_argument(
-        "--admin-key-file",
-        metavar="FILE",
-        type=Path,
-        help="file with an admin's key a line, `NAME: KEY` or `KEY`; read again when it changes",
-    )
-    group.add_argument(
-        "--admin-listen",
-        metavar="ADDRESS",
-        help="HOST:PORT or unix:PATH for the admin routes, which are then found nowhere else",
-    )
-    group.add_argument(
-        "--audit-log",
-        metavar="FILE",
-        type=Path,
-        help="file to which a JSON line is added for every change of what is served (default: the log alone)",
-    )
-    group.add_argument(
-        "--adapter-max-running",
-        metavar="N",
-        type=_count,
-        default=0,
-        help="sequences (prompts x n) of one model in the engine at once (default: as many as the engine runs, "
-        "--max-num-seqs)",
-    )
-    group.add_argument(
-        "--adapter-max-queue",
-        metavar="N",
-        type=_count,
-        default=1000,
-        help="further sequences of one model that may wait; more are answered 429 (default: 1000)",
-    )
-    group.add_argument(
-        "--max-queue-wait",
-        metavar="SECONDS",
-        type=_seconds,
-        default=600.0,
-        help="the longest that a request waits for its turn before it is answered 503 (default: 600)",
-    )
-    group.add_argument(
-        "--max-body-bytes", **size, default=32 * _MIB, help="largest body of a request (default: 32Mi)"
-    )
-    group.add_argument(
-        "--max-held-bytes",
-        **size,
-        default=256 * _MIB,
-        help="most that the bodies of requests that arrive or wait may take together (default: 256Mi)",
-    )
-    group.add_argument(
-        "--body-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=60.0,
-        help="how long a request's body may take to arrive, and an upload to go on (default: 60)",
-    )
-    group.add_argument(
-        "--max-connections",
-        metavar="N",
-        type=_count,
-        default=4096,
-        help="connections open at once (default: 4096)",
-    )
-    group.add_argument(
-        "--drain-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=30.0,
-        help="how long running requests have to end after SIGTERM; new ones are answered 503 (default: 30)",
-    )
-    group.add_argument(
-        "--engine-stall-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=60.0,
-        help="how long the engine may answer nothing while its workers do nothing: then /ready says 503 and the "
-        "server ends with status 1; ten times as long if they do something; 0: for ever (default: 60)",
-    )
-    group.add_argument(
-        "--metrics-max-adapters",
-        metavar="N",
-        type=_count,
-        default=200,
-        help="adapters with labels of their own in the metrics, the busiest; the rest are `other` (default: 200)",
-    )
-    group.add_argument(
-        "--metrics-max-keys",
-        metavar="N",
-        type=_count,
-        default=100,
-        help="clients' keys with labels of their own in the metrics, by name; the rest are `other` (default: 100)",
-    )
-    group.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="json: a JSON object a line, and one for every request with its adapter, revision, tokens and times",
-    )
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def _at_least_one(text: str) -> int:
-    if not (number := _count(text)):
-        raise argparse.ArgumentTypeError("at least one is needed")
-    return number
-
-
-def _size(text: str) -> int:
-    from vllm.utils.argparse_utils import human_readable_int
-
-    number: int = human_readable_int(re.sub("(?<=[KMGT])i$", "", text))
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return number
 
 
 def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, KeySources]:
@@ -577,11 +294,11 @@ def _choose_memory(args: argparse.Namespace, choose: Callable[[str, Any, str], N
     from vllm_qaa.memory import host_free
 
     free = host_free()
-    size = min(free // 4, 8 * _GIB)
+    size = min(free // 4, 8 * GIB)
     choose("adapter_cache_bytes", size, "adapters in memory: a quarter of what is free, at most 8 GiB")
     if not current_platform.is_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return
-    size = min(free // 4, 4 * _GIB)
+    size = min(free // 4, 4 * GIB)
     choose("kv_cache_memory_bytes", size, "KV cache on a CPU: a quarter of the free memory, at most 4 GiB")
 
 
