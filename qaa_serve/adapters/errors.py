@@ -20,7 +20,9 @@ class AdapterError(ValueError):
         temporary: whether the same adapter may be taken later.
     """
 
-    kind: ClassVar[Literal["name", "invalid", "store", "memory", "engine"]] = "invalid"
+    kind: ClassVar[
+        Literal["name", "invalid", "store", "memory", "engine", "source", "read-only", "changed", "unknown"]
+    ] = "invalid"
     temporary: ClassVar[bool] = False
 
     def __init__(self, message: str):
