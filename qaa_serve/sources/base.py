@@ -145,7 +145,8 @@ class Source(History, Protocol):
     ) -> Listed:
         """Put a content in the place of what is there, which goes to the history.
 
-        When this returns it is durable. If the process dies on the way, the old or the new content is there, whole.
+        When this returns it is durable. If the process dies on the way, the old or the new content is there,
+        whole, and nothing stays behind that a later change does not clear away.
 
         Args:
             name: the adapter.
