@@ -40,7 +40,7 @@ def check_serve(arguments: Sequence[str]) -> None:
     if _value(arguments, "--config") is not None:  # it may say anything
         return
     adapters = _value(arguments, "--adapters")
-    if adapters is not None:
+    if adapters is not None and "://" not in adapters:
         check_adapters_directory(Path(adapters))
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if (model := first or _value(arguments, "--model")) is not None:

@@ -2,7 +2,7 @@
 
 from qaa_serve.adapters.base import LinearWidths, linear_widths
 from qaa_serve.adapters.config import QAA_FORMAT, AdapterConfig
-from qaa_serve.adapters.errors import AdapterError, only_refusals
+from qaa_serve.adapters.errors import AdapterError, Kind, only_refusals, shown
 from qaa_serve.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -32,6 +32,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterError",
+    "Kind",
     "LinearWidths",
     "Lora",
     "LoraConfig",
@@ -52,5 +53,6 @@ __all__ = [
     "read_header",
     "resolve_base",
     "save_adapter",
+    "shown",
     "staged",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import Literal, TypeAlias
 
 _MAX_MESSAGE = 1000
+
+#: What an adapter may be refused for, for those who count.
+Kind: TypeAlias = Literal["name", "invalid", "store", "memory", "engine", "source"]
 
 
 class AdapterError(ValueError):
@@ -20,10 +23,8 @@ class AdapterError(ValueError):
         temporary: whether the same adapter may be taken later.
     """
 
-    kind: ClassVar[
-        Literal["name", "invalid", "store", "memory", "engine", "source", "read-only", "changed", "unknown"]
-    ] = "invalid"
-    temporary: ClassVar[bool] = False
+    kind: Kind = "invalid"
+    temporary: bool = False
 
     def __init__(self, message: str):
         text = " ".join(message.splitlines())

@@ -1,4 +1,16 @@
-"""Public adapter names, the revisions behind them, and where those come from."""
+"""Public adapter names, the revisions behind them, and what follows where they are kept.
+
+revisions  one content of one adapter: its names, its id
+state      STATE: checked copies of contents
+index      STATE: what is known of contents, so that a start reads nothing
+threads    what blocks runs beside the event loop, within time limits
+contents   from the source to a checked copy, and back
+settings   pins and aliases
+failures   what failed, and when it is tried again
+cache      which revisions the engine holds
+catalogue  what each name stands for
+follower   tells the catalogue what the source has
+"""
 
 from qaa_serve.registry.cache import (
     CacheFullError,
@@ -12,48 +24,62 @@ from qaa_serve.registry.cache import (
 from qaa_serve.registry.catalogue import (
     AmbiguousRevisionError,
     Catalogue,
+    Condition,
     Entry,
-    NotWrittenError,
+    InUseError,
     UnavailableError,
     UnknownAdapterError,
 )
-from qaa_serve.registry.directory import DirectoryWatcher, check_directory, scan
+from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.follower import Follower
+from qaa_serve.registry.index import Index, Verdict, base_fingerprint
 from qaa_serve.registry.revisions import (
     NAME_PATTERN,
     Ids,
+    NameRefusedError,
     Rejection,
     Revision,
     check_name,
+    check_reference,
     public_form,
     read_revision,
 )
-from qaa_serve.registry.store import RevisionStore, StoreError, revisions_left
+from qaa_serve.registry.settings import Alias, SettingsError, SourceSettings
+from qaa_serve.registry.state import NoRoomError, State, StoreError
 
 __all__ = [
     "NAME_PATTERN",
+    "Alias",
     "AmbiguousRevisionError",
     "CacheFullError",
     "Catalogue",
-    "DirectoryWatcher",
+    "Condition",
+    "Contents",
     "Engine",
     "EngineCache",
     "EngineRefusedError",
     "Entry",
+    "Follower",
     "Ids",
+    "InUseError",
+    "Index",
     "LoadTimeoutError",
-    "NotWrittenError",
+    "NameRefusedError",
+    "NoRoomError",
     "Observer",
     "Rejection",
     "Result",
     "Revision",
-    "RevisionStore",
+    "SettingsError",
+    "SourceSettings",
+    "State",
     "StoreError",
     "UnavailableError",
     "UnknownAdapterError",
-    "check_directory",
+    "Verdict",
+    "base_fingerprint",
     "check_name",
+    "check_reference",
     "public_form",
     "read_revision",
-    "revisions_left",
-    "scan",
 ]

@@ -148,7 +148,6 @@ class EngineCache:
         capacity: int,
         max_count: int,
         observer: Observer | None = None,
-        gone: Callable[[Revision], None] = lambda revision: None,
         *,
         loaders: int = 4,
         timeout_s: float = 60.0,
@@ -160,16 +159,14 @@ class EngineCache:
             capacity: bytes of host memory.
             max_count: number of adapters that the engine can hold.
             observer: told of loads and evictions.
-            gone: called after a revision has left the engine, or has not come.
             loaders: how many loads may run at once.
             timeout_s: how long a load may take; 0: for ever.
         """
         self.capacity = capacity
         self.pinned: set[int] = set()  # int_ids; changed by `pin` and `unpin`
-        self.failures = Failures()
+        self.failures: Failures[Revision] = Failures()
         self._engine = engine
         self._observer = observer or Observer()
-        self._gone = gone
         self._loaders = asyncio.Semaphore(loaders)
         self._timeout_s = timeout_s
         self._limit = Room(capacity, max_count)
@@ -177,7 +174,7 @@ class EngineCache:
         self._residents: OrderedDict[int, Resident] = OrderedDict()  # the least recently used first
         self._loads: dict[int, _Load] = {}
         self._going: set[int] = set()  # being unloaded
-        self._late: set[int] = set()  # loads that took too long; the engine may come to have these yet
+        self._late: dict[int, _Load] = {}  # took too long; the engine may come to have these yet
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -194,9 +191,15 @@ class EngineCache:
         """Whether the engine holds the revision of this id."""
         return int_id in self._residents
 
-    def may_read(self, revision: Revision) -> bool:
-        """Whether the engine holds a revision, or may read its files yet."""
-        return any(revision.int_id in some for some in (self._residents, self._loads, self._late))
+    def revisions(self) -> list[Revision]:
+        """All that the engine holds; any thread may ask."""
+        return [resident.revision for resident in list(self._residents.values())]
+
+    def reads(self, digest: str) -> bool:
+        """Whether the engine holds a content, or may read its files yet; any thread may ask."""
+        loads = [*list(self._loads.values()), *list(self._late.values())]
+        coming = any(load.revision.digest == digest for load in loads)
+        return coming or any(revision.digest == digest for revision in self.revisions())
 
     @contextmanager
     def hold(self, int_id: int) -> Iterator[Revision]:
@@ -291,7 +294,6 @@ class EngineCache:
                 self.failures.note(revision, error)
             self._used -= load.room
             self._end(load)
-            self._gone(revision)
             raise
         self.failures.forget(revision)
         more = Room(nbytes - load.room.nbytes)  # its file was a guess
@@ -341,7 +343,7 @@ class EngineCache:
             return nbytes
         room, load.room = load.room, Room()
         self._loading -= room
-        self._late.add(revision.int_id)
+        self._late[revision.int_id] = load
         self._in_background(self._clean_up(revision, room, asking))
         raise LoadTimeoutError(f"the engine has not loaded it within {self._timeout_s:g} s")
 
@@ -352,8 +354,8 @@ class EngineCache:
             if not asking.cancelled() and asking.exception() is None:
                 await self._engine.unload(revision)
         finally:
-            self._late.discard(revision.int_id)
-            self._left(revision, room)
+            self._late.pop(revision.int_id, None)
+            self._left(room)
 
     def _end(self, load: _Load) -> None:
         """A load is under way no more: it has failed, or all who waited for it have had their turn."""
@@ -389,13 +391,12 @@ class EngineCache:
         finally:
             self._going.discard(revision.int_id)
             self._leaving -= room
-            self._left(revision, room)
+            self._left(room)
 
-    def _left(self, revision: Revision, room: Room) -> None:
+    def _left(self, room: Room) -> None:
         """A revision has left the engine."""
         self._used -= room
         self._wake()
-        self._gone(revision)
 
     # ------------------------------------------------------------------------------------------------- notes
 

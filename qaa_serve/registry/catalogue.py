@@ -1,27 +1,35 @@
-"""Public names and the revisions behind them: publishing, replacing, removing, rolling back, using."""
+"""Public names and the revisions behind them: using, replacing, removing, rolling back."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections import Counter as Tally
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
 
-import torch
-
 from qaa_serve.adapters import AdapterError
-from qaa_serve.registry.cache import Engine, EngineCache, Observer
+from qaa_serve.registry.cache import Engine, EngineCache, EngineRefusedError, Observer
+from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.failures import Failures
+from qaa_serve.registry.index import Verdict
 from qaa_serve.registry.revisions import NameRefusedError, Rejection, Revision, check_name
-from qaa_serve.registry.store import RevisionStore
+from qaa_serve.registry.settings import Alias, SourceSettings
+from qaa_serve.sources import ChangedMeanwhileError, Listed, NoSuchRevisionError
 
-Source = Literal["directory", "api"]
-T = TypeVar("T")
+#: How often a change of the settings begins anew when another server's comes between.
+_TRIES = 5
+
+#: The longest that a history is taken as it was read, in seconds, for a revision that is not in it.
+_HISTORY_S = 5.0
+
+State = Literal["known", "served", "rejected"]
 
 
 class Changed(Protocol):
@@ -41,10 +49,8 @@ class AmbiguousRevisionError(UnknownAdapterError):
     """Several revisions begin with the digits that were given."""
 
 
-class NotWrittenError(AdapterError):
-    """A change is made, and would be undone by a restart."""
-
-    kind, temporary = "store", True
+class InUseError(AdapterError):
+    """The name is needed by something else."""
 
 
 class UnavailableError(AdapterError):
@@ -59,67 +65,92 @@ class UnavailableError(AdapterError):
         self.retry_after_s = retry_after_s
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """What one name stands for.
 
     Attributes:
         name: the public name.
-        current: what is served under it; None if it was removed or never valid.
-        kept: former revisions that can be asked for by name@revision and rolled back to, the newest first.
-        source: where the current revision came from.
-        seen: the digest of the adapters directory's content that was published last, so that a restart does
-            not undo a rollback or a removal.
-        pinned: the current revision, whichever it is, always stays in the engine's memory.
-        pinned_revisions: digests of revisions that are never dropped.
+        listed: what the source has that `current` or `rejection` came of, or that nobody has asked for yet; None:
+            it did not come from the source.
+        current: what is served; None until it is checked, or if nothing of it was ever valid.
         rejection: why the newest content is not served.
-        published: Unix time at which the current revision was published.
         last_used: Unix time of the last request.
+        history: digests of former contents, the oldest first, as the source last said; None: not asked yet.
+        history_read: when that was, by the monotonic clock.
+        former: those of them that were asked for, by digest.
     """
 
     name: str
+    listed: Listed | None
     current: Revision | None = None
-    kept: list[Revision] = field(default_factory=list)
-    source: Source | None = None
-    seen: str | None = None
-    pinned: bool = False
-    pinned_revisions: set[str] = field(default_factory=set)
     rejection: Rejection | None = None
-    published: float | None = None
     last_used: float | None = None
+    history: list[str] | None = None
+    history_read: float = 0.0
+    former: dict[str, Revision] | None = None
+
+    @property
+    def state(self) -> State:
+        """Whether it is served, refused, or known and not checked yet."""
+        return "served" if self.current is not None else "rejected" if self.rejection is not None else "known"
+
+    @property
+    def published(self) -> float | None:
+        """Unix time at which its content came into the source."""
+        return None if self.listed is None else self.listed.changed
 
     def revisions(self) -> list[Revision]:
-        """All that can be asked for, the current one first."""
-        return [*([self.current] if self.current else []), *self.kept]
+        """The current one, then the former ones that were asked for."""
+        return [*([] if self.current is None else [self.current]), *(self.former or {}).values()]
 
-    def find(self, digest: str) -> Revision:
-        """A revision by its digest, or by the first 12 or more hex digits of it.
+
+@dataclass(frozen=True)
+class Condition:
+    """What must be so for a change to be made: HTTP's If-Match and If-None-Match.
+
+    Attributes:
+        digests: beginnings of digests, of which the current content must have one; None: whatever it is.
+        exists: whether there must be an adapter of the name; None: whatever.
+    """
+
+    digests: frozenset[str] | None = None
+    exists: bool | None = None
+
+    def expected(self, entry: Entry | None) -> str | None:
+        """The version that the source must have; "" for none, None for any.
 
         Raises:
-            AmbiguousRevisionError: if several begin with them.
-            UnknownAdapterError: if it is not kept.
+            ChangedMeanwhileError: if what is served is not what it must be.
         """
-        found = [r for r in self.revisions() if r.digest.startswith(digest)] if len(digest) >= 12 else []
-        if len(found) > 1:
-            names = " and ".join(r.engine_name for r in found)
-            raise AmbiguousRevisionError(f"{self.name}@{digest} may be {names}: give more digits")
-        if not found:
-            known = ", ".join(r.revision for r in self.revisions()) or "none"
-            raise UnknownAdapterError(f"adapter {self.name!r} has no revision {digest!r}; kept: {known}")
-        return found[0]
+        current = None if entry is None else entry.current
+        if self.exists is False and entry is not None:
+            raise ChangedMeanwhileError(f"there is an adapter {entry.name!r} already")
+        if self.exists and entry is None:
+            raise ChangedMeanwhileError("there is no such adapter")
+        if self.digests is not None and (current is None or not current.digest.startswith(tuple(self.digests))):
+            found = "nothing" if current is None else current.revision
+            raise ChangedMeanwhileError(f"what is served is {found}: look at it, and send the change anew")
+        if self.digests is None and self.exists is None:
+            return None
+        return "" if entry is None or entry.listed is None else entry.listed.version
+
+
+ANY = Condition()
 
 
 class Catalogue:
-    """The adapters that are served.
+    """The adapters that are served: what the source has, as far as it is valid.
 
-    Changes of one name happen one after the other, each in this order: copy and check, load into the engine,
-    switch the name (one step of the event loop), let go of the old revision. A failure on the way leaves the name
-    as it was.
+    Changes of one name happen one after the other, each in this order: copy and check, load into the engine, write
+    to the source, switch the name (one step of the event loop), retire the old revision. A failure on the way
+    leaves the name as it was. A name that nobody has asked for is neither checked nor loaded before somebody does,
+    or before it is its turn in the background.
     """
 
     def __init__(
         self,
-        store: RevisionStore,
+        contents: Contents,
         engine: Engine,
         *,
         cache_bytes: int,
@@ -135,67 +166,83 @@ class Catalogue:
         """Start with no adapters.
 
         Args:
-            store: where copies are kept.
+            contents: where adapters come from.
             engine: what runs them.
             cache_bytes: of host memory in the engine.
             max_count: of adapters in the engine.
-            loaders: how many adapters are loaded at once, and how many are copied and checked.
-            load_timeout_s: how long the engine may take to load one; 0: for ever.
+            loaders: how many adapters are loaded at once.
+            load_timeout_s: how long it may take to load one; 0: for ever.
             keep: former revisions of each name to keep.
             reserved: whether a name is taken, by the base model for one.
             observer: told of changes, loads and evictions, to count them.
             changed: told of each change by name: see `Changed`.
             logger: where to say what happens.
         """
-        self.store = store
+        self.contents = contents
         self._observer = observer or Observer()
         self._changed = changed
         self.cache = EngineCache(
-            engine,
+            _Fetching(engine, self),
             cache_bytes,
             max_count,
             self._observer,
-            lambda revision: self._sweep(revision.name),
             loaders=loaders,
             timeout_s=load_timeout_s,
         )
+        contents.state.needed = self.cache.reads
         self.entries: dict[str, Entry] = {}
+        self.settings = SourceSettings()
         self.ready = False
+        self.generation = 0  # grows whenever what is served does
+        self.counts: Tally[State] = Tally()
+        self.rejections = self.served_bytes = 0
+        self._fingerprint = 0
+        self._failures: Failures[tuple[str, str]] = Failures()
         self._keep = keep
         self._reserved = reserved
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # Threads of their own, without OpenMP threads of their own: they would take the engine's cores.
-        self._readers = ThreadPoolExecutor(
-            loaders, thread_name_prefix="qaa-store", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="qaa-state")  # so the last state is written last
-        self._admitting: set[str] = set()
-        self._unserved: dict[str, Any] = {}  # what is written of names that could not be brought back whole
-        self._dropped: dict[str, set[Revision]] = {}  # by name; their copies go when the engine has let go of them
         self._pins: dict[str, set[int]] = {}  # by name
+        self._unchecked: dict[str, None] = {}  # names, in the order in which they are checked
+        self._to_check = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._log = logger or getLogger(__name__)
 
     # ------------------------------------------------------------------------------------------------ use
 
-    def resolve(self, asked: str) -> Revision | None:
-        """The revision that ``name`` or ``name@revision`` stands for; None if there is none."""
-        try:
-            return self.find(asked)
-        except UnknownAdapterError:
-            return None
+    def route(self, asked: str, who: str | None = None) -> str:
+        """The NAME or NAME@REVISION that a name stands for: an alias leads to one of its targets.
 
-    def find(self, asked: str) -> Revision:
-        """The revision that ``name`` or ``name@revision`` stands for.
+        Args:
+            asked: what a request names.
+            who: a word of the client's for whom it asks, who always gets the same target.
+        """
+        alias = self.settings.aliases.get(asked)
+        return asked if alias is None else alias.choose(who)
+
+    def knows(self, asked: str) -> bool:
+        """Whether there may be something to serve under this name; nothing is read to find out."""
+        if asked in self.settings.aliases:
+            return True
+        entry = self.entries.get(asked.partition("@")[0])
+        return entry is not None and ("@" in asked or entry.state != "rejected")
+
+    async def find(self, asked: str) -> Revision:
+        """The revision that NAME or NAME@REVISION stands for; it is checked now if it was not yet.
 
         Raises:
             AmbiguousRevisionError: if it may be several.
             UnknownAdapterError: if there is none.
+            UnavailableError: if that cannot be found out now.
         """
-        name, at, digest = asked.partition("@")
-        entry = self.entries.get(name)
-        if entry is None or (not at and entry.current is None):
-            raise UnknownAdapterError(f"there is no adapter {asked!r}")
-        return entry.find(digest) if at or entry.current is None else entry.current
+        name, at, digits = asked.partition("@")
+        entry = self._known(name)
+        if entry.state == "known":
+            entry = await self._check(name)
+        if at:
+            return await self._former(entry, digits)
+        if entry.current is None:
+            raise UnknownAdapterError(f"there is no adapter {name!r}")
+        return entry.current
 
     @asynccontextmanager
     async def use(self, asked: str) -> AsyncIterator[Revision]:
@@ -206,372 +253,527 @@ class Catalogue:
             UnavailableError: if the revision is not in the engine and cannot be brought there.
         """
         while True:
-            revision = self.find(asked)
+            revision = await self.find(asked)
             if self.cache.find(revision) is not None:
                 break
             try:
                 await self.cache.load(revision)
             except AdapterError as error:
-                if self.resolve(asked) == revision:
-                    retry_after_s = self.cache.failures.pause_s(revision) or 5
-                    message = f"adapter {asked!r} cannot be loaded now: {error}"
-                    raise UnavailableError(message, retry_after_s) from error
-        self.entries[revision.name].last_used = time.time()
+                if await self.find(asked) != revision:
+                    continue
+                if isinstance(error, EngineRefusedError) and not error.temporary:
+                    self.reject(revision.name, error)
+                entry = self.entries[revision.name]
+                if entry.listed is None and isinstance(error, NoSuchRevisionError):  # its copy had to make room
+                    await self._forget(entry, "forget")
+                retry_after_s = self.cache.failures.pause_s(revision) or 5
+                message = f"adapter {asked!r} cannot be loaded now: {error}"
+                raise UnavailableError(message, retry_after_s) from error
+        if (entry := self.entries.get(revision.name)) is not None:
+            entry.last_used = time.time()
         with self.cache.hold(revision.int_id):
             yield revision
 
-    # -------------------------------------------------------------------------------------------- changes
+    async def load(self, asked: str) -> Revision:
+        """Bring a revision into the engine, for requests that are to come.
 
-    async def publish(
-        self, name: str, directory: Path, source: Source, unchanged: Callable[[], bool] = lambda: True
-    ) -> Revision:
-        """Serve a directory's content under a name.
+        Raises:
+            UnknownAdapterError: if the name stands for nothing.
+            AdapterError: if it cannot be loaded.
+        """
+        revision = await self.find(asked)
+        await self.cache.load(revision, again=True)
+        return revision
+
+    async def _check(self, name: str, *, background: bool = False) -> Entry:
+        """Check what the source has under a name, if nobody has yet."""
+        async with self._lock(name):
+            entry = self._known(name)
+            if entry.listed is None or entry.state != "known":
+                return entry
+            key = (name, entry.listed.version)
+            try:
+                self._failures.check(key)
+                revision = await self.contents.check(name, entry.listed, background=background)
+            except AdapterError as error:
+                if not error.temporary:
+                    self.reject(name, error)
+                    await self._serve_last_good(entry)
+                    return entry
+                if not self._failures.pause_s(key):
+                    self._failures.note(key, error)
+                message = f"adapter {name!r} cannot be read now: {error}"
+                raise UnavailableError(message, self._failures.pause_s(key)) from error
+            if self.entries.get(name) is entry:  # and not removed meanwhile
+                self._switch(entry, revision, entry.listed)
+            return entry
+
+    async def _former(self, entry: Entry, digits: str) -> Revision:
+        """A content of a name by its digest, or by the first 12 or more hex digits of it."""
+        if len(digits) < 12:
+            raise UnknownAdapterError(f"adapter {entry.name!r} has no revision {digits!r}: give 12 digits or more")
+        history = await self.history(entry)
+        current = [] if entry.current is None else [entry.current.digest]
+        found = {d for d in (*current, *history) if d.startswith(digits)}
+        if len(found) > 1:
+            names = " and ".join(f"{entry.name}@{digest}" for digest in sorted(found))
+            raise AmbiguousRevisionError(f"{entry.name}@{digits} may be {names}: give more digits")
+        if not found:
+            known = ", ".join(d[:12] for d in dict.fromkeys((*current, *reversed(history)))) or "none"
+            raise UnknownAdapterError(f"adapter {entry.name!r} has no revision {digits!r}; kept: {known}")
+        (digest,) = found
+        if entry.current is not None and entry.current.digest == digest:
+            return entry.current
+        if entry.former is None or digest not in entry.former:
+            revision = await self.contents.former(entry.name, digest)
+            entry.former = {**(entry.former or {}), digest: revision}
+            self._note_pins(entry)
+        return entry.former[digest]
+
+    async def history(self, entry: Entry) -> list[str]:
+        """Digests of a name's former contents, the oldest first, as of some seconds ago."""
+        if entry.history is None or time.monotonic() - entry.history_read > _HISTORY_S:
+            try:
+                history = await self.contents.history(entry.name)
+            except AdapterError:
+                if entry.history is None:
+                    raise
+                history = entry.history  # better than none, until it can be read again
+            entry.history, entry.history_read = history, time.monotonic()
+            entry.former = {digest: r for digest, r in (entry.former or {}).items() if digest in history} or None
+        return entry.history
+
+    # ------------------------------------------------------------------------------------- changes by the API
+
+    async def publish(self, name: str, directory: Path, condition: Condition = ANY) -> Revision:
+        """Put a directory's content into the source, and serve it.
 
         Args:
             name: the public name.
             directory: holds the adapter.
-            source: where it came from.
-            unchanged: asked after the files were copied; if it says no, they may not belong together.
+            condition: what must be so.
 
         Raises:
-            AdapterError: if it cannot be served; what the name stood for goes on.
+            ChangedMeanwhileError: if it is not.
+            AdapterError: if it cannot be served or written; what the name stood for goes on.
         """
         try:
-            return await self._publish(name, directory, source, unchanged)
+            self._check_name(name)
+            await self._is_checked(name)
+            async with self._lock(name):
+                revision = await self.contents.admit(name, directory)
+                return await self._put(name, revision, condition, "put")
         except AdapterError as error:
-            if source == "api":  # a directory is refused when it has not changed for a while
-                self._observer.rejected(error.kind)
+            self._observer.rejected(error.kind)
             raise
 
-    async def _publish(
-        self, name: str, directory: Path, source: Source, unchanged: Callable[[], bool]
-    ) -> Revision:
-        check_name(name)
-        if self._reserved(name):
-            raise NameRefusedError(f"{name!r} is the base model's name: choose another for the adapter")
-        async with self._lock(name):
-            revision = await self._admit(directory, name)
-            entry = self.entries.get(name) or Entry(name)
-            try:
-                if not unchanged():
-                    raise AdapterError("its files changed while they were read")
-                if source == "directory" and entry.seen == revision.digest:
-                    entry.rejection = None  # back to what it was
-                    return revision
-                await self._load(entry, revision)
-                before = entry.current
-                # From here to the next await is the atomic step.
-                old = self._switch(entry, revision)
-                entry.source, entry.rejection = source, None
-                if source == "directory":
-                    entry.seen = revision.digest
-                self._observer.swapped("published")
-                self._note(entry, before, "put" if source == "api" else "publish")
-                await self._let_go_of_former(entry, old)
-            finally:
-                # What was copied for nothing goes again.
-                if revision not in entry.revisions():
-                    await self._drop(revision)
-            await self._persist(must=source == "api")
-        return revision
+    async def roll_back(self, name: str, digits: str | None = None, condition: Condition = ANY) -> Revision:
+        """Go back to a former content, which the source then has as the name's.
 
-    async def remove(self, name: str) -> None:
-        """Serve a name no more; its running requests end as they began.
+        Args:
+            name: the public name; one that was removed comes back.
+            digits: the first 12 or more hex digits of the content's digest; None takes the one before the current.
+                Two such steps go back two.
+            condition: what must be so.
 
         Raises:
-            UnknownAdapterError: if nothing is served under it.
+            UnknownAdapterError: if there is no such content.
+            ChangedMeanwhileError: if the condition is not met.
+            AdapterError: if it cannot be loaded or written; what the name stood for goes on.
         """
+        self._check_name(name)
+        await self._is_checked(name)
         async with self._lock(name):
-            entry = self._known(name)
-            old = entry.current
-            await self._let_go(entry)
-            self._settle(entry)
-            self._note(entry, old, "delete")
-            if entry.seen is None and entry.rejection is None:
-                del self.entries[name]
-            await self._persist()
-        self._observer.swapped("removed")
-        self._log.info("Removed adapter %r", name)
+            entry = self.entries.get(name) or Entry(name, None)
+            if digits is None:
+                current = None if entry.current is None else entry.current.digest
+                former = await self.history(entry)
+                if current in former:
+                    former = former[: former.index(current)]
+                if not former:
+                    raise UnknownAdapterError(f"adapter {name!r} has no earlier revision to go back to")
+                digits = former[-1]
+            revision = await self._former(entry, digits)
+            return await self._put(name, revision, condition, "rollback", again=True)
 
-    async def forget_directory(self, name: str) -> None:
-        """A directory of the adapters directory is gone: what came from it goes too."""
+    async def adopt(self, name: str, directory: Path) -> None:
+        """Serve a directory's content without putting it into the source.
+
+        Raises:
+            AdapterError: if it cannot be served.
+        """
+        self._check_name(name)
         async with self._lock(name):
-            entry = self.entries.get(name)
-            if entry is None:
-                return
-            entry.rejection = entry.seen = None
-            if entry.source != "api" or not entry.revisions():
-                old = entry.current
-                await self._let_go(entry)
-                del self.entries[name]
-                if old is not None:
-                    self._observer.swapped("removed")
-                    self._note(entry, old, "forget")
-                    self._log.info("Removed adapter %r: its directory is gone", name)
-            await self._persist(must=False)
+            if name not in self.entries:
+                revision = await self.contents.admit(name, directory)
+                self._switch(self._enter(Entry(name, None)), revision, None)
+                self._note("resolve", name, None, revision)
 
-    async def roll_back(self, name: str, digest: str | None = None) -> Revision:
-        """Serve a kept revision again.
+    async def _is_checked(self, name: str) -> None:
+        """Know what a name stands for, if it stands for anything."""
+        with suppress(UnknownAdapterError):
+            await self.find(name)
+
+    async def _put(
+        self, name: str, revision: Revision, condition: Condition, action: str, *, again: bool = False
+    ) -> Revision:
+        entry = self.entries.get(name)
+        expected = condition.expected(entry)
+        before = None if entry is None else entry.current
+        if before != revision:
+            await self.cache.load(revision, again=True)
+        try:
+            listed = await self.contents.put(
+                revision, expected, again=again, keep=self._keep, protected=self.settings.protected(name)
+            )
+        except BaseException:
+            if before != revision:
+                await self.cache.retire(revision)
+            raise
+        old = self._switch(entry or self._enter(Entry(name, listed)), revision, listed)
+        self._observer.swapped("rolled_back" if again else "published")
+        self._note(action, name, before, revision)
+        await self._retire(old)
+        return revision
+
+    async def remove(self, name: str, condition: Condition = ANY, *, purge: bool = False) -> None:
+        """Move an adapter to the source's history, and serve it no more; running requests end as they began.
 
         Args:
             name: the public name.
-            digest: the first 12 or more hex digits of the revision's digest; None takes the one before the
-                current.
+            condition: what must be so.
+            purge: delete its history too.
 
         Raises:
-            UnknownAdapterError: if there is no such name or revision.
-            AdapterError: if it cannot be loaded; what the name stood for goes on.
+            UnknownAdapterError: if there is no such adapter.
+            InUseError: if an alias leads to it.
+            ChangedMeanwhileError: if the condition is not met.
+            AdapterError: if the source cannot be written.
+        """
+        if condition.digests is not None:
+            await self._is_checked(name)
+        async with self._lock(name):
+            entry = self._known(name)
+            if aliases := self.settings.users(name):
+                raise InUseError(f"the alias {aliases[0]!r} leads to {name!r}: change or delete it first")
+            expected = condition.expected(entry)
+            if entry.listed is not None:
+                await self.contents.remove(name, expected, purge=purge)
+            await self._forget(entry, "delete")
+
+    # ------------------------------------------------------------------------------------- changes of the source
+
+    def begin(self, adapters: Mapping[str, Listed], known: Iterable[tuple[str, str, Verdict]]) -> None:
+        """Take over what the source has; may run in a thread, before anybody asks.
+
+        Args:
+            adapters: all of them.
+            known: names and versions, with what is known of them.
+        """
+        valid = {name: (version, verdict) for name, version, verdict in known if verdict.reason is None}
+        for name, listed in adapters.items():
+            entry = self._enter(Entry(name, listed))
+            version, verdict = valid.pop(name, ("", None))
+            try:
+                self._check_name(name)
+                if verdict is None or version != listed.version:
+                    self._unchecked[name] = None
+                else:
+                    self._switch(entry, self.contents.known(name, verdict), listed, quiet=True)
+            except AdapterError as error:
+                self.reject(name, error)
+
+    async def take(self, name: str, listed: Listed) -> None:
+        """The source has another content under a name.
+
+        Raises:
+            AdapterError: if it cannot be read or loaded now; later it may.
         """
         async with self._lock(name):
-            if (entry := self.entries.get(name)) is None:
-                raise UnknownAdapterError(f"there is no adapter {name!r}")
-            if digest is None and not entry.kept:
-                raise UnknownAdapterError(f"adapter {name!r} has no earlier revision to go back to")
-            revision = entry.kept[0] if digest is None else entry.find(digest)
-            await self._load(entry, revision)
+            entry = self.entries.get(name)
+            if entry is not None and entry.listed is not None and entry.listed.version == listed.version:
+                return
+            if entry is None or entry.current is None:  # nobody uses it
+                self._add(name, listed)
+                return
             before = entry.current
-            old = self._switch(entry, revision)
-            self._observer.swapped("rolled_back")
-            self._note(entry, before, "rollback")
-            await self._let_go_of_former(entry, old)
-            await self._persist()
-        return revision
+            try:
+                revision = await self.contents.check(name, listed)
+                if revision != before and (self.cache.has(before.int_id) or self.settings.pins(name)):
+                    await self.cache.load(revision, again=True)
+            except AdapterError as error:
+                if error.temporary:
+                    raise
+                entry.listed = listed
+                self.reject(name, error)
+                self._keep_former(before)
+                return
+            old = self._switch(entry, revision, listed)
+            if old is not None:
+                self._observer.swapped("published")
+                self._note("publish", name, before, revision)
+                self._keep_former(old)
+                await self._retire(old)
 
-    async def pin(self, name: str, digest: str | None = None) -> None:
-        """Keep a name's current revision, whichever it is, or one certain revision in the engine's memory.
+    def _add(self, name: str, listed: Listed) -> None:
+        """A content that nobody uses yet: it is checked when it is asked for, or when it is its turn."""
+        self._enter(Entry(name, listed))
+        try:
+            self._check_name(name)
+        except AdapterError as error:
+            self.reject(name, error)
+            return
+        self._unchecked[name] = None
+        self._to_check.set()
+
+    async def forget(self, name: str) -> None:
+        """The source has nothing under a name any more."""
+        async with self._lock(name):
+            if (entry := self.entries.get(name)) is not None and entry.listed is not None:
+                await self._forget(entry, "forget")
+
+    def _keep_former(self, old: Revision) -> None:
+        """Somebody has replaced a content in the source: have it in the history."""
+        self._in_background(self.contents.keep(old, self._keep, self.settings.protected(old.name)))
+
+    def reject(self, name: str, error: AdapterError) -> None:
+        """Note why the newest content of a name is not served; what the name stands for goes on."""
+        entry = self.entries[name]
+        known, rejection = entry.rejection, Rejection(name, str(error), error.kind)
+        with self._counted(entry):
+            entry.rejection = rejection
+        self._unchecked.pop(name, None)
+        if known == rejection:
+            return
+        self._observer.rejected(error.kind)
+        self._log.error("Not serving adapter %r of %s: %s", name, self.contents.source.url, error)
+        self._note("reject", name, entry.current, entry.current, str(error))
+
+    async def _serve_last_good(self, entry: Entry) -> None:
+        """Serve the newest former content that can be, in place of one that cannot."""
+        with self._no_matter():
+            for digest in reversed(await self.contents.history(entry.name)):
+                with self._no_matter():
+                    revision, rejection = await self.contents.former(entry.name, digest), entry.rejection
+                    if self.entries.get(entry.name) is entry:
+                        self._switch(entry, revision, entry.listed)
+                        with self._counted(entry):
+                            entry.rejection = rejection
+                    return
+
+    async def check_in_background(self) -> None:
+        """Check what nobody has asked for, one after the other, with as long a pause after each."""
+        while True:
+            await self._to_check.wait()
+            self._to_check.clear()
+            while self._unchecked:
+                name = next(iter(self._unchecked))
+                del self._unchecked[name]
+                begun = time.monotonic()
+                with self._no_matter():
+                    await self._check(name, background=True)
+                if self._unchecked:
+                    await asyncio.sleep(min(time.monotonic() - begun, 1.0))
+            with self._no_matter():
+                await self.load_pinned()
+
+    async def load_pinned(self) -> None:
+        """Bring into the engine what is pinned."""
+        for reference in sorted(self.settings.pinned):
+            if self.knows(reference):
+                with self._no_matter():
+                    revision = await self.find(reference)
+                    self._note_pins(self.entries[revision.name])
+                    await self.cache.load(revision)
+
+    # ------------------------------------------------------------------------------------------------ settings
+
+    def take_settings(self, settings: SourceSettings) -> None:
+        """The source has other pins and aliases."""
+        former, self.settings = self.settings, settings
+        self.generation += 1
+        for reference in former.pinned ^ settings.pinned:
+            if (entry := self.entries.get(reference.partition("@")[0])) is not None:
+                self._note_pins(entry)
+        self._to_check.set()
+
+    async def pin(self, name: str, digits: str | None = None) -> None:
+        """Keep a name's current revision, whichever it is, or one certain revision in every server's memory.
 
         Raises:
             UnknownAdapterError: if there is no such name or revision.
-            AdapterError: if it cannot be loaded.
+            AdapterError: if it cannot be loaded, or the source not be written.
         """
-        async with self._lock(name):
-            entry = self._served(name) if digest is None else self._known(name)
-            revision = entry.current if digest is None else entry.find(digest)
-            assert revision is not None  # `_served` has seen to it
-            await self.cache.load(revision, again=True)
-            if digest is None:
-                entry.pinned = True
-            else:
-                entry.pinned_revisions.add(revision.digest)
-            self._note_pins(entry)
-            await self._persist()
-            self._note(entry, revision, "pin", revision)
+        revision = await self.find(name if digits is None else f"{name}@{digits}")
+        await self.cache.load(revision, again=True)
+        reference = name if digits is None else revision.engine_name
+        await self._edit(lambda settings: settings.with_pin(reference, True))
+        self._note("pin", name, revision, revision)
 
-    async def unpin(self, name: str, digest: str | None = None) -> None:
+    async def unpin(self, name: str, digits: str | None = None) -> None:
         """Undo `pin`; does nothing if it is not pinned.
 
         Raises:
             UnknownAdapterError: if there is no such name or revision.
+            AdapterError: if the source cannot be written.
         """
-        async with self._lock(name):
-            entry = self._known(name)
-            revision = entry.current if digest is None else entry.find(digest)
-            if digest is None:
-                entry.pinned = False
-            elif revision is not None:
-                entry.pinned_revisions.discard(revision.digest)
-            self._note_pins(entry)
-            await self._trim(entry)
-            await self._persist()
-            self._note(entry, revision, "unpin", revision)
+        revision = await self.find(name if digits is None else f"{name}@{digits}")
+        reference = name if digits is None else revision.engine_name
+        await self._edit(lambda settings: settings.with_pin(reference, False))
+        self._note("unpin", name, revision, revision)
 
-    def reject(self, rejection: Rejection) -> None:
-        """Note why a content is not served; what its name stands for goes on."""
-        entry = self.entries.setdefault(rejection.name, Entry(rejection.name))
-        known, entry.rejection = entry.rejection, rejection
-        self._observer.rejected(rejection.kind)
-        if known == rejection:
-            return
-        self._log.error("Not serving adapter %r (%s): %s", rejection.name, rejection.path, rejection.reason)
-        current = None if entry.current is None else entry.current.revision
-        self._changed("reject", rejection.name, current, current, rejection.reason)
+    async def set_alias(self, name: str, alias: Alias | None) -> None:
+        """Let a name stand for others, or no more.
 
-    async def restore(self) -> None:
-        """Serve what an earlier server with this state directory served, as far as that can be.
-
-        What cannot be served now (by another base, a smaller limit) is not forgotten: its copies stay, and so does
-        what was written of it. Without a state that can be read, every copy is served again, the newest of a name.
+        Raises:
+            NameRefusedError: if it cannot be an alias' name.
+            UnknownAdapterError: if there is nothing it could lead to, or no such alias to end.
+            AdapterError: if the source cannot be written.
         """
-        saved = self.store.read_state()
-        if saved is None:
-            if (aside := self.store.set_state_aside()) is not None:
-                self._log.error(
-                    "The state of %s cannot be read by this version. It is now %s; every adapter that has a copy "
-                    "is served again, the newest one of each name", self.store.directory, aside.name,
-                )  # fmt: skip
-            saved = {name: _as_uploaded(digests) for name, digests in self.store.copies().items()}
-        await asyncio.gather(*(self._restore(name, fields) for name, fields in saved.items()))
-        self.store.keep_only((name, digest) for name, fields in saved.items() for digest in _digests_in(fields))
+        before = self.settings.aliases.get(name)
+        if alias is None and before is None:
+            raise UnknownAdapterError(f"there is no alias {name!r}")
+        if alias is not None:
+            self._check_name(name, alias=True)
+            if name in self.entries:
+                raise NameRefusedError(f"{name!r} is an adapter: choose another name for the alias")
+            shares = {}
+            for target, share in alias.shares.items():
+                revision = await self.find(target)
+                shares[revision.engine_name if "@" in target else target] = share
+            alias = Alias(shares)
+        await self._edit(lambda settings: settings.with_alias(name, alias))
+        before_text, after_text = (
+            None if of is None else ", ".join(f"{target}: {share}" for target, share in of.shares.items())
+            for of in (before, alias)
+        )
+        self._changed("alias", name, before_text, after_text)
 
-    def start(self) -> None:
-        """All adapters there are at the start have been seen to: from now on changes are written down."""
-        self.ready = True
-        try:
-            self.store.write_state(self._state())
-        except OSError as error:
-            self._log.error("What is served is not written down for the next start: %s", error)
+    async def _edit(self, change: Callable[[SourceSettings], SourceSettings]) -> None:
+        """Change the source's settings, whatever other servers change in them meanwhile."""
+        source = self.contents.source
+        settings = self.settings
+
+        def edit() -> None:
+            nonlocal settings
+            for left in reversed(range(_TRIES)):
+                content, version = source.read_settings()
+                settings = change(SourceSettings.parse(content))
+                try:
+                    source.write_settings(settings.encode(), version)
+                    return
+                except ChangedMeanwhileError:
+                    if not left:
+                        raise
+
+        async with self._lock(""):
+            await self.contents.run(f"writing the settings of {source.url}", edit)
+            self.take_settings(settings)
 
     # ------------------------------------------------------------------------------------------- internals
+
+    def fingerprint(self) -> str:
+        """Of all that is served, by name and content: equal on servers that serve the same."""
+        return f"{self._fingerprint:016x}"
+
+    def is_current(self, revision: Revision) -> bool:
+        """Whether a name stands for this revision."""
+        entry = self.entries.get(revision.name)
+        return entry is not None and entry.current == revision
+
+    def version_of(self, revision: Revision) -> str | None:
+        """The source's version of a revision that it has as its name's content; None if it has another."""
+        entry = self.entries.get(revision.name)
+        if entry is None or entry.listed is None or entry.current != revision or entry.rejection is not None:
+            return None
+        return entry.listed.version
 
     def _lock(self, name: str) -> asyncio.Lock:
         """What a change of this name holds; it is kept as long as somebody does or waits for it."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     def _known(self, name: str) -> Entry:
-        if (entry := self.entries.get(name)) is None or not entry.revisions():
+        if (entry := self.entries.get(name)) is None:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
         return entry
 
-    def _served(self, name: str) -> Entry:
-        if (entry := self.entries.get(name)) is None or entry.current is None:
-            raise UnknownAdapterError(f"there is no adapter {name!r}")
+    def _enter(self, entry: Entry) -> Entry:
+        """A name's entry, in place of the one that it may have."""
+        if (former := self.entries.get(entry.name)) is not None:
+            with self._counted(former):
+                del self.entries[entry.name]
+        with self._counted(entry):
+            self.entries[entry.name] = entry
         return entry
 
-    async def _admit(self, directory: Path, name: str) -> Revision:
-        self._admitting.add(name)  # what is found in the store may not be swept away now
-        admitting = asyncio.ensure_future(self._in(self._readers, self.store.admit, directory, name))
-        try:
-            await asyncio.wait((admitting,))
-        except asyncio.CancelledError:
-            await asyncio.wait((admitting,))  # its thread goes on, and no other change of the name may begin
-            entry = self.entries.get(name) or Entry(name)
-            if admitting.exception() is None and admitting.result() not in entry.revisions():
-                self._dropped.setdefault(name, set()).add(admitting.result())
-            raise
-        else:
-            if admitting.exception() is None:
-                self._dropped.get(name, set()).discard(admitting.result())
-            return admitting.result()
-        finally:
-            self._admitting.discard(name)
-            self._sweep(name)
+    def _check_name(self, name: str, *, alias: bool = False) -> None:
+        check_name(name)
+        if self._reserved(name):
+            raise NameRefusedError(f"{name!r} is the base model's name: choose another one")
+        if not alias and name in self.settings.aliases:
+            raise NameRefusedError(f"{name!r} is an alias: choose another name, or delete the alias first")
 
-    async def _in(self, threads: Executor, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
-
-    async def _restore(self, name: str, fields: Any) -> None:
-        async with self._lock(name):
-            entry = Entry(name)
-            try:
-                check_name(name)
-                entry.source, entry.seen, entry.pinned = fields["source"], fields["seen"], fields["pinned"]
-                current, kept, pins = fields["current"], fields["kept"], set(fields["pinned_revisions"])
-                for digest in [*kept, current or ""]:
-                    if pins & {digest, digest[:12]}:  # an older version wrote the first 12 digits
-                        entry.pinned_revisions.add(digest)
-                await self._restore_revisions(entry, current, kept)
-            except (AdapterError, KeyError, TypeError) as error:
-                self._log.error("Adapter %r of the state directory is not served again: %s", name, error)
-            published = fields.get("published") if isinstance(fields, dict) else None
-            if entry.current is not None and isinstance(published, float):
-                entry.published = published
-            if [revision.digest for revision in entry.revisions()] != _digests_in(fields) or entry.current is None:
-                self._unserved[name] = fields
-            self._note_pins(entry)
-
-    async def _restore_revisions(self, entry: Entry, current: str | None, kept: list[str]) -> None:
-        """Bring back an entry's revisions. A current one that cannot be loaded now stays as a kept one."""
-        for digest in [*reversed(kept), *([] if current is None else [current])]:
-            try:
-                revision = await self._in(self._readers, self.store.recall, entry.name, digest)
-                entry.kept.insert(0, revision)
-                if digest == current:
-                    await self._load(entry, revision)
-                    self._switch(entry, revision)
-                    await self._trim(entry)
-                elif digest in entry.pinned_revisions:
-                    await self.cache.load(revision)
-            except AdapterError as error:
-                self._log.error("Revision %.12s of adapter %r is not back: %s", digest, entry.name, error)
-                if digest == current:
-                    entry.rejection = Rejection(entry.name, self.store.directory, str(error), error.kind)
-                    entry.seen = None  # its directory is to be tried again
-        self.entries[entry.name] = entry
-
-    async def _load(self, entry: Entry, revision: Revision) -> None:
-        """Bring into the engine what a name shall stand for."""
-        if entry.current != revision:
-            await self.cache.load(revision, again=True)
-
-    def _switch(self, entry: Entry, revision: Revision) -> Revision | None:
-        """Let a name stand for a loaded revision; what it stood for, if that was another one."""
-        old, entry.current = entry.current, revision
-        self._unserved.pop(entry.name, None)
-        if old == revision:  # though its copy may be another one
+    def _switch(
+        self, entry: Entry, revision: Revision, listed: Listed | None, *, quiet: bool = False
+    ) -> Revision | None:
+        """Let a name stand for a revision; what it stood for, if that was another one."""
+        old = entry.current
+        with self._counted(entry):
+            entry.listed, entry.current, entry.rejection = listed, revision, None
+        entry.history = None
+        self._unchecked.pop(entry.name, None)
+        if old == revision or quiet:
             return None
-        if revision in entry.kept:
-            entry.kept.remove(revision)
-        if old is not None:
-            entry.kept.insert(0, old)
-        self._settle(entry)
-        entry.published = time.time()
-        self.entries[entry.name] = entry
         self._note_pins(entry)
         self._log.info(
             "Serving %s adapter %s as %r (rank %d, %d bytes)%s",
-            revision.kind,
-            revision.revision,
-            entry.name,
-            revision.rank,
-            revision.nbytes,
+            revision.kind, revision.revision, entry.name, revision.rank, revision.nbytes,
             f", instead of {old.revision}" if old else "",
-        )
+        )  # fmt: skip
         return old
 
-    def _note(self, entry: Entry, before: Revision | None, action: str, after: Revision | None = None) -> None:
-        """Tell of a change; left out, `after` is what the name stands for now."""
-        after = after or entry.current
-        old, new = (None if revision is None else revision.revision for revision in (before, after))
-        self._changed(action, entry.name, old, new)
-
-    async def _let_go_of_former(self, entry: Entry, old: Revision | None) -> None:
-        """Of what a name stood for until now, and of former revisions beyond those that are kept."""
-        if old is not None and old.digest not in entry.pinned_revisions:
-            await self.cache.retire(old)
-        await self._trim(entry)
-
-    def _settle(self, entry: Entry) -> None:
-        """That a revision could not be restored matters no more."""
-        if entry.rejection is not None and entry.rejection.path == self.store.directory:
-            entry.rejection = None
-
-    async def _trim(self, entry: Entry) -> None:
-        """Drop former revisions beyond those that are to be kept."""
-        loose = [r for r in entry.kept if r.digest not in entry.pinned_revisions]
-        for revision in loose[self._keep :]:
-            entry.kept.remove(revision)
-            await self._drop(revision)
-
-    async def _let_go(self, entry: Entry) -> None:
-        """Stop serving all revisions of a name."""
-        revisions = entry.revisions()
-        self._unserved.pop(entry.name, None)
-        entry.current, entry.kept = None, []
-        entry.pinned, entry.pinned_revisions = False, set()
+    async def _forget(self, entry: Entry, action: str) -> None:
+        """Serve a name no more."""
+        old, revisions = entry.current, entry.revisions()
+        with self._counted(entry):
+            del self.entries[entry.name]
+        self._unchecked.pop(entry.name, None)
+        entry.current, entry.former = None, None
         self._note_pins(entry)
-        await asyncio.gather(*map(self._drop, revisions))
+        if old is not None:
+            self._observer.swapped("removed")
+            self._note(action, entry.name, old, None)
+            self._log.info("Removed adapter %r", entry.name)
+        for revision in revisions:
+            await self.cache.retire(revision)
 
-    async def _drop(self, revision: Revision) -> None:
-        """Let a revision go, and its copy as soon as the engine has let go of it."""
-        self._dropped.setdefault(revision.name, set()).add(revision)
-        await self.cache.retire(revision)
-        self._sweep(revision.name)
+    async def _retire(self, old: Revision | None) -> None:
+        """Have the engine let go of what a name stood for, unless somebody pinned it."""
+        if old is not None and old.int_id not in self.cache.pinned:
+            await self.cache.retire(old)
 
-    def _sweep(self, name: str) -> None:
-        """Delete the copies of a name's dropped revisions that the engine does not need any more."""
-        if name in self._admitting or (dropped := self._dropped.get(name)) is None:
-            return
-        for revision in [r for r in dropped if not self.cache.may_read(r)]:
-            dropped.remove(revision)
-            self.store.remove(revision)
-        if not dropped:
-            del self._dropped[name]
+    @contextmanager
+    def _counted(self, entry: Entry) -> Iterator[None]:
+        """Change what an entry stands for, or whether it is there, with all that is counted of it."""
+        for sign in (-1, 1):
+            if self.entries.get(entry.name) is entry:
+                self.counts[entry.state] += sign
+                self.rejections += sign * (entry.rejection is not None)
+                if entry.current is not None:
+                    self.served_bytes += sign * entry.current.nbytes
+                    name = entry.current.engine_name.encode()
+                    self._fingerprint ^= int.from_bytes(hashlib.sha256(name).digest()[:8])
+            if sign < 0:
+                yield
+        self.generation += 1
 
     def _note_pins(self, entry: Entry) -> None:
+        """Pin in the engine's memory what is pinned of a name now."""
+        digests = self.settings.pins(entry.name)
         pinned = {
             revision.int_id
-            for revision in entry.revisions()
-            if (entry.pinned and revision == entry.current) or revision.digest in entry.pinned_revisions
+            for revision in (entry.revisions() if digests else ())
+            if any(revision.digest.startswith(digest) if digest else revision == entry.current for digest in digests)
         }
         before = self._pins.pop(entry.name, set())
         if pinned:
@@ -581,53 +783,41 @@ class Catalogue:
         for int_id in before - pinned:
             self.cache.unpin(int_id)
 
-    async def _persist(self, *, must: bool = True) -> None:
-        """Write down what is served; one writer at a time writes one state after the other.
+    def _note(
+        self, action: str, name: str, before: Revision | None, after: Revision | None, result: str = "ok"
+    ) -> None:
+        """Tell of a change."""
+        old, new = (None if revision is None else revision.revision for revision in (before, after))
+        self._changed(action, name, old, new, result)
 
-        Raises:
-            NotWrittenError: if that fails and it `must` not.
-        """
-        if not self.ready:
-            return
+    @contextmanager
+    def _no_matter(self) -> Iterator[None]:
+        """Go on whatever happens to one adapter; what is wrong with it has been said, or is said to who asks."""
         try:
-            await self._in(self._writer, self.store.write_state, self._state())
-        except OSError as error:
-            self._log.error("What is served is not written down for the next start: %s", error)
-            if must:
-                raise NotWrittenError(
-                    f"it is done, but cannot be written down ({error.strerror or error}), so a restart undoes it: "
-                    "make room in the state directory and send it again"
-                ) from error
+            yield
+        except AdapterError:
+            pass
+        except Exception:
+            self._log.exception("Unforeseen, while an adapter was checked in the background")
 
-    def _state(self) -> dict[str, Any]:
-        adapters = {}
-        for name, entry in self.entries.items():
-            if entry.revisions() or entry.seen:
-                adapters[name] = {
-                    "current": entry.current.digest if entry.current else None,
-                    "kept": [revision.digest for revision in entry.kept],
-                    "source": entry.source,
-                    "seen": entry.seen,
-                    "published": entry.published,
-                    "pinned": entry.pinned,
-                    "pinned_revisions": sorted(entry.pinned_revisions),
-                }
-        return adapters | self._unserved
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def _as_uploaded(digests: list[str]) -> dict[str, Any]:
-    """What is written of an adapter that was uploaded, the newest content last."""
-    *former, current = digests
-    return {
-        "current": current, "kept": former[::-1], "source": "api", "seen": None, "pinned": False,
-        "pinned_revisions": [],
-    }  # fmt: skip
+class _Fetching:
+    """An engine whose adapters are brought from the source first."""
 
+    def __init__(self, engine: Engine, catalogue: Catalogue):
+        self._engine = engine
+        self._catalogue = catalogue
 
-def _digests_in(fields: Any) -> list[str]:
-    """The revisions that are written of an adapter."""
-    if not isinstance(fields, dict):
-        return []
-    kept = fields.get("kept")
-    found = [fields.get("current"), *(kept if isinstance(kept, list) else ())]
-    return [digest for digest in found if isinstance(digest, str)]
+    async def load(self, revision: Revision) -> int:
+        """As the engine's, once the revision's files are there."""
+        await self._catalogue.contents.bring(revision, self._catalogue.version_of(revision))
+        return await self._engine.load(revision)
+
+    async def unload(self, revision: Revision) -> None:
+        """As the engine's."""
+        await self._engine.unload(revision)

@@ -12,14 +12,18 @@ from qaa_serve.adapters import (
     MAX_ADAPTER_BYTES,
     WEIGHTS_FILE,
     AdapterError,
+    Kind,
     LinearWidths,
     judge,
     only_refusals,
     resolve_base,
+    shown,
 )
 
 #: Names that adapters may be served under. "@" separates a name from a revision's digest.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+_REFERENCE = re.compile(rf"{NAME_PATTERN.pattern}(@[0-9a-f]{{12,64}})?")
 
 #: Names that the metrics have a meaning of their own for: of what has no series of its own, and of no model.
 RESERVED_NAMES = frozenset({"other", "unknown"})
@@ -106,20 +110,18 @@ class Revision:
 
 @dataclass(frozen=True)
 class Rejection:
-    """An adapter directory that cannot be served, and why.
+    """A content that cannot be served, and why.
 
     Attributes:
-        name: the directory's name.
-        path: the directory.
+        name: the adapter's.
         reason: what is wrong, what was found, what to do.
         kind: what it was refused for, as AdapterError has it.
         since: Unix time.
     """
 
     name: str
-    path: Path
     reason: str
-    kind: str = "invalid"
+    kind: Kind = "invalid"
     since: float = field(default_factory=time.time, compare=False)
 
 
@@ -140,12 +142,20 @@ def check_name(name: str) -> None:
     if not NAME_PATTERN.fullmatch(name):
         raise NameRefusedError(
             f"{name!r} cannot be an adapter's name: letters, digits, '.', '_' and '-', at most 128, the first a "
-            "letter or digit. Rename the directory"
+            "letter or digit. Choose another"
         )
     if name in RESERVED_NAMES:
         raise NameRefusedError(
-            f"{name!r} cannot be an adapter's name: in the metrics it stands for requests of others. Rename the "
-            "directory"
+            f"{name!r} cannot be an adapter's name: in the metrics it stands for requests of others. Choose "
+            "another"
+        )
+
+
+def check_reference(reference: object) -> None:
+    """Raise NameRefusedError unless this is NAME or NAME@REVISION, with 12 to 64 hex digits."""
+    if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference):
+        raise NameRefusedError(
+            f"{shown(reference)} is neither an adapter's name nor NAME@REVISION with 12 to 64 hex digits"
         )
 
 
@@ -154,7 +164,6 @@ def read_revision(
     directory: Path,
     name: str | None = None,
     *,
-    origin: Path | None = None,
     base: LinearWidths | None = None,
     max_bytes: int = MAX_ADAPTER_BYTES,
 ) -> Revision:
@@ -163,7 +172,6 @@ def read_revision(
     Args:
         directory: the adapter.
         name: the name to serve it under; None takes the directory's.
-        origin: the directory that a relative path of the base model is relative to, if this one is a copy.
         base: the base model's linear layers, which an adapter must fit; None leaves that to the engine.
         max_bytes: of the weights: a larger file is refused before it is read.
 
@@ -180,6 +188,6 @@ def read_revision(
         kind=found.kind,
         rank=found.rank,
         nbytes=(directory / WEIGHTS_FILE).stat().st_size,
-        base=resolve_base(origin or directory, found.base),
+        base=resolve_base(directory, found.base),
         details=found.details,
     )

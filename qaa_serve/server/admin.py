@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -21,24 +22,32 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from qaa_serve.registry import (
     NAME_PATTERN,
-    CacheFullError,
     Catalogue,
+    Condition,
     Entry,
-    LoadTimeoutError,
-    NotWrittenError,
+    InUseError,
     Revision,
+    UnavailableError,
     UnknownAdapterError,
+    Verdict,
 )
 from qaa_serve.server.audit import AuditLog
 from qaa_serve.server.errors import RefusedError
 from qaa_serve.server.monitor import EngineMonitor
 from qaa_serve.server.turns import Turns
+from qaa_serve.sources import (
+    ChangedMeanwhileError,
+    DirectorySource,
+    ReadOnlyError,
+    RepositoryError,
+    parse_repository,
+)
 
 
 class TierBytes(BaseModel):
     """Where an adapter's weights are, in bytes."""
 
-    store: int = Field(description="weights file in the revision store, on disk")
+    store: int = Field(description="its files in the source")
     host: int = Field(description="host memory of the engine's workers; 0 if it is not loaded")
     slot: int = Field(description="slots of the running batch, on the device, as of some seconds ago; 0: in none")
 
@@ -62,32 +71,35 @@ class RejectionInfo(BaseModel):
 
 
 class AdapterInfo(BaseModel):
-    """One adapter: served, rejected with the reason, or removed while its directory is still there."""
+    """One adapter."""
 
     id: str
     object: Literal["adapter"] = "adapter"
-    state: Literal["served", "rejected", "removed"]
+    state: Literal["known", "served", "rejected"] = Field(
+        description="served; rejected, with the reason; or known: nobody has asked for it and it is not checked yet"
+    )
     revision: str | None = Field(None, description="what is served now")
     kind: Literal["QAA", "LORA"] | None = None
     rank: int | None = None
     details: dict[str, Any] | None = None
-    source: Literal["directory", "api"] | None = None
-    published: float | None = Field(None, description="Unix time at which the current revision was published")
+    published: float | None = Field(None, description="Unix time at which the content came into the source")
     last_used: float | None = Field(None, description="Unix time of the last request")
     running: int = Field(0, description="sequences (prompts x n) that run")
     waiting: int = Field(0, description="sequences that wait for their turn")
     pinned: bool = Field(False, description="whether the current revision, whichever it is, stays in memory")
     bytes: TierBytes | None = Field(None, description="of the current revision")
-    revisions: list[RevisionInfo] = []
-    rejection: RejectionInfo | None = None
+    revisions: list[RevisionInfo] = Field([], description="current and former ones, the newest first")
+    rejection: RejectionInfo | None = Field(None, description="why the newest content is not served")
     reason: str | None = Field(None, description="of the rejection, if nothing is served")
 
 
 class AdapterList(BaseModel):
-    """All adapters."""
+    """Adapters in the order of their names."""
 
     object: Literal["list"] = "list"
     data: list[AdapterInfo]
+    has_more: bool = Field(False, description="whether there are more after the last one")
+    total: int = Field(description="adapters that there are, whatever was asked for")
 
 
 class RemovedInfo(BaseModel):
@@ -99,10 +111,15 @@ class RemovedInfo(BaseModel):
 
 
 class PublishRequest(BaseModel):
-    """Which directory to serve."""
+    """Where to take an adapter from: one of the two."""
 
     model_config = ConfigDict(extra="forbid")
-    path: str = Field(description="adapter directory inside the adapters directory", min_length=1, max_length=4096)
+    path: str | None = Field(
+        None, description="adapter directory inside the adapters directory", min_length=1, max_length=4096
+    )
+    source: str | None = Field(
+        None, description="hf://ORG/REPO@REVISION of the Hugging Face hub", min_length=1, max_length=512
+    )
 
 
 class RevisionRequest(BaseModel):
@@ -138,6 +155,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "An admin key is needed."},
     403: {"model": ErrorBody, "description": "Not with this key, or outside the directory."},
     404: {"model": ErrorBody, "description": "There is no such adapter, revision or directory."},
+    409: {"model": ErrorBody, "description": "The source cannot be written, or something needs the adapter."},
+    412: {"model": ErrorBody, "description": "What is there is not what If-Match or If-None-Match asks for."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     415: {"model": ErrorBody, "description": "Neither JSON nor a form."},
     422: {"model": ErrorBody, "description": "The adapter cannot be served; what was served goes on."},
@@ -147,6 +166,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: _ERRORS[code] for code in (401, 403, 503, *codes)}
+
+
+_CHANGE = (400, 404, 409, 412, 422)
+
+#: What a route that changes something may answer besides its own answer.
+ERRORS_OF_CHANGES = _errors(*_CHANGE)
 
 
 _PUT_BODY = {
@@ -170,7 +195,7 @@ _PUT_BODY = {
 
 
 def make_router(
-    catalogue: Catalogue, monitor: EngineMonitor, turns: Turns, audit: AuditLog, adapters_directory: Path | None
+    catalogue: Catalogue, monitor: EngineMonitor, turns: Turns, audit: AuditLog, adapter_repos: Sequence[str]
 ) -> APIRouter:
     """The routes that list and change what is served.
 
@@ -179,40 +204,75 @@ def make_router(
         monitor: what the engine said of its memory last; to ask it anew would take a turn between steps.
         turns: asked for running and waiting sequences.
         audit: told of changes that are refused.
-        adapters_directory: where paths may lead; None allows none.
+        adapter_repos: patterns of the hub's repositories that adapters may be taken from.
     """
     router = APIRouter(tags=["adapters"])
-    changing = partial(_changing, catalogue, audit)
+    changing = partial(make_change, catalogue, audit)
+    source = catalogue.contents.source
+    root = source.root if isinstance(source, DirectorySource) else None
 
-    def describe(entries: list[Entry]) -> list[AdapterInfo]:
+    def describe(entries: Iterable[Entry]) -> list[AdapterInfo]:
         slots = {int_id: slot for int_id, (_, slot) in monitor.account.adapters.items()}
         return [_describe(entry, catalogue, turns, slots) for entry in entries]
 
+    async def describe_one(name: str, response: Response) -> AdapterInfo:
+        entry = catalogue.entries.get(name)
+        if entry is None:
+            raise RefusedError(404, f"there is no adapter {name!r}")
+        info = describe([entry])[0]
+        told = {revision.revision for revision in info.revisions}
+        for digest in reversed(await catalogue.history(entry)):
+            if (revision := f"{name}@{digest[:12]}") not in told:
+                info.revisions.append(_stored(revision, catalogue.contents.index.verdict(digest)))
+        if entry.current is not None:
+            response.headers["etag"] = f'"{entry.current.digest}"'
+        return info
+
     @router.get("/v1/adapters", responses=_errors())
-    async def list_adapters() -> AdapterList:
-        """All adapters: what is served with its revisions, memory and use, and what is not, with the reason."""
-        return AdapterList(data=describe(sorted(catalogue.entries.values(), key=lambda entry: entry.name)))
+    async def list_adapters(
+        q: Annotated[str | None, Query(description="part of the name", max_length=128)] = None,
+        state: Annotated[Literal["known", "served", "rejected"] | None, Query(description="only these")] = None,
+        limit: Annotated[int | None, Query(description="most that are answered; all, left out", ge=1)] = None,
+        after: Annotated[str | None, Query(description="a name: those after it", max_length=128)] = None,
+    ) -> AdapterList:
+        """Adapters in the order of their names: what is served with its memory and use, what is not with the reason."""
+
+        def choose() -> tuple[list[AdapterInfo], bool]:
+            names = sorted(
+                name
+                for name, entry in list(catalogue.entries.items())
+                if (q is None or q in name)
+                and (state is None or entry.state == state)
+                and (after is None or name > after)
+            )
+            page = names if limit is None else names[:limit]
+            entries = (entry for name in page if (entry := catalogue.entries.get(name)) is not None)
+            return describe(entries), len(page) < len(names)
+
+        data, has_more = await asyncio.to_thread(choose)  # there may be a hundred thousand
+        return AdapterList(data=data, has_more=has_more, total=len(catalogue.entries))
 
     @router.get("/v1/adapters/{name}", responses=_errors(400, 404))
-    async def get_adapter(name: Name) -> AdapterInfo:
-        """One adapter."""
-        if (entry := catalogue.entries.get(name)) is None:
-            raise RefusedError(404, f"there is no adapter {name!r}")
-        return describe([entry])[0]
+    async def get_adapter(name: Name, response: Response) -> AdapterInfo:
+        """One adapter, with its history; its ETag is what If-Match takes."""
+        return await describe_one(name, response)
 
-    @router.put("/v1/adapters/{name}", responses=_errors(400, 404, 413, 415, 422), openapi_extra=_PUT_BODY)
-    async def put_adapter(name: Name, request: Request) -> AdapterInfo:
-        """Serve an adapter under a name, in place of what it stands for now.
+    @router.put("/v1/adapters/{name}", responses=_errors(413, 415, *_CHANGE), openapi_extra=_PUT_BODY)
+    async def put_adapter(name: Name, request: Request, response: Response) -> AdapterInfo:
+        """Put an adapter into the source, in place of what is there, and serve it.
 
-        Either JSON, `{"path": ...}` of a directory inside the adapters directory, or a form with the files
-        `config` (adapter_config.json) and `weights` (adapter_model.safetensors). Everything is checked before
-        anything changes; running requests end on the revision they began with.
+        A form with the files `config` (adapter_config.json) and `weights` (adapter_model.safetensors), or JSON:
+        `{"path": ...}` of a directory inside the adapters directory, or `{"source": "hf://ORG/REPO@REVISION"}`.
+        Everything is checked before anything changes; running requests end on the revision they began with. The
+        answer comes when the change is durable in the source, which other servers follow. If-Match takes the
+        revision that must be served now, If-None-Match: * that none is.
         """
+        condition = condition_of(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         with changing("put", name):
             if kind == "multipart/form-data":
-                async with _uploaded(request, catalogue.store.directory) as directory:
-                    await catalogue.publish(name, directory, "api")
+                async with _uploaded(request, catalogue) as directory:
+                    await catalogue.publish(name, directory, condition)
             elif kind == "application/json":
                 try:
                     asked = PublishRequest.model_validate_json(await request.body())
@@ -220,55 +280,78 @@ def make_router(
                     raise RefusedError(
                         400, f'the body is not {{"path": ...}}: {error.errors()[0]["msg"]}'
                     ) from error
-                await catalogue.publish(name, path_inside(adapters_directory, asked.path), "api")
+                if (asked.path is None) == (asked.source is None):
+                    raise RefusedError(400, 'give either {"path": ...} or {"source": "hf://ORG/REPO@REVISION"}')
+                if asked.path is not None:
+                    await catalogue.publish(name, path_inside(root, asked.path), condition)
+                else:
+                    repository = parse_repository(str(asked.source), adapter_repos)
+                    async with _staged(catalogue) as directory:
+                        await asyncio.to_thread(repository.fetch, directory)
+                        await catalogue.publish(name, directory, condition)
             else:
                 raise RefusedError(415, f"send application/json or multipart/form-data, not {kind or 'nothing'!r}")
-        return describe([catalogue.entries[name]])[0]
+        return await describe_one(name, response)
 
-    @router.delete("/v1/adapters/{name}", responses=_errors(400, 404))
-    async def delete_adapter(name: Name) -> RemovedInfo:
-        """Serve an adapter no more. Its running requests end; its directory comes back when it changes."""
+    @router.delete("/v1/adapters/{name}", responses=ERRORS_OF_CHANGES)
+    async def delete_adapter(
+        name: Name,
+        request: Request,
+        purge: Annotated[bool, Query(description="delete its history too; then nothing brings it back")] = False,
+    ) -> RemovedInfo:
+        """Move an adapter to the source's history, and serve it no more; a rollback brings it back."""
+        condition = condition_of(request)
         with changing("delete", name):
-            await catalogue.remove(name)
+            await catalogue.remove(name, condition, purge=purge)
         return RemovedInfo(id=name)
 
-    @router.post("/v1/adapters/{name}/rollback", responses=_errors(400, 404, 422))
-    async def roll_back(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
-        """Serve a kept revision again; left out, the one before the current."""
+    @router.post("/v1/adapters/{name}/rollback", responses=ERRORS_OF_CHANGES)
+    async def roll_back(
+        name: Name, request: Request, response: Response, asked: RevisionRequest | None = None
+    ) -> AdapterInfo:
+        """Go back to a former content: the one that is named, or left out, the one before the current."""
+        condition = condition_of(request)
         with changing("rollback", name):
-            await catalogue.roll_back(name, _digest_of(asked, name))
-        return describe([catalogue.entries[name]])[0]
+            await catalogue.roll_back(name, _digest_of(asked, name), condition)
+        return await describe_one(name, response)
 
-    @router.post("/v1/adapters/{name}/pin", responses=_errors(400, 404, 422))
-    async def pin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
-        """Keep an adapter in the engine's memory: one revision, or left out, whichever is current."""
+    @router.post("/v1/adapters/{name}/load", responses=ERRORS_OF_CHANGES)
+    async def load(name: Name, response: Response, asked: RevisionRequest | None = None) -> AdapterInfo:
+        """Bring an adapter into the engine's memory before anybody asks for it."""
+        digest = _digest_of(asked, name)
+        with changing("load", name):
+            await catalogue.load(name if digest is None else f"{name}@{digest}")
+        return await describe_one(name, response)
+
+    @router.post("/v1/adapters/{name}/pin", responses=ERRORS_OF_CHANGES)
+    async def pin(name: Name, response: Response, asked: RevisionRequest | None = None) -> AdapterInfo:
+        """Keep an adapter in the memory of every server: one revision, or left out, whichever is current."""
         with changing("pin", name):
             await catalogue.pin(name, _digest_of(asked, name))
-        return describe([catalogue.entries[name]])[0]
+        return await describe_one(name, response)
 
-    @router.post("/v1/adapters/{name}/unpin", responses=_errors(400, 404))
-    async def unpin(name: Name, asked: RevisionRequest | None = None) -> AdapterInfo:
+    @router.post("/v1/adapters/{name}/unpin", responses=ERRORS_OF_CHANGES)
+    async def unpin(name: Name, response: Response, asked: RevisionRequest | None = None) -> AdapterInfo:
         """Undo `pin`."""
         with changing("unpin", name):
             await catalogue.unpin(name, _digest_of(asked, name))
-        return describe([catalogue.entries[name]])[0]
+        return await describe_one(name, response)
 
-    @router.post("/v1/load_lora_adapter", responses=_errors(400, 404, 422))
+    @router.post("/v1/load_lora_adapter", responses=ERRORS_OF_CHANGES)
     async def load_lora_adapter(request: LoadLoRAAdapterRequest) -> Response:
         """vLLM's way to say PUT /v1/adapters/{lora_name} with a path; load_inplace replaces one that is there."""
         if not NAME_PATTERN.fullmatch(request.lora_name):
             raise RefusedError(400, f"{request.lora_name!r} cannot be an adapter's name: {NAME_PATTERN.pattern}")
         entry = catalogue.entries.get(request.lora_name)
-        if entry is not None and entry.current is not None and not request.load_inplace:
+        if entry is not None and entry.state != "rejected" and not request.load_inplace:
             raise RefusedError(
                 400, f'the adapter {request.lora_name!r} is served already: say "load_inplace": true to replace it'
             )
         with changing("put", request.lora_name):
-            directory = path_inside(adapters_directory, request.lora_path)
-            await catalogue.publish(request.lora_name, directory, "api")
+            await catalogue.publish(request.lora_name, path_inside(root, request.lora_path))
         return Response(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", responses=_errors(400, 404))
+    @router.post("/v1/unload_lora_adapter", responses=ERRORS_OF_CHANGES)
     async def unload_lora_adapter(request: UnloadLoRAAdapterRequest) -> Response:
         """vLLM's way to say DELETE /v1/adapters/{lora_name}."""
         with changing("delete", request.lora_name):
@@ -278,21 +361,48 @@ def make_router(
     return router
 
 
+def condition_of(request: Request) -> Condition:
+    """What If-Match and If-None-Match ask for; a revision may be written with its name, and its digest be shortened.
+
+    Raises:
+        RefusedError: if they are not understood.
+    """
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
+    if none_match is not None and (none_match.strip() != "*" or match is not None):
+        raise RefusedError(400, "If-None-Match takes * alone, and no If-Match beside it")
+    if none_match is not None:
+        return Condition(exists=False)
+    if match is None:
+        return Condition()
+    if match.strip() == "*":
+        return Condition(exists=True)
+    digests = [tag.strip().removeprefix("W/").strip('"').rpartition("@")[2] for tag in match.split(",")]
+    if not all(re.fullmatch("[0-9a-f]{12,64}", digest) for digest in digests):
+        raise RefusedError(400, f"If-Match takes revisions (12 to 64 hex digits) or *, not {match[:100]!r}")
+    return Condition(frozenset(digests))
+
+
 @contextmanager
-def _changing(catalogue: Catalogue, audit: AuditLog, action: str, name: str) -> Iterator[None]:
+def make_change(catalogue: Catalogue, audit: AuditLog, action: str, name: str) -> Iterator[None]:
     """Make a change; what the catalogue refuses becomes an answer, and every refusal a line of the audit log."""
     try:
         try:
             yield
         except UnknownAdapterError as error:
             raise RefusedError(404, str(error)) from error
-        except AdapterError as error:
-            if isinstance(error, (CacheFullError, LoadTimeoutError, NotWrittenError)):
+        except ChangedMeanwhileError as error:
+            raise RefusedError(412, str(error)) from error
+        except (ReadOnlyError, InUseError) as error:
+            raise RefusedError(409, str(error)) from error
+        except RepositoryError as error:
+            raise RefusedError(error.status, str(error)) from error
+        except (AdapterError, UnavailableError) as error:
+            if error.temporary or isinstance(error, UnavailableError):
                 raise RefusedError(503, str(error), Retry_After="5") from error
             raise RefusedError(422, str(error)) from error
     except RefusedError as refusal:
-        current = catalogue.resolve(name)
-        served = None if current is None else current.revision
+        entry = catalogue.entries.get(name)
+        served = None if entry is None or entry.current is None else entry.current.revision
         audit.changed(action, name, served, served, f"{refusal.status}: {refusal.message}")
         raise
 
@@ -304,7 +414,7 @@ def path_inside(root: Path | None, text: str) -> Path:
         RefusedError: if it is not inside, or there is none.
     """
     if root is None:
-        raise RefusedError(403, "paths are taken inside the adapters directory, and the server has no --adapters")
+        raise RefusedError(403, "paths are taken inside a directory of adapters, and --adapters is none: upload the files")
     if "\0" in text:
         raise RefusedError(400, "a path cannot hold a NUL character")
     try:
@@ -321,36 +431,43 @@ def path_inside(root: Path | None, text: str) -> Path:
 
 
 @asynccontextmanager
-async def _uploaded(request: Request, beside: Path) -> AsyncIterator[Path]:
-    """A directory with the pair of files of a form; it goes at the end."""
-    async with request.form(max_files=2, max_fields=2) as form:
-        files = []
-        for part in ("config", "weights"):
-            file = form.get(part)
-            if not isinstance(file, UploadFile):
-                raise RefusedError(400, f"the form needs the files config and weights; {part} is missing")
-            files.append(file.file)
-        directory = await asyncio.to_thread(_write_pair, files, beside)
+async def _staged(catalogue: Catalogue) -> AsyncIterator[Path]:
+    """A directory for the two files of an adapter; it goes at the end."""
+    staging = catalogue.contents.state.staging(0)
+    directory = await asyncio.to_thread(staging.__enter__)
     try:
         yield directory
     finally:
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        await asyncio.to_thread(staging.__exit__, None, None, None)
 
 
-def _write_pair(files: list[BinaryIO], beside: Path) -> Path:
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=".upload-", dir=beside))
+@asynccontextmanager
+async def _uploaded(request: Request, catalogue: Catalogue) -> AsyncIterator[Path]:
+    """A directory with the pair of files of a form; it goes at the end."""
+    async with AsyncExitStack() as stack:
         try:
-            for file, name in zip(files, (CONFIG_FILE, WEIGHTS_FILE), strict=True):
-                with (directory / name).open("wb") as copy:
-                    shutil.copyfileobj(file, copy, 1 << 20)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise RefusedError(503, f"the upload cannot be kept: {error.strerror}", Retry_After="60") from error
-    return directory
+            form = await stack.enter_async_context(request.form(max_files=2, max_fields=2))
+        except OSError as error:
+            raise _no_room(f"the directory of temporary files, {tempfile.gettempdir()}", error) from error
+        directory = await stack.enter_async_context(_staged(catalogue))
+        for part, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
+            file = form.get(part)
+            if not isinstance(file, UploadFile):
+                raise RefusedError(400, f"the form needs the files config and weights; {part} is missing")
+            try:
+                await asyncio.to_thread(_write, file.file, directory / name)
+            except OSError as error:
+                raise _no_room(str(catalogue.contents.state.directory), error) from error
+        yield directory
+
+
+def _write(file: BinaryIO, path: Path) -> None:
+    with path.open("wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def _no_room(where: str, error: OSError) -> RefusedError:
+    return RefusedError(503, f"the upload cannot be kept in {where}: {error.strerror or error}", Retry_After="60")
 
 
 def _digest_of(asked: RevisionRequest | None, name: str) -> str | None:
@@ -384,19 +501,27 @@ def _describe(entry: Entry, catalogue: Catalogue, turns: Turns, slots: Mapping[i
     running, waiting = turns.counts(entry.name)
     return AdapterInfo(
         id=entry.name,
-        state="served" if current is not None else "rejected" if rejection is not None else "removed",
+        state=entry.state,
         revision=current.revision if current else None,
         kind=current.kind if current else None,
         rank=current.rank if current else None,
         details=current.details if current else None,
-        source=entry.source if current else None,
         published=entry.published,
         last_used=entry.last_used,
         running=running,
         waiting=waiting,
-        pinned=entry.pinned,
+        pinned="" in catalogue.settings.pins(entry.name),
         bytes=tier_bytes(current) if current else None,
         revisions=[describe_revision(revision) for revision in entry.revisions()],
         rejection=RejectionInfo(reason=rejection.reason, since=rejection.since) if rejection else None,
         reason=rejection.reason if rejection and not current else None,
     )
+
+
+def _stored(revision: str, verdict: Verdict | None) -> RevisionInfo:
+    """A former content that is in the source alone."""
+    nbytes = 0 if verdict is None else verdict.nbytes
+    return RevisionInfo(
+        revision=revision, state="kept", loaded=False, pinned=False, in_flight=0,
+        bytes=TierBytes(store=nbytes, host=0, slot=0),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -19,18 +20,16 @@ def announce(catalogue: Catalogue, args: argparse.Namespace, server: RunningServ
         the file in which programs on this machine find the server; None if it cannot be written.
     """
     base = (args.served_model_name or [args.model])[0]
-    served = [entry.current for entry in catalogue.entries.values() if entry.current is not None]
-    shown = ", ".join(f"{r.name} ({r.kind})" for r in served[:20]) or "none"
-    if len(served) > 20:
-        shown += f", and {len(served) - 20} more"
-    example = served[0].name if served else base
+    names = sorted(islice(catalogue.entries, 20))
+    kinds = {name: f" ({r.kind})" for name in names if (r := catalogue.entries[name].current) is not None}
+    shown = ", ".join(f"{name}{kinds.get(name, '')}" for name in names) or "none"
+    if (more := len(catalogue.entries) - len(names)) > 0:
+        shown += f", and {more:,} more"
+    example = names[0] if names else base
     question = {"role": "user", "content": "What is the capital of France?"}
     body = {"model": example, "temperature": 0, "messages": [question]}
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold green]Ready[/bold green] on {server.url}   base: {base}   adapters: {shown}")
-    for entry in catalogue.entries.values():
-        if entry.rejection is not None:
-            console.print(f"[yellow]Not served:[/yellow] {entry.name}: {entry.rejection.reason}")
+    console.print(f"\n[bold green]Ready[/bold green] on {server.url}   base: {base}   adapters: {shown}   of {catalogue.contents.source.url}")
     url = f"--unix-socket {args.uds} http://localhost" if args.uds else server.url
     key = "-H 'Authorization: Bearer <your key>' " if args.clients_need_a_key else ""
     console.print(

@@ -35,17 +35,20 @@ class Asked:
         model: the model it names; None if it names none.
         prompts: how many it has.
         n: answers to each.
+        user: whom it is made for, in the words of OpenAI's field; None if it does not say.
     """
 
     model: str | None
     prompts: int = 1
     n: int = 1
+    user: str | None = None
 
 
 class _Fields(msgspec.Struct):
     """The fields of a body that matter here. Those of type Raw are looked at later, and not copied."""
 
     model: str | None = None
+    user: msgspec.Raw = msgspec.Raw(b"null")
     n: msgspec.Raw = msgspec.Raw(b"1")
     prompt: msgspec.Raw = msgspec.Raw(b"null")
     prompt_embeds: msgspec.Raw = msgspec.Raw(b"null")
@@ -206,7 +209,7 @@ async def asked_by(body: Body, path: str, scope: Scope) -> Asked:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(400, f"the body is not JSON in UTF-8: {error}") from error
     model = Headers(scope=scope).get(_INVOCATIONS_MODEL) if path == "/invocations" else fields.model
-    return Asked(model or None, prompts, n)
+    return Asked(model or None, prompts, n, bytes(fields.user).decode() if _first(fields.user) == b'"' else None)
 
 
 async def _model_in_form(body: Body, scope: Scope) -> str | None:

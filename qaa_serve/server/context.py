@@ -20,7 +20,8 @@ class RequestContext:
     Attributes:
         key: the key it came with; None if none is needed.
         address: where it came from, as `rights.address_of` says it.
-        asked: the model it names, as name or name@revision; None if it names none.
+        asked: the model it names, as name, name@revision or alias; None if it names none.
+        alias: whether that is an alias.
         revision: the adapter's revision that is held for it; None for the base model.
         ticket: its place among the requests for its model; None if it needs none.
         observation: what times it; None if it names no model that is served.
@@ -31,6 +32,7 @@ class RequestContext:
     key: Key | None
     address: str
     asked: str | None = None
+    alias: bool = False
     revision: Revision | None = None
     ticket: Ticket | None = None
     observation: Observation | None = None

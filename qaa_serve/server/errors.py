@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse
 
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError",
-    405: "MethodNotAllowedError", 408: "RequestTimeoutError", 409: "ConflictError", 413: "RequestTooLargeError",
+    405: "MethodNotAllowedError", 408: "RequestTimeoutError", 409: "ConflictError",
+    412: "PreconditionFailedError", 413: "RequestTooLargeError",
     415: "BadRequestError", 422: "UnprocessableEntityError", 429: "RateLimitError",
 }  # fmt: skip
 

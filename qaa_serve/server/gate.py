@@ -11,7 +11,7 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,6 +26,16 @@ from qaa_serve.server.metrics import Outcome, ServerMetrics
 from qaa_serve.server.request_log import RequestLog
 from qaa_serve.server.rights import Rights, Role, address_of, role_of
 from qaa_serve.server.turns import Turns
+
+#: Says whom a request is made for, so that an alias with shares always leads that one to the same revision.
+STICKY_HEADER = "x-qaa-user"
+
+#: Finds the adapter of a name that the catalogue has not, if anything can; says whether it has one now.
+Resolve: TypeAlias = Callable[[str], Awaitable[bool]]
+
+
+async def _resolve_nothing(name: str) -> bool:
+    return False
 
 
 class Gate:
@@ -46,6 +56,7 @@ class Gate:
         has_route: Callable[[Scope], bool],
         roles: Iterable[Role] = tuple(Role),
         request_log: RequestLog | None = None,
+        resolve: Resolve = _resolve_nothing,
     ):
         """Stand before an app.
 
@@ -62,6 +73,7 @@ class Gate:
             has_route: whether the app has a route for a request.
             roles: whose routes there are here; other routes are not found.
             request_log: told of every request of a client when it has ended.
+            resolve: asked for names that the catalogue has not.
         """
         self._app = app
         self._root_path = getattr(app, "root_path", "")  # FastAPI takes it off a path before it looks for a route
@@ -76,6 +88,7 @@ class Gate:
         self._has_route = has_route
         self._roles = frozenset(roles)
         self._request_log = request_log
+        self._resolve = resolve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let it through."""
@@ -114,6 +127,8 @@ class Gate:
                 key = None if request.key is None else request.key.name
                 seen = request.observation or self._metrics.begin(None, path, key)
                 seen.end(outcome)
+                if request.alias and request.revision is not None:
+                    self._metrics.alias_ended(str(request.asked), request.revision, seen.seconds, outcome)
                 if self._request_log is not None:
                     self._request_log.write(request, seen, request_id, exchange.status, outcome)
 
@@ -145,7 +160,7 @@ class Gate:
                 stack.enter_context(self._drain.request())
                 if role is Role.CLIENT and scope["method"] == "POST" and not _is_cancel(path):
                     asked = await asked_by(body, path, scope)
-                    await self._seat(stack, request, asked, path, exchange.receives)
+                    await self._seat(stack, request, asked, path, scope, exchange)
                 exchange.receives = body.replayed(exchange.receives)
             token = current_request.set(request)
             try:
@@ -154,33 +169,44 @@ class Gate:
                 current_request.reset(token)
 
     async def _seat(
-        self, stack: AsyncExitStack, request: RequestContext, asked: Asked, path: str, receive: Receive
+        self,
+        stack: AsyncExitStack,
+        request: RequestContext,
+        asked: Asked,
+        path: str,
+        scope: Scope,
+        exchange: _Exchange,
     ) -> None:
         """Wait for the request's first seats and take hold of its adapter, both until the stack is closed."""
         request.asked = asked.model
         name = self._check_model(request)
         is_base = asked.model is None or asked.model in self._base_names
+        target = ""
         if not is_base:
-            try:
-                self._catalogue.find(str(asked.model))
-            except UnknownAdapterError as error:
-                raise _unknown(asked.model, error) from error
+            # A header is there for clients that have no such field; the same one always has the same revision.
+            who = Headers(scope=scope).get(STICKY_HEADER) or asked.user
+            target = self._catalogue.route(str(asked.model), who)
+            request.alias = target != asked.model
+            if not self._catalogue.knows(target) and not await self._resolve(target):
+                raise _unknown(asked.model)
+            name = target.partition("@")[0]
         request.observation = self._metrics.begin(name, path, None if request.key is None else request.key.name)
         client = request.key.name if request.key is not None and self._rights.keys.has_several_clients else None
         request.ticket = stack.enter_context(self._turns.admit(name, client, asked.prompts * asked.n))
-        await _unless_gone(receive, request.ticket.first(asked.n))
+        await _unless_gone(exchange.receives, request.ticket.first(asked.n))
         request.observation.has_turn()
         if is_base:
             return
         try:
-            request.revision = await stack.enter_async_context(self._catalogue.use(str(asked.model)))
-        except UnknownAdapterError as error:  # removed while the request waited
+            request.revision = await stack.enter_async_context(self._catalogue.use(target))
+        except UnknownAdapterError as error:  # invalid, removed while the request waited, or no such revision
             raise _unknown(asked.model, error) from error
         except UnavailableError as error:
             raise RefusedError(503, str(error), Retry_After=str(max(1, math.ceil(error.retry_after_s)))) from error
+        exchange.revision = request.revision.revision
 
     def _check_model(self, request: RequestContext) -> str:
-        """The name that a request is counted under; refuses it if its key may not use that."""
+        """The name that a request asks for; refuses it if its key may not use that."""
         is_base = request.asked is None or request.asked in self._base_names
         name = self._base_names[0] if is_base else str(request.asked).partition("@")[0]
         if not request.may_use(name):
@@ -200,11 +226,13 @@ class _Exchange:
     Attributes:
         receives: what the app receives from.
         status: of the response; None until it begins.
+        revision: of the adapter that answers, as name@digest; None for the base model.
     """
 
     def __init__(self, receive: Receive, send: Send, request_id: str):
         self.receives = receive
         self.status: int | None = None
+        self.revision: str | None = None
         self._send = send
         self._request_id = request_id
         self._complete = False
@@ -222,7 +250,10 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message.setdefault("headers", [])
-            MutableHeaders(scope=message).setdefault("x-request-id", self._request_id)
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("x-request-id", self._request_id)
+            if self.revision is not None:
+                headers["x-qaa-revision"] = self.revision
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._complete = not self._gone
         await self._send(message)
@@ -245,7 +276,7 @@ def _give_id(scope: Scope) -> str:
     return made
 
 
-def _unknown(model: str | None, error: UnknownAdapterError) -> RefusedError:
+def _unknown(model: str | None, error: UnknownAdapterError | None = None) -> RefusedError:
     message = f"The model `{model}` does not exist. GET /v1/models lists those that you can use."
     return RefusedError(404, str(error) if isinstance(error, AmbiguousRevisionError) else message, param="model")
 

@@ -23,8 +23,9 @@ from vllm.logger import init_logger
 from vllm.v1.metrics import buckets
 from vllm_qaa import port
 
-from qaa_serve.registry import Catalogue, DirectoryWatcher, RevisionStore
+from qaa_serve.registry import Catalogue, Contents, Follower
 from qaa_serve.server.admin import make_router
+from qaa_serve.server.aliases import make_alias_router
 from qaa_serve.server.announce import announce
 from qaa_serve.server.asgi import Scope
 from qaa_serve.server.audit import AuditLog
@@ -39,7 +40,7 @@ from qaa_serve.server.metrics import (
     Exposition,
     ServerMetrics,
     StateCollector,
-    remove_metrics_routes,
+    remove_routes,
     say_what_runs,
 )
 from qaa_serve.server.models import ServedModels, make_models_router
@@ -47,6 +48,7 @@ from qaa_serve.server.monitor import EngineMonitor
 from qaa_serve.server.options import ServingOptions
 from qaa_serve.server.readiness import Readiness, make_readiness_router
 from qaa_serve.server.request_log import RequestLog
+from qaa_serve.server.resolvers import Resolvers
 from qaa_serve.server.rights import Rights, Role, WrongKeys
 from qaa_serve.server.runfile import RunningServer
 from qaa_serve.server.stored_responses import OwnedResponses
@@ -58,7 +60,7 @@ logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm
 async def serve(
     args: argparse.Namespace,
     options: ServingOptions,
-    store: RevisionStore,
+    contents: Contents,
     key_sources: KeySources,
     admin_sock: socket.socket | None,
 ) -> int:
@@ -67,20 +69,19 @@ async def serve(
     Args:
         args: vLLM's arguments.
         options: ours.
-        store: where revisions are kept.
+        contents: where adapters come from.
         key_sources: where keys come from.
         admin_sock: where the admin routes are; None: where all routes are.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the engine died or hangs, 2 if an adapter is invalid under
-            --strict-adapters.
+        the exit status: 0 after a signal, 1 if the engine died or hangs.
     """
     port.check_server()
     address, sock = setup_server(args, reuse_port=False)
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
         engine = await stack.enter_async_context(running_engine(args))
-        server = await _assemble(engine, args, options, store, key_sources, sock, admin_sock)
+        server = await _assemble(engine, args, options, contents, key_sources, sock, admin_sock)
         stack.callback(server.audit.close)
         told = RunningServer(
             address,
@@ -91,9 +92,10 @@ async def serve(
         background = [
             asyncio.create_task(task)
             for task in (
-                _publish(server, options, partial(announce, server.catalogue, args, told)),
+                _follow(server, partial(announce, server.catalogue, args, told)),
                 server.monitor.run(),
                 key_sources.follow(server.keys, logger),
+                *([server.catalogue.check_in_background()] if options.adapters_check != "lazy" else []),
             )
         ]
         try:
@@ -109,6 +111,7 @@ class Server:
     """The parts that run beside each other."""
 
     catalogue: Catalogue
+    follower: Follower
     keys: KeyRing
     monitor: EngineMonitor
     audit: AuditLog
@@ -119,7 +122,7 @@ async def _assemble(
     engine: AdapterEngine,
     args: argparse.Namespace,
     options: ServingOptions,
-    store: RevisionStore,
+    contents: Contents,
     key_sources: KeySources,
     sock: socket.socket,
     admin_sock: socket.socket | None,
@@ -138,7 +141,7 @@ async def _assemble(
     )
     audit = AuditLog(logger, options.audit_log)
     catalogue = Catalogue(
-        store,
+        contents,
         engine,
         observer=metrics,
         changed=audit.changed,
@@ -148,6 +151,15 @@ async def _assemble(
         load_timeout_s=options.adapter_load_timeout_s,
         keep=options.keep_revisions,
         reserved=base_names.__contains__,
+        logger=logger,
+    )
+    follower = Follower(
+        contents.source,
+        catalogue,
+        contents.index,
+        quiet_s=options.adapters_quiet_s,
+        takers=options.adapter_loaders,
+        timeout_s=options.adapter_load_timeout_s,
         logger=logger,
     )
     with port.replaced("OpenAIServingModels", partial(ServedModels, catalogue)):
@@ -163,20 +175,22 @@ async def _assemble(
     )
     max_loras = engine.vllm_config.lora_config.max_loras
     REGISTRY.register(
-        StateCollector(catalogue, turns, metrics.labels, monitor, readiness.status, max_loras=max_loras)
+        StateCollector(catalogue, follower, turns, metrics.labels, monitor, readiness.status, max_loras=max_loras)
     )
     say_what_runs(REGISTRY)
-    remove_metrics_routes(app)
+    remove_routes(app, "/metrics", "/v1/models")  # ours do not hold up the event loop
     for router in (
         Exposition(REGISTRY).router(),
         make_readiness_router(readiness),
         make_models_router(app.state.openai_serving_models),
-        make_router(catalogue, monitor, turns, audit, options.adapters),
+        make_router(catalogue, monitor, turns, audit, options.adapter_repos),
+        make_alias_router(catalogue, audit),
     ):
         app.include_router(router)
     answer_errors(app)
     await asyncio.to_thread(app.openapi)  # takes seconds; the first who asks for it must not stop all others
     keys = KeyRing(*key_sources.read())
+    resolvers = Resolvers(app.state.openai_serving_models.lora_resolvers, catalogue, base_names[0], logger)
     gated = partial(
         Gate,
         app,
@@ -194,6 +208,7 @@ async def _assemble(
         max_upload_bytes=options.max_adapter_bytes + (1 << 21),  # and the config, and the form around them
         has_route=partial(_has_route, app),
         request_log=RequestLog(logger) if options.log_format == "json" else None,
+        resolve=resolvers.resolve,
     )
     cors = _take_cors(app)
     app.middleware_stack = None  # vLLM has built it already; the first request builds it as it is now
@@ -202,7 +217,7 @@ async def _assemble(
     if admin_sock is not None:
         listeners.append((admin_sock, cors(gated(roles=(Role.ADMIN, Role.ANYONE)))))
     http = HTTPServer(app, listeners, engine, monitor, drain, args, options)
-    return Server(catalogue, keys, monitor, audit, http)
+    return Server(catalogue, follower, keys, monitor, audit, http)
 
 
 def _url_of(admin_listen: str | None, address: str) -> str:
@@ -231,32 +246,18 @@ def _has_route(app: FastAPI, scope: Scope) -> bool:
     return any(route.matches(scope)[0] is not Match.NONE for route in app.routes)
 
 
-async def _publish(server: Server, options: ServingOptions, announce: Any) -> None:
-    """Publish what is there at the start, say that the server is ready, and follow the adapters directory."""
-    catalogue, http = server.catalogue, server.http
+async def _follow(server: Server, announce: Any) -> None:
+    """Take over what the source has, say that the server is ready, and follow the source."""
     run_file: Path | None = None
     try:
-        await catalogue.restore()
-        watcher = None
-        if options.adapters is not None:
-            watcher = DirectoryWatcher(
-                options.adapters, catalogue, quiet_s=options.adapters_quiet_s, logger=logger
-            )
-            await watcher.publish_all()
-        invalid = [entry.name for entry in catalogue.entries.values() if entry.rejection is not None]
-        if options.strict_adapters and invalid:
-            logger.error("--strict-adapters: the server ends, since these are invalid: %s", ", ".join(invalid))
-            http.stop(2)
-            return
-        catalogue.start()
-        await http.started.wait()
+        await server.follower.start()
+        server.catalogue.ready = True
+        await server.http.started.wait()
         run_file = announce()
-        if watcher is not None:
-            await watcher.run()
-        await asyncio.Event().wait()
+        await server.follower.run()
     except Exception:
-        logger.exception("Publishing adapters failed; the server ends")
-        http.stop(1)
+        logger.exception("Following the adapters failed; the server ends")
+        server.http.stop(1)
     finally:
         if run_file is not None:
             with suppress(OSError):

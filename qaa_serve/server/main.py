@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     cli_env_setup()
     try:
         args = settings.make_parser().parse_args(list(arguments))
-        options, store, key_sources = settings.resolve(args)
+        options, contents, key_sources = settings.resolve(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
         admin_sock = _open_admin_listener(options.admin_listen)
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_start_up)
     try:
-        return uvloop.run(serve(args, options, store, key_sources, admin_sock))
+        return uvloop.run(serve(args, options, contents, key_sources, admin_sock))
     finally:
-        store.close()
+        contents.close()
         if admin_sock is not None:
             admin_sock.close()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.lora.request import LoRARequest
 
-from qaa_serve.registry import Catalogue, Revision
+from qaa_serve.registry import Catalogue, Revision, UnavailableError, UnknownAdapterError
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.engine import request_for
 from qaa_serve.server.errors import RefusedError
@@ -64,6 +65,8 @@ class ServedModels(OpenAIServingModels):
         super().__init__(engine_client, names, **options)
         self._catalogue = catalogue
         self._started = int(time.time())
+        self._cards: dict[str, tuple[object, bytes]] = {}  # by name: what it was written of, and its JSON
+        self._written = (-1, b"")  # the whole list, of a generation of the catalogue
 
     @property
     def lora_requests(self) -> Mapping[str, LoRARequest]:
@@ -88,26 +91,63 @@ class ServedModels(OpenAIServingModels):
         return request.asked
 
     async def show_available_models(self) -> ModelList:
-        """The base model and every adapter that the client may use, with its revision as root."""
-        request = current_request.get() or _NOBODY
-        cards = [self._base_card(path.name) for path in self._base_paths_for(request)]
-        for entry in self._catalogue.entries.values():
-            if entry.current is not None and request.may_use(entry.name):
-                cards.append(self._card(entry.name, entry.current, entry.published))
-        return ModelList(data=cards)
+        """The base model alone; all that a client may use is `list_models`."""
+        return ModelList(data=[self._base_card(path.name) for path in self.base_model_paths])
 
-    def show_model(self, name: str) -> ModelCard:
+    async def list_models(self) -> bytes:
+        """The answer of GET /v1/models: the base model, and every adapter and alias that the client may use.
+
+        It is written in a thread; one part of it for each adapter is kept until the adapter changes.
+        """
+        request = current_request.get() or _NOBODY
+        may_use = None if request.key is None or request.key.models is None else request.key.allows
+        base = [_json(self._base_card(path.name)) for path in self._base_paths_for(request)]
+        generation = self._catalogue.generation
+        if may_use is None and self._written[0] == generation:
+            return self._written[1]
+        page = await asyncio.to_thread(self._write, base, may_use)
+        if may_use is None:
+            self._written = (generation, page)
+        return page
+
+    def _write(self, base: list[bytes], may_use: Callable[[str], bool] | None) -> bytes:
+        cards, known = self._cards, list(self._catalogue.entries.items())
+        parts = [*base]
+        for name, entry in known:
+            if entry.state == "rejected" or (may_use is not None and not may_use(name)):
+                continue
+            key = (entry.current, entry.published)
+            written = cards.get(name)
+            if written is None or written[0] != key:
+                written = cards[name] = (key, _json(self._card(name, entry.current, entry.published)))
+            parts.append(written[1])
+        for name in self._catalogue.settings.aliases:
+            if may_use is None or may_use(name):
+                parts.append(_json(self._card(name, None, None)))
+        if len(cards) > 2 * len(known) + 100:
+            self._cards = {name: cards[name] for name, _ in known if name in cards}
+        return b'{"object":"list","data":[%s]}' % b",".join(parts)
+
+    async def show_model(self, name: str) -> ModelCard:
         """One of them, or a kept revision of an adapter.
 
         Raises:
-            RefusedError: with 404 if there is none of that name that the client may use.
+            RefusedError: with 404 if there is none of that name that the client may use, with 503 if it cannot be
+                read now.
         """
         request = current_request.get() or _NOBODY
         if name in (path.name for path in self._base_paths_for(request)):
             return self._base_card(name)
-        revision = self._catalogue.resolve(name)
-        if revision is None or not request.may_use(name):
-            raise RefusedError(404, f"The model `{name}` does not exist.", param="model")
+        if not request.may_use(name):
+            raise _no_model(name)
+        if name in self._catalogue.settings.aliases:
+            return self._card(name, None, None)
+        try:
+            revision = await self._catalogue.find(name)
+        except UnknownAdapterError as error:
+            raise _no_model(name) from error
+        except UnavailableError as error:
+            raise RefusedError(503, str(error), Retry_After="5") from error
         return self._card(name, revision, self._catalogue.entries[revision.name].published)
 
     def _base_paths_for(self, request: RequestContext) -> list[BaseModelPath]:
@@ -121,11 +161,11 @@ class ServedModels(OpenAIServingModels):
             max_model_len=self.model_config.max_model_len,
         )
 
-    def _card(self, name: str, revision: Revision, published: float | None) -> ModelCard:
+    def _card(self, name: str, revision: Revision | None, published: float | None) -> ModelCard:
         return ModelCard(
             id=name,
             created=int(published or self._started),
-            root=revision.revision,
+            root=name if revision is None else revision.revision,
             parent=self.base_model_paths[0].name,
         )
 
@@ -138,13 +178,26 @@ class ServedModels(OpenAIServingModels):
         raise NotImplementedError
 
 
+def _json(card: ModelCard) -> bytes:
+    return card.model_dump_json().encode()
+
+
+def _no_model(name: str) -> RefusedError:
+    return RefusedError(404, f"The model `{name}` does not exist.", param="model")
+
+
 def make_models_router(models: ServedModels) -> APIRouter:
-    """The route that vLLM has not: one model by its name."""
+    """What can be asked for."""
     router = APIRouter()
+
+    @router.get("/v1/models", tags=["models"], response_model=ModelList)
+    async def list_models() -> Response:
+        """The base model, and every adapter and alias that the client may use."""
+        return Response(await models.list_models(), media_type="application/json")
 
     @router.get("/v1/models/{model:path}", tags=["models"])
     async def retrieve_model(model: str) -> ModelCard:
-        """One model: the base, an adapter, or `name@revision`."""
-        return models.show_model(model)
+        """One model: the base, an adapter, an alias, or `name@revision`."""
+        return await models.show_model(model)
 
     return router

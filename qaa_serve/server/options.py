@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-USAGE = "qaa-serve [serve] [MODEL] --adapters DIR [options]"
+USAGE = "qaa-serve [serve] [MODEL] --adapters SOURCE [options]"
 
 DESCRIPTION = """\
-Serve a base model and every QAA or LoRA adapter directory in DIR with an OpenAI-compatible API. A request's
-"model" is an adapter's directory name, or the base model's name. Directories that appear, change or go while the
-server runs are served, replaced or removed; docs/hot-swap.md tells how.
+Serve a base model and every QAA or LoRA adapter of a source with an OpenAI-compatible API. A request's "model" is
+an adapter's name there, or the base model's name. What is in the source is what is served, also when it changes
+while the server runs; docs/hot-swap.md tells how.
 
   qaa-serve --adapters my-adapters/                      base model as the adapters name it
   qaa-serve meta-llama/Llama-3.2-1B --adapters dir/      base model by name or path
+  qaa-serve MODEL --adapters s3://bucket/prefix          adapters of an object store; replicas follow it too
 
 All options of vllm serve can be given too; --help=all lists them. What you leave open of --adapter-cache-bytes,
 --host, --served-model-name, --max-loras and --max-lora-rank is chosen, and printed."""
@@ -32,9 +33,9 @@ class ServingOptions:
     """Our own options; sizes are in bytes.
 
     Attributes:
-        adapters: the adapters directory.
-        adapters_quiet_s: how long a directory must not change before it is read.
-        strict_adapters: whether an invalid adapter at the start ends the server.
+        adapters_quiet_s: how long an adapter must not change before it is read.
+        adapters_check: when adapters that nobody has asked for are checked.
+        adapter_repos: patterns of repositories on the hub that adapters may be taken from.
         adapter_cache_bytes: host memory in the engine for adapters.
         adapter_loaders: adapters that are loaded at once.
         adapter_load_timeout_s: how long the engine may take to load one; 0: for ever.
@@ -57,9 +58,9 @@ class ServingOptions:
         made_admin_key: a file with the admin key that was made here, since none was given.
     """
 
-    adapters: Path | None
     adapters_quiet_s: float
-    strict_adapters: bool
+    adapters_check: str
+    adapter_repos: tuple[str, ...]
     adapter_cache_bytes: int
     adapter_loaders: int
     adapter_load_timeout_s: float
@@ -100,39 +101,64 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("qaa-serve: adapters")
     group.add_argument(
         "--adapters",
-        metavar="DIR",
-        type=Path,
-        help="directory whose sub-directories are adapters; each is served under its directory's name, and the "
-        "directory is followed while the server runs",
+        metavar="SOURCE",
+        help="where adapters are: a directory, or an object store's s3://BUCKET/PREFIX (gs://, az:// with their "
+        "packages). Each is served under the name of its directory there, and changes are followed. Uploads go "
+        "there too (default: a directory below ~/.local/share/qaa-serve, by port)",
+    )
+    group.add_argument(
+        "--adapters-poll",
+        metavar="SECONDS",
+        type=_seconds,
+        default=10.0,
+        help="how often an object store is listed, and a directory besides what its file system tells (default: 10)",
+    )
+    group.add_argument(
+        "--adapters-check",
+        choices=("start", "background", "lazy"),
+        default="background",
+        help="when adapters are read and checked that no request has named yet: before the server starts, while "
+        "it runs, or never (default: background)",
+    )
+    group.add_argument(
+        "--adapter-repos",
+        metavar="PATTERN",
+        nargs="+",
+        default=[],
+        help="repositories of the Hugging Face hub, as a shell writes patterns (my-org/*), that an admin may take "
+        "adapters from with hf://ORG/REPO@REVISION (default: none)",
     )
     group.add_argument(
         "--adapters-quiet",
         metavar="SECONDS",
         type=_seconds,
         default=1.0,
-        help="how long an adapter's directory must not change before it is read; one that is renamed into place "
-        "is read at once (default: 1)",
+        help="how long an adapter must not change before it is read; one that is renamed into place is read at once "
+        "(default: 1)",
     )
     group.add_argument(
-        "--strict-adapters", action="store_true", help="end if an adapter is invalid when the server starts"
+        "--strict-adapters",
+        action="store_true",
+        help="check all adapters before the server starts, and end if one is invalid",
     )
     group.add_argument(
         "--state-dir",
         metavar="DIR",
         type=Path,
-        help="where private copies of the served adapters are kept, with what is served for the next start "
-        "(default: below ~/.cache/qaa-serve, by adapters directory and port)",
+        help="a cache of checked copies; without it a start reads all anew, and nothing else is lost "
+        "(default: below ~/.cache/qaa-serve, by source and port)",
     )
     size: dict[str, Any] = {"metavar": "SIZE", "type": _size}
     group.add_argument(
-        "--state-bytes", **size, default=16 * GIB, help="most that the copies may take (default: 16Gi)"
+        "--state-bytes", **size, default=16 * GIB, help="most that the copies may take; the least recently used go (default: 16Gi)"
     )
     group.add_argument(
         "--keep-revisions",
         metavar="N",
         type=_count,
         default=2,
-        help="former revisions of each adapter to keep, for NAME@REVISION and for rolling back (default: 2)",
+        help="former revisions of each adapter to keep in the source, for NAME@REVISION and for rolling back "
+        "(default: 2)",
     )
     group.add_argument(
         "--adapter-cache-bytes",

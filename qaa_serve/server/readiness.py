@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from qaa_serve.registry import Catalogue
@@ -20,6 +20,9 @@ class ReadinessInfo(BaseModel):
     """The answer of /ready."""
 
     status: Status
+    catalogue: str = Field(description="fingerprint of what is served: equal on replicas that serve the same")
+    adapters: int = Field(description="adapters that the source has")
+    unchecked: int = Field(description="those of them that nobody has asked for or checked yet, not in the fingerprint")
 
 
 class Readiness:
@@ -41,6 +44,15 @@ class Readiness:
             return "draining"
         return "ready" if self._catalogue.ready else "loading"
 
+    def info(self) -> ReadinessInfo:
+        """The answer of /ready."""
+        return ReadinessInfo(
+            status=self.status(),
+            catalogue=self._catalogue.fingerprint(),
+            adapters=len(self._catalogue.entries),
+            unchecked=self._catalogue.counts["known"],
+        )
+
 
 def make_readiness_router(readiness: Readiness) -> APIRouter:
     """GET /ready."""
@@ -48,8 +60,8 @@ def make_readiness_router(readiness: Readiness) -> APIRouter:
 
     @router.get("/ready", tags=["adapters"], responses={503: {"model": ReadinessInfo}})
     async def ready() -> JSONResponse:
-        """Whether requests are taken: the engine is up and works, the adapters of the start are published."""
-        info = ReadinessInfo(status=readiness.status())
+        """Whether requests are taken: the engine is up and works, and the source has been listed."""
+        info = readiness.info()
         return JSONResponse(info.model_dump(), 200 if info.status == "ready" else 503)
 
     return router

@@ -17,6 +17,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qaa-serve"
 
 
+def data_root() -> Path:
+    """Where qaa-serve keeps what users store and have named no place for."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qaa-serve"
+
+
 @dataclass(frozen=True)
 class RunningServer:
     """A server on this machine.

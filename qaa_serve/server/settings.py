@@ -8,24 +8,32 @@ import ipaddress
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 
-from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths
+from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths, read_config, resolve_base
 from qaa_serve.circuits import choose_backend
 from qaa_serve.preflight import UsageError
-from qaa_serve.registry import RevisionStore, StoreError, check_directory, revisions_left, scan
+from qaa_serve.registry import Contents, Index, State, StoreError, base_fingerprint, check_name
 from qaa_serve.server.keys import KeyFileError, KeySources, make_key, write_key
 from qaa_serve.server.options import DESCRIPTION, GIB, USAGE, ServingOptions, add_options
-from qaa_serve.server.runfile import cache_root
+from qaa_serve.server.runfile import cache_root, data_root
+from qaa_serve.sources import HISTORY, DirectoryHistory, DirectorySource, Source, open_source
 
 #: Adapters in one batch, and the largest rank of one, unless the user says so. They cost memory in every adapted
 #: layer, so they do not depend on what happens to lie in the directory; what exceeds the rank is refused by name.
 _MAX_LORAS, _MAX_LORA_RANK = 8, 32
+
+#: How many adapters are asked which base model they are for.
+_BASES_READ = 50
 
 #: Options of vLLM that are chosen here unless the user gives them.
 _CHOSEN = (
@@ -59,7 +67,7 @@ def prepare_environment(arguments: Sequence[str]) -> None:
 
 def _names_no_hub(arguments: Sequence[str]) -> bool:
     """Whether nothing on the command line can name a repository of the Hugging Face hub."""
-    options = ("--model", "--tokenizer", "--speculative", "--config", "--hf-config", "--revision")
+    options = ("--model", "--tokenizer", "--speculative", "--config", "--hf-config", "--revision", "--adapter-repos")
     model_is_local = not arguments or arguments[0].startswith("-") or Path(arguments[0]).is_dir()
     return model_is_local and not any(argument.startswith(options) for argument in arguments)
 
@@ -81,21 +89,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, KeySources]:
+def resolve(args: argparse.Namespace) -> tuple[ServingOptions, Contents, KeySources]:
     """Fill in what the user left open, in place, and take our options and every secret out of it.
 
     Returns:
-        our options, the revision store, and where the keys come from.
+        our options, where adapters come from, and where the keys do.
 
     Raises:
         UsageError: if the arguments make no sense together.
     """
     keys = _take_keys(args)
-    state = _state_directory(args)
-    try:
-        bases = _bases_named(args, state)
-    except AdapterError as error:
-        raise UsageError(str(error)) from error
+    source = _open_source(args)
     if args.audit_log is not None:
         try:
             args.audit_log.open("a").close()
@@ -106,20 +110,21 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
 
         given = getattr(args, "logging_config", None) or LoggingConfig()
         args.logging_config = replace(given, formatter="json")
-    _choose(args, bases)
-    try:
-        store = RevisionStore(
-            state, max_bytes=args.state_bytes, max_adapter_bytes=args.max_adapter_bytes, base=_widths(args)
-        )
-    except StoreError as error:
-        raise UsageError(str(error)) from error
+    _choose(args, source)
+    contents = _open_contents(args, source)
     made_admin_key = None
-    if not keys.read()[1]:
-        made_admin_key, keys = _make_admin_key(state, keys)
+    try:
+        if args.strict_adapters or args.adapters_check == "start":
+            _check_all(contents, args)
+        if not keys.read()[1]:
+            made_admin_key, keys = _make_admin_key(contents.state.directory, keys)
+    except BaseException:
+        contents.close()
+        raise
     options = ServingOptions(
-        adapters=None if args.adapters is None else args.adapters.resolve(),
         adapters_quiet_s=args.adapters_quiet,
-        strict_adapters=args.strict_adapters,
+        adapters_check=args.adapters_check,
+        adapter_repos=tuple(args.adapter_repos),
         adapter_cache_bytes=args.adapter_cache_bytes,
         adapter_loaders=args.adapter_loaders,
         adapter_load_timeout_s=args.adapter_load_timeout,
@@ -141,26 +146,75 @@ def resolve(args: argparse.Namespace) -> tuple[ServingOptions, RevisionStore, Ke
         audit_log=args.audit_log,
         made_admin_key=made_admin_key,
     )
-    return options, store, keys
+    return options, contents, keys
 
 
-def _bases_named(args: argparse.Namespace, state: Path) -> set[str]:
-    """The base models that the adapters name, if somebody wants to know: reading them all takes long.
+def _open_source(args: argparse.Namespace) -> Source:
+    """Where adapters are; a directory of the server's own, unless one is given."""
+    try:
+        if args.adapters is not None:
+            return open_source(args.adapters, poll_s=args.adapters_poll)
+        directory = data_root() / f"adapters-{args.uds.strip('/').replace('/', '-') if args.uds else args.port}"
+        directory.mkdir(parents=True, exist_ok=True)
+        return open_source(str(directory), poll_s=args.adapters_poll)
+    except AdapterError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(f"uploads have no place: {error}; give --adapters DIR") from error
+
+
+def _open_contents(args: argparse.Namespace, source: Source) -> Contents:
+    base = _widths(args)
+    directory = _state_directory(args, source)
+    if (directory / "state.json").exists():
+        _console.print(
+            f"[yellow]Warning:[/yellow] {directory} is of an older version, which kept uploads there. They are not "
+            f"served: move them with `qaa-serve adapters move-state {directory} {source.url}`, then delete its state.json"
+        )
+    try:
+        state = State(directory, max_bytes=args.state_bytes)
+    except StoreError as error:
+        raise UsageError(str(error)) from error
+    return Contents(
+        source,
+        state,
+        Index(state.directory / "index.sqlite", base_fingerprint(base, args.max_adapter_bytes)),
+        DirectoryHistory(state.directory / HISTORY),
+        base=base,
+        max_bytes=args.max_adapter_bytes,
+        loaders=args.adapter_loaders,
+        timeout_s=args.adapter_load_timeout,
+        logger=getLogger("vllm.qaa_serve"),  # vLLM's handlers hang on the name "vllm"
+    )
+
+
+def _check_all(contents: Contents, args: argparse.Namespace) -> None:
+    """Check every adapter before anything that takes memory is started.
 
     Raises:
-        AdapterError: if the adapters directory is none.
         UsageError: under --strict-adapters, if one cannot be served.
     """
-    if args.adapters is None:
-        return set()
-    check_directory(args.adapters)
-    if not args.strict_adapters and (args.model_tag or args.model):
-        return set()
-    revisions, rejections = scan(args.adapters, max_bytes=args.max_adapter_bytes)
-    if args.strict_adapters and rejections:
-        found = "; ".join(f"{rejection.name}: {rejection.reason}" for rejection in rejections)
-        raise UsageError(f"--strict-adapters, and {len(rejections)} cannot be served: {found}")
-    return {revision.base for revision in (*revisions, *revisions_left(state, args.max_adapter_bytes))}
+    try:
+        adapters = contents.source.list().adapters
+    except AdapterError as error:
+        raise UsageError(str(error)) from error
+
+    def problem_of(name: str) -> str | None:
+        try:
+            check_name(name)
+            contents.check_now(name, adapters[name])
+        except AdapterError as error:
+            return f"{name}: {error}"
+        return None
+
+    with ThreadPoolExecutor(args.adapter_loaders, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        checked = track(
+            readers.map(problem_of, sorted(adapters)), "Checking adapters", len(adapters), console=_console,
+            transient=True, disable=not _console.is_terminal,
+        )  # fmt: skip
+        problems = [problem for problem in checked if problem is not None]
+    if args.strict_adapters and problems:
+        raise UsageError(f"--strict-adapters, and {len(problems)} cannot be served: {'; '.join(problems[:20])}")
 
 
 def _take_keys(args: argparse.Namespace) -> KeySources:
@@ -192,12 +246,12 @@ def _make_admin_key(state: Path, sources: KeySources) -> tuple[Path, KeySources]
     return path, replace(sources, admins=(make_key(key, "made-at-start"),))
 
 
-def _state_directory(args: argparse.Namespace) -> Path:
+def _state_directory(args: argparse.Namespace, source: Source) -> Path:
     if args.state_dir is not None:
         given: Path = args.state_dir.resolve()
         return given
     # A server of its own has a directory of its own, and finds it again.
-    served = f"{args.adapters.resolve() if args.adapters else ''}:{args.uds or args.port}"
+    served = f"{source.url}:{args.uds or args.port}"
     return (cache_root() / hashlib.sha256(served.encode()).hexdigest()[:12]).resolve()
 
 
@@ -209,8 +263,8 @@ def _widths(args: argparse.Namespace) -> LinearWidths | None:
         return None
 
 
-def _choose(args: argparse.Namespace, bases: set[str]) -> None:
-    """Fill in what the user left open, in place; `bases` are those that the adapters name.
+def _choose(args: argparse.Namespace, source: Source) -> None:
+    """Fill in what the user left open, in place; the source's adapters may name the base model.
 
     Raises:
         UsageError: if the arguments make no sense together.
@@ -248,7 +302,7 @@ def _choose(args: argparse.Namespace, bases: set[str]) -> None:
             "VLLM_SKIP_MODEL_NAME_VALIDATION: vLLM would answer for the base model under any name, past the "
             "models that a key is for; unset it"
         )
-    args.model = args.model_tag or args.model or _base_of(bases, args.adapters)
+    args.model = args.model_tag or args.model or _base_of(source, args.adapters)
     chosen: dict[str, tuple[Any, str]] = {}
 
     def choose(option: str, value: Any, why: str) -> None:
@@ -275,16 +329,28 @@ def _choose(args: argparse.Namespace, bases: set[str]) -> None:
     _warn_if_open(args)
 
 
-def _base_of(bases: set[str], directory: Path | None) -> str:
-    """The one local base model that the adapters name."""
-    if directory is None:
+def _base_of(source: Source, given: str | None) -> str:
+    """The one local base model that adapters of a directory name.
+
+    Raises:
+        UsageError: if there is none, or more than one.
+    """
+    if given is None:
         raise UsageError("nothing to serve: give a MODEL, or --adapters DIR whose adapters name a local base")
+    if not isinstance(source, DirectorySource):
+        raise UsageError(f"give the MODEL to serve: adapters of {given} cannot name a directory of this machine")
+    bases = set()
+    for name in sorted(source.list().adapters)[:_BASES_READ]:
+        with suppress(AdapterError):
+            named = read_config(source.root / name).get("base_model_name_or_path")
+            if isinstance(named, str) and named:
+                bases.add(resolve_base(source.root / name, named))
     local = [base for base in bases if os.path.isdir(base)]  # which never raises, whatever the name
     if len(local) == 1:
         return local[0]
     found = ", ".join(map(repr, sorted(bases))) or "no valid adapter"
     raise UsageError(
-        f"give the MODEL to serve: the adapters in {directory} do not name one local base model (found {found})"
+        f"give the MODEL to serve: the adapters in {given} do not name one local base model (found {found})"
     )
 
 

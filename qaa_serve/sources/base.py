@@ -29,19 +29,19 @@ class SourceError(AdapterError):
 class ReadOnlyError(AdapterError):
     """The source cannot be written by this server."""
 
-    kind = "read-only"
+    kind = "source"
 
 
 class ChangedMeanwhileError(AdapterError):
     """What was to be read or replaced is not there any more: somebody was faster."""
 
-    kind, temporary = "changed", True
+    kind, temporary = "source", True
 
 
 class NoSuchRevisionError(AdapterError):
     """There is no such content in the history."""
 
-    kind = "unknown"
+    kind = "source"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ state       what is the case, read when it is scraped
 exposition  GET /metrics
 """
 
-from qaa_serve.server.metrics.exposition import Exposition, remove_metrics_routes
+from qaa_serve.server.metrics.exposition import Exposition, remove_routes
 from qaa_serve.server.metrics.families import FAMILIES, Family, reference
 from qaa_serve.server.metrics.labels import OTHER, RESERVED, UNKNOWN, BoundedLabels
 from qaa_serve.server.metrics.requests import (
@@ -40,6 +40,6 @@ __all__ = [
     "StateCollector",
     "TurnCounts",
     "reference",
-    "remove_metrics_routes",
+    "remove_routes",
     "say_what_runs",
 ]

@@ -220,6 +220,6 @@ def _giving_way_soon() -> Iterator[None]:
         sys.setswitchinterval(usual)
 
 
-def remove_metrics_routes(app: FastAPI) -> None:
-    """Take vLLM's own /metrics out of its app: it has two, which write a page in the event loop's thread."""
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/metrics"]
+def remove_routes(app: FastAPI, *paths: str) -> None:
+    """Take vLLM's own routes of these paths out of its app."""
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in paths]

@@ -51,7 +51,7 @@ FAMILIES = (
         "qaa_adapter_bytes",
         "gauge",
         ("adapter", "tier"),
-        "store: weights file on disk; host: memory of the engine's workers; device: slots of the running batch",
+        "store: what is stored of the current revision; host: memory of the engine's workers; device: slots of the running batch",
     ),
     Family(
         "qaa_adapter_tier",
@@ -75,20 +75,33 @@ FAMILIES = (
         (),
         "since the engine last said what memory it takes and what its circuits cost",
     ),
-    Family("qaa_adapters", "gauge", ("state",), "adapters by state: served, rejected"),
+    Family("qaa_adapters", "gauge", ("state",), "adapters by state: served, rejected, unchecked (nobody has asked for them)"),
+    Family("qaa_source_age_seconds", "gauge", (), "since the adapters' source could be listed"),
+    Family(
+        "qaa_catalogue_fingerprint", "gauge", ("fingerprint",), "1; equal on replicas that serve the same contents"
+    ),
+    Family(
+        "qaa_alias_requests_total",
+        "counter",
+        ("alias", "revision", "outcome"),
+        "requests for an alias, by the revision that answered",
+    ),
+    Family(
+        "qaa_alias_request_seconds", "histogram", ("alias", "revision"), "as qaa_request_seconds, for an alias"
+    ),
     Family(
         "qaa_adapter_rejected",
         "gauge",
         ("adapter",),
-        "1 while a directory's newest content is not served (other: how many)",
+        "1 while the newest content is not served (other: how many)",
     ),
-    Family("qaa_adapter_load_seconds", "histogram", (), "reading an adapter into the engine"),
+    Family("qaa_adapter_load_seconds", "histogram", (), "bringing an adapter into the engine"),
     Family("qaa_adapter_swaps_total", "counter", ("result",), "published, rejected, removed, rolled_back"),
     Family(
         "qaa_adapter_rejections_total",
         "counter",
         ("reason",),
-        "adapters refused: name, invalid, store (no room, disk), memory (cache full), engine",
+        "adapters refused: name, invalid, store (no room, disk), memory (cache full), engine, source",
     ),
     Family("qaa_adapter_evictions_total", "counter", ("tier",), "adapters that made room for others: host"),
     Family("qaa_circuit_seconds", "histogram", ("backend",), "the circuits of one layer in one step, sampled"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from itertools import islice
 
 #: Labels of requests that name no model that is served, and of names that have no label of their own.
 UNKNOWN, OTHER = "unknown", "other"
@@ -59,4 +60,4 @@ class BoundedLabels:
         labelled = list(self._labelled)
         room = self.limit - len(labelled)
         known = {*labelled, *RESERVED}
-        return frozenset([*labelled, *[name for name in names if name not in known][: max(room, 0)]])
+        return frozenset([*labelled, *islice((name for name in names if name not in known), max(room, 0))])

@@ -26,6 +26,9 @@ ENDPOINTS = {
     "/detokenize": "tokenize",
 }
 
+#: Aliases, and revisions of each, with labels of their own.
+MAX_ALIASES, MAX_ALIAS_REVISIONS = 100, 20
+
 TOKEN_KINDS = ("prompt", "cached", "generated")
 
 
@@ -82,6 +85,9 @@ class ServerMetrics(Observer):
         self.swaps = counters("qaa_adapter_swaps_total")
         self.rejections = counters("qaa_adapter_rejections_total")
         self.evictions = counters("qaa_adapter_evictions_total")
+        self.alias_requests = counters("qaa_alias_requests_total")
+        self.alias_seconds = histograms("qaa_alias_request_seconds", latency_buckets)
+        self._alias_revisions: dict[str, set[str]] = {}
         self._by_adapter: tuple[Counters | Histograms, ...] = (
             self.request_seconds, self.first_token_seconds, self.inter_token_seconds, self.queue_seconds,
             self.requests, self.tokens,
@@ -90,7 +96,7 @@ class ServerMetrics(Observer):
         # Series that are there from the start: a rate needs the zero before the first event.
         for result in get_args(Result):
             self.swaps.at(result)
-        for kind in ("name", "invalid", "store", "memory", "engine"):
+        for kind in ("name", "invalid", "store", "memory", "engine", "source"):
             self.rejections.at(kind)
         self.evictions.at("host")
         for role in ("client", "admin"):
@@ -112,12 +118,23 @@ class ServerMetrics(Observer):
                 of_keys.end(displaced)
         return Observation(self, model, ENDPOINTS.get(path, OTHER), key)
 
+    def alias_ended(self, alias: str, revision: Revision, seconds: float, outcome: Outcome) -> None:
+        """A request for an alias has ended; the first so many aliases and revisions of each have labels."""
+        if len(self._alias_revisions) >= MAX_ALIASES and alias not in self._alias_revisions:
+            alias = OTHER
+        known, label = self._alias_revisions.setdefault(alias, set()), revision.revision
+        if len(known) >= MAX_ALIAS_REVISIONS and label not in known:
+            label = OTHER
+        known.add(label)
+        self.alias_requests.at(alias, label, outcome).inc()
+        self.alias_seconds.at(alias, label).observe(seconds)
+
     def wrong_key(self, role: str) -> None:
         """A request lacked the key that its route needs, a client's or an admin's."""
         self.wrong_keys.at(role).inc()
 
     def loaded(self, revision: Revision, seconds: float) -> None:
-        """The engine has read a revision."""
+        """A revision was brought into the engine."""
         self.load_seconds.at().observe(seconds)
 
     def swapped(self, result: Result) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import psutil
@@ -13,7 +13,7 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qaa_serve import __version__
-from qaa_serve.registry import Catalogue, Entry
+from qaa_serve.registry import Catalogue
 from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.metrics.families import FAMILIES, family
 from qaa_serve.server.metrics.labels import OTHER, BoundedLabels
@@ -45,6 +45,14 @@ class Monitor(Protocol):
         """Seconds since then."""
 
 
+class Ageing(Protocol):
+    """What was true some time ago."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since then."""
+
+
 class StateCollector(Collector):
     """What is the case now.
 
@@ -55,6 +63,7 @@ class StateCollector(Collector):
     def __init__(
         self,
         catalogue: Catalogue,
+        follower: Ageing,
         turns: TurnCounts,
         labels: BoundedLabels,
         monitor: Monitor,
@@ -66,6 +75,7 @@ class StateCollector(Collector):
 
         Args:
             catalogue: the adapters.
+            follower: what follows their source.
             turns: who has requests now.
             labels: the adapters with a label of their own.
             monitor: what is known of the engine.
@@ -73,6 +83,7 @@ class StateCollector(Collector):
             max_loras: adapters in one batch.
         """
         self._catalogue = catalogue
+        self._follower = follower
         self._turns = turns
         self._labels = labels
         self._monitor = monitor
@@ -85,23 +96,24 @@ class StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
-        entries = list(self._catalogue.entries.values())
         account = self._monitor.account
-        labelled = self._labels.with_room_for(entry.name for entry in entries)
-        # A zero is there to be seen, and to be plotted.
-        yield from self._requests(dict.fromkeys((*labelled, *(entry.name for entry in entries)), 0), labelled)
-        yield from self._adapters(entries, account, labelled)
+        labelled = self._labels.with_room_for(list(self._catalogue.entries))
+        yield from self._requests(labelled)
+        yield from self._adapters(account, labelled)
         cache = self._catalogue.cache
         yield _gauge("qaa_adapter_cache_bytes", {(): cache.nbytes})
         yield _gauge("qaa_adapter_cache_capacity_bytes", {(): cache.capacity})
         status = self._status()
         yield _gauge("qaa_ready", {(): status == "ready"})
         yield _gauge("qaa_draining", {(): status == "draining"})
+        yield _gauge("qaa_source_age_seconds", {(): self._follower.age_s})
+        yield _gauge("qaa_catalogue_fingerprint", {(self._catalogue.fingerprint(),): 1})
         yield from _engine(account, self._monitor.age_s)
         yield _gauge("qaa_process_memory_bytes", dict(_process_memory()))
 
-    def _requests(self, idle: Mapping[str, int], labelled: frozenset[str]) -> Iterator[Metric]:
+    def _requests(self, labelled: frozenset[str]) -> Iterator[Metric]:
         """Requests of each model now."""
+        idle = dict.fromkeys((*labelled, *([OTHER] if len(self._catalogue.entries) > len(labelled) else [])), 0)
         counts = {name: self._turns.counts(name) for name in self._turns.names()}
         in_flight = {**idle, **{name: sum(count) for name, count in counts.items()}}
         waiting = {**idle, **{name: waits for name, (_, waits) in counts.items()}}
@@ -113,37 +125,49 @@ class StateCollector(Collector):
         waits = _names([name for name, (_, waits) in adapters.items() if waits])
         yield _gauge("vllm:lora_requests_info", {(running, waits, str(self._max_loras)): time.time()})
 
-    def _adapters(
-        self, entries: Sequence[Entry], account: EngineAccount, labelled: frozenset[str]
-    ) -> Iterator[Metric]:
-        """Adapters by state, and where they are."""
-        served, rejected = 0, {}
+    def _adapters(self, account: EngineAccount, labelled: frozenset[str]) -> Iterator[Metric]:
+        """Adapters by state, and where they are; of those without a label of their own only sums are kept."""
+        catalogue = self._catalogue
+        entries = [entry for name in labelled if (entry := catalogue.entries.get(name)) is not None]
+        current = {entry.name: r for entry in entries if (r := entry.current) is not None}
+        has_others = len(catalogue.entries) > len(entries)
         tiers: Tally[Labels] = Tally()
         nbytes: Tally[Labels] = Tally()
-        for entry in entries:
-            label = entry.name if entry.name in labelled else OTHER
-            current, kept = entry.current, list(entry.kept)
-            rejected[entry.name] = int(entry.rejection is not None)
-            if current is not None:
-                served += 1
-                loaded = self._catalogue.cache.has(current.int_id)
-                in_slot = loaded and account.adapters.get(current.int_id, (0, 0))[1] > 0
-                tiers[label, "device" if in_slot else "host" if loaded else "store"] += 1
-            for revision in (*([] if current is None else [current]), *kept):
-                host, device = account.adapters.get(revision.int_id, (0, 0))
-                for tier, size in (("store", revision.nbytes), ("host", host), ("device", device)):
-                    nbytes[label, tier] += size
-        yield _gauge("qaa_adapters", {("served",): served, ("rejected",): sum(rejected.values())})
-        yield _gauge("qaa_adapter_rejected", _by_label(rejected, labelled))
+        for revision in catalogue.cache.revisions():
+            label = revision.name if revision.name in labelled else OTHER
+            host, device = account.adapters.get(revision.int_id, (0, 0))
+            nbytes[label, "host"] += host
+            nbytes[label, "device"] += device
+            if catalogue.is_current(revision):
+                tiers[label, "device" if device else "host"] += 1
+        for name, revision in current.items():
+            nbytes[name, "store"] = revision.nbytes
+            for tier in ("host", "device"):
+                nbytes[name, tier] += 0
+            if not (tiers[name, "host"] or tiers[name, "device"]):
+                tiers[name, "store"] = 1
+        if has_others:
+            nbytes[OTHER, "store"] = catalogue.served_bytes - sum(r.nbytes for r in current.values())
+            elsewhere = tiers[OTHER, "host"] + tiers[OTHER, "device"]
+            tiers[OTHER, "store"] = catalogue.counts["served"] - len(current) - elsewhere
+        rejected = {entry.name: int(entry.rejection is not None) for entry in entries}
+        if has_others:
+            rejected[OTHER] = catalogue.rejections - sum(rejected.values())
+        counts = catalogue.counts
+        yield _gauge(
+            "qaa_adapters",
+            {("served",): counts["served"], ("rejected",): catalogue.rejections, ("unchecked",): counts["known"]},
+        )
+        yield _gauge("qaa_adapter_rejected", {(name,): count for name, count in rejected.items()})
         yield _gauge("qaa_adapter_bytes", nbytes)
-        yield _gauge("qaa_adapter_tier", tiers)
+        yield _gauge("qaa_adapter_tier", {labels: count for labels, count in tiers.items() if count})
 
 
 #: What StateCollector yields.
 STATE = frozenset({
     "qaa_requests_in_flight", "qaa_requests_waiting", "vllm:lora_requests_info", "qaa_adapters",
     "qaa_adapter_rejected", "qaa_adapter_bytes", "qaa_adapter_tier", "qaa_adapter_cache_bytes",
-    "qaa_adapter_cache_capacity_bytes", "qaa_ready", "qaa_draining", "qaa_engine_account_age_seconds",
+    "qaa_adapter_cache_capacity_bytes", "qaa_ready", "qaa_draining", "qaa_source_age_seconds", "qaa_catalogue_fingerprint", "qaa_engine_account_age_seconds",
     "qaa_device_memory_bytes", "qaa_circuit_seconds", "qaa_process_memory_bytes",
 })  # fmt: skip
 
