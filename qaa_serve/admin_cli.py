@@ -15,15 +15,23 @@ from urllib.parse import quote
 from qaa_serve.server.runfile import RunningServer, find_server
 
 DESCRIPTION = """\
-Look at and change what a running server serves.
+Look at and change what a running server serves. Changes are made in the server's source of adapters, so every
+server that follows it has them.
 
   qaa-serve adapters list                      all adapters
   qaa-serve adapters show NAME                 one, with its revisions, memory and use
   qaa-serve adapters put NAME DIR              upload an adapter directory and serve it under a name
-  qaa-serve adapters delete NAME               serve it no more
-  qaa-serve adapters rollback NAME [REVISION]  serve a kept revision again (left out: the one before)
+  qaa-serve adapters put NAME hf://ORG/REPO    the same from the Hugging Face hub (--adapter-repos of the server)
+  qaa-serve adapters delete NAME               serve it no more; --purge deletes its history too
+  qaa-serve adapters rollback NAME [REVISION]  serve a former revision again (left out: the one before)
+  qaa-serve adapters load NAME [REVISION]      bring it into the engine's memory before it is asked for
   qaa-serve adapters pin NAME [REVISION]       keep it in the engine's memory
   qaa-serve adapters unpin NAME [REVISION]     undo that
+  qaa-serve adapters aliases                   names that stand for others
+  qaa-serve adapters alias NAME TARGET...      have one: `alias chat support`, or with shares
+                                               `alias chat support@3850363cda0c=95 support@77a5ab3934d1=5`
+  qaa-serve adapters unalias NAME              end one
+  qaa-serve adapters move-state STATE SOURCE   what an older version kept in its state directory, into a source
 
 The admin key is taken from --admin-key-file, else from QAA_SERVE_ADMIN_KEY, else, for a server on this machine,
 from the file that the server names when it is ready."""
@@ -42,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 1 if the server refuses or is not there, 2 for a wrong command."""
     args = _make_parser().parse_args(list(arguments))
     try:
+        if args.command == "move-state":
+            return _move_state(args)
         answer = _ask(args)
     except _FailedError as error:
         print(f"qaa-serve adapters: {error}", file=sys.stderr)
@@ -50,7 +60,12 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(answer, indent=1))
     elif args.command == "list":
         _print_list(answer["data"])
-    elif args.command == "delete":
+    elif args.command == "aliases":
+        for alias in answer["data"] or [{"id": "no aliases", "to": {}}]:
+            _print_alias(alias)
+    elif args.command == "alias":
+        _print_alias(answer)
+    elif args.command in ("delete", "unalias"):
         print(f"{args.name} is served no more")
     else:
         _print_one(answer)
@@ -71,17 +86,36 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", parents=[common], help="all adapters")
-    for name, about in (("show", "one adapter"), ("put", "upload and serve"), ("delete", "serve no more")):
+    commands.add_parser("aliases", parents=[common], help="names that stand for others")
+    for name, about in (
+        ("show", "one adapter"),
+        ("put", "upload and serve"),
+        ("delete", "serve no more"),
+        ("alias", "have a name stand for others"),
+        ("unalias", "end an alias"),
+    ):
         commands.add_parser(name, parents=[common], help=about).add_argument("name")
-    commands.choices["put"].add_argument("directory", type=Path)
+    commands.choices["put"].add_argument("directory", help="an adapter directory, or hf://ORG/REPO@REVISION")
+    commands.choices["delete"].add_argument("--purge", action="store_true", help="delete its history too")
+    commands.choices["alias"].add_argument(
+        "to", nargs="+", metavar="TARGET[=SHARE]", help="NAME or NAME@REVISION; shares are relative to their sum"
+    )
     for name, about in (
         ("rollback", "serve an earlier revision"),
+        ("load", "bring into memory"),
         ("pin", "keep in memory"),
         ("unpin", "undo pin"),
     ):
         command = commands.add_parser(name, parents=[common], help=about)
         command.add_argument("name")
         command.add_argument("revision", nargs="?", help="name@digest or digest")
+    for name in ("put", "delete", "rollback"):
+        commands.choices[name].add_argument(
+            "--if-match", metavar="REVISION", help="only if this revision is served now (`show` has it)"
+        )
+    move = commands.add_parser("move-state", help="from an older version's state directory into a source")
+    move.add_argument("state", type=Path)
+    move.add_argument("source", help="a directory, or s3://BUCKET/PREFIX: what --adapters names")
     return parser
 
 
@@ -96,15 +130,22 @@ def _ask(args: argparse.Namespace) -> Any:
     found = find_server(args.url)
     url = args.url if found is None else found.admin_url
     unix = url.startswith("unix:")
-    path = "/v1/adapters" if args.command == "list" else f"/v1/adapters/{quote(args.name, safe='')}"
+    kind = "aliases" if "alias" in args.command else "adapters"
+    path = f"/v1/{kind}" + (f"/{quote(args.name, safe='')}" if hasattr(args, "name") else "")
     method, request = "GET", {}  # type: str, dict[str, Any]
     if args.command == "put":
-        method, request = "PUT", {"files": _files(args.directory)}
-    elif args.command == "delete":
-        method = "DELETE"
-    elif args.command not in ("list", "show"):
+        method, request = "PUT", {"files": _files(Path(args.directory))} if "://" not in args.directory else {
+            "json": {"source": args.directory}
+        }  # fmt: skip
+    elif args.command == "alias":
+        method, request = "PUT", {"json": {"to": _shares(args.to)}}
+    elif args.command in ("delete", "unalias"):
+        method, request = "DELETE", {"params": {"purge": "true"}} if getattr(args, "purge", False) else {}
+    elif args.command not in ("list", "show", "aliases"):
         method, path = "POST", f"{path}/{args.command}"
         request = {"json": {"revision": args.revision}}
+    if getattr(args, "if_match", None) is not None:
+        request["headers"] = {"If-Match": f'"{args.if_match}"'}
     try:
         with httpx.Client(
             base_url="http://localhost" if unix else url if "://" in url else f"http://{url}",
@@ -152,6 +193,37 @@ def _files(directory: Path) -> dict[str, tuple[str, bytes]]:
         return {part: (name, (directory / name).read_bytes()) for part, name in _FILES.items()}
     except OSError as error:
         raise _FailedError(f"{directory} is no adapter directory: {error.strerror}: {error.filename}") from error
+
+
+def _shares(targets: Sequence[str]) -> str | dict[str, int]:
+    """What an alias leads to, as the server takes it."""
+    if len(targets) == 1 and "=" not in targets[0]:
+        return targets[0]
+    shares = {}
+    for target in targets:
+        name, _, share = target.partition("=")
+        if not share.isdecimal():
+            raise _FailedError(f"{target!r} has no share: write TARGET=SHARE with a whole number for each of several")
+        shares[name] = int(share)
+    return shares
+
+
+def _move_state(args: argparse.Namespace) -> int:
+    """Put what an older version kept in its state directory into a source, and say what was done."""
+    from qaa_serve.adapters import AdapterError
+    from qaa_serve.older_state import move_state
+    from qaa_serve.sources import open_source
+
+    try:
+        for line in move_state(args.state, open_source(args.source)):
+            print(line)
+    except (AdapterError, OSError, ValueError) as error:
+        raise _FailedError(str(error)) from error
+    return 0
+
+
+def _print_alias(alias: dict[str, Any]) -> None:
+    print(f"{alias['id']}  {'  '.join(f'{target}={share}' for target, share in alias['to'].items())}".rstrip())
 
 
 def _print_list(adapters: list[dict[str, Any]]) -> None:

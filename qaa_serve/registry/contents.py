@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from logging import Logger
 from pathlib import Path
+from typing import cast
 
-from qaa_serve.adapters import AdapterError, Kind, LinearWidths, copy_adapter, digest_of, judge
+from qaa_serve.adapters import WEIGHTS_FILE, AdapterError, Kind, LinearWidths, copy_adapter, digest_of, judge
 from qaa_serve.registry.index import Index, Verdict
 from qaa_serve.registry.revisions import Revision
 from qaa_serve.registry.state import State
@@ -95,12 +96,12 @@ class Contents:
             RefusedContentError: if it cannot be served.
         """
         if verdict.reason is not None:
-            raise RefusedContentError(verdict.reason, verdict.error or "invalid")
+            raise RefusedContentError(verdict.reason, cast(Kind, verdict.error))
         return Revision(
             name=name,
             digest=verdict.digest,
-            path=self.state.objects / verdict.digest,
-            kind=verdict.kind,
+            path=self.state.place(verdict.digest),
+            kind=verdict.kind or "LORA",
             rank=verdict.rank,
             nbytes=verdict.nbytes,
             base=verdict.base,
@@ -201,9 +202,9 @@ class Contents:
         except AdapterError as error:
             if error.temporary or isinstance(error.__cause__, (OSError, MemoryError)):
                 raise  # that may be otherwise another time
-            verdict = Verdict(digest, "QAA", 0, 0, "", {}, str(error), error.kind)
+            verdict = Verdict(digest, None, 0, 0, "", {}, str(error), error.kind)
         else:
-            nbytes = sum(file.stat().st_size for file in staged.iterdir())
+            nbytes = (staged / WEIGHTS_FILE).stat().st_size
             verdict = Verdict(digest, found.kind, found.rank, nbytes, found.base, found.details, None, None)
         self.index.note_verdict(verdict)
         return verdict

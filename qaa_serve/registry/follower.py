@@ -115,8 +115,10 @@ class Follower:
                 try:
                     if names is None:
                         await self._look_at_everything()
-                    else:
+                    elif names or coming is not None:
                         await self._look_at(names)
+                    else:  # the settings alone
+                        await self._read_settings()
                 except AdapterError as error:
                     self._note_lost(str(error))
                 except Exception:
@@ -138,6 +140,8 @@ class Follower:
             seen = self._seen.get
             changed = {name: listed for name, listed in listing.adapters.items() if seen(name) != listed.version}
             gone = [name for name in list(self._seen) if name not in listing.adapters]
+            if listing.adapters:  # one that was just being replaced may be missing
+                gone = [name for name in gone if self._source.look(name) is None]
             return listing, changed, gone
 
         listing, changed, gone = await self._threads.run(f"listing {url}", look)
@@ -221,8 +225,10 @@ class Follower:
 
     async def _look_at_settings(self, version: str | None) -> None:
         """Read the pins and aliases anew if they have changed."""
-        if version == self._settings:
-            return
+        if version != self._settings:
+            await self._read_settings()
+
+    async def _read_settings(self) -> None:
         content, self._settings = await self._threads.run("reading the settings", self._source.read_settings)
         if self._take_settings(content):
             await self._threads.run("writing the index", self._index.note_settings, content)

@@ -127,7 +127,7 @@ class State:
         Raises:
             NoRoomError: if there is no room, or it cannot be written.
         """
-        place = self._place(digest)
+        place = self.place(digest)
         with self._alone(digest):
             if not _intact(place, digest):
                 try:
@@ -149,7 +149,7 @@ class State:
 
         All of it is read to know that.
         """
-        place = self._place(digest)
+        place = self.place(digest)
         with self._alone(digest):
             if _intact(place, digest):
                 self._note_use(digest)
@@ -158,7 +158,8 @@ class State:
                 self._delete(digest)
         return None
 
-    def _place(self, digest: str) -> Path:
+    def place(self, digest: str) -> Path:
+        """Where a content is, if it is there."""
         if not _DIGEST.fullmatch(digest):  # what is at a wrong path might be deleted
             raise ValueError(f"{digest!r} is no digest: 64 hex digits are needed")
         return self._objects / digest
@@ -173,7 +174,7 @@ class State:
 
     def _note_use(self, digest: str) -> None:
         """A content was used now: the newest is the last of `_sizes`, and after a restart by its own time."""
-        place, now = self._place(digest), time.time_ns()
+        place, now = self.place(digest), time.time_ns()
         with suppress(OSError):
             os.utime(place, ns=(now, now))
         with self._mutex:
@@ -188,7 +189,7 @@ class State:
         """
         victims = self._victims(nbytes)
         if victims is None:  # somebody may have deleted contents, which are still counted
-            self._sizes = {digest: n for digest, n in self._sizes.items() if self._place(digest).exists()}
+            self._sizes = {digest: n for digest, n in self._sizes.items() if self.place(digest).exists()}
             victims = self._victims(nbytes)
         if victims is None:
             used = sum(self._sizes.values()) + sum(self._reserved.values())
@@ -213,7 +214,7 @@ class State:
 
     def _delete(self, digest: str) -> None:
         """With the lock held."""
-        place = self._place(digest)
+        place = self.place(digest)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)
         else:  # nothing, as a rule

@@ -221,9 +221,13 @@ def make_router(
             raise RefusedError(404, f"there is no adapter {name!r}")
         info = describe([entry])[0]
         told = {revision.revision for revision in info.revisions}
-        for digest in reversed(await catalogue.history(entry)):
-            if (revision := f"{name}@{digest[:12]}") not in told:
-                info.revisions.append(_stored(revision, catalogue.contents.index.verdict(digest)))
+        kept = {f"{name}@{digest[:12]}": digest for digest in reversed(await catalogue.history(entry))}
+
+        def stored() -> list[RevisionInfo]:
+            verdict = catalogue.contents.index.verdict
+            return [_stored(revision, verdict(digest)) for revision, digest in kept.items() if revision not in told]
+
+        info.revisions += await asyncio.to_thread(stored)
         if entry.current is not None:
             response.headers["etag"] = f'"{entry.current.digest}"'
         return info
