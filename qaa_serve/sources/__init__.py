@@ -12,11 +12,15 @@ from qaa_serve.sources.base import (
     Source,
     SourceError,
 )
+from qaa_serve.sources.directory import DirectorySource, check_directory
+from qaa_serve.sources.history import DirectoryHistory
 
 __all__ = [
     "HISTORY",
     "SETTINGS_FILE",
     "ChangedMeanwhileError",
+    "DirectoryHistory",
+    "DirectorySource",
     "History",
     "Listed",
     "Listing",
@@ -24,4 +28,5 @@ __all__ = [
     "ReadOnlyError",
     "Source",
     "SourceError",
+    "check_directory",
 ]

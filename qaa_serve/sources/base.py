@@ -121,6 +121,8 @@ class Source(History, Protocol):
     def list(self) -> Listing:
         """All adapters that are there now; what has neither a config nor weights is passed over.
 
+        One that is replaced while this looks may be missing: only `look` tells that it is gone.
+
         Raises:
             SourceError: if it cannot be read.
         """
@@ -183,5 +185,6 @@ class Source(History, Protocol):
         """What to look at, as it happens, for as long as anybody listens; never raises.
 
         Yields:
-            names that may have changed, with whether each came in one step; None: everything.
+            names that may have changed, with whether each seems to have come in one step; an empty mapping if only
+            SETTINGS_FILE may have; None: everything.
         """

@@ -1,0 +1,107 @@
+"""Following what happens in a directory.
+
+Events of the file system say when to look; everything is to be looked at now and then besides, so that a lost
+event, a link that was turned, or a file system without events only cost time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing, suppress
+from logging import Logger
+from pathlib import Path
+from typing import TypeAlias
+
+from watchfiles import watch
+
+from qaa_serve.sources.base import SETTINGS_FILE
+
+#: What a listener is told: see Source.changes.
+Changed: TypeAlias = Mapping[str, bool] | None
+
+#: How long until it is noticed that the directory is another one, in seconds.
+_TICK_S = 0.5
+
+
+async def follow(root: Path, rescan_s: float, log: Logger) -> AsyncGenerator[Changed, None]:
+    """What to look at in a directory, as Source.changes has it.
+
+    Args:
+        root: the directory, or a link to it, which may be turned.
+        rescan_s: how often everything is to be looked at, in seconds.
+        log: where to say that it cannot be watched; once for each reason.
+    """
+    trouble = ""
+    while True:
+        try:
+            async with aclosing(_watched(root, rescan_s)) as changes:
+                async for changed in changes:
+                    trouble = ""
+                    yield changed
+            continue  # it is another directory now
+        except Exception as error:  # no such directory, no watches left, and whatever else: looking still works
+            if str(error) != trouble:
+                log.warning("Watching %s: %s; looking every %.0f s instead", root, error, rescan_s)
+            trouble = str(error)
+        yield None
+        await asyncio.sleep(rescan_s)
+
+
+async def _watched(root: Path, rescan_s: float) -> AsyncGenerator[Changed, None]:
+    """The same, as long as the directory is the same one and can be watched."""
+    place = await asyncio.to_thread(_place_of, root)
+    stop = threading.Event()
+    # In threads, as it begins with a walk over everything that is there.
+    batches = watch(
+        place[0], watch_filter=None, step=50, rust_timeout=int(1000 * min(_TICK_S, rescan_s)), stop_event=stop,
+        yield_on_timeout=True,
+    )  # fmt: skip
+    next_look = 0.0  # what changed before the watch began is found by looking
+    try:
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            if await asyncio.to_thread(_place_of, root) != place:
+                return
+            for changed in _read(Path(path).relative_to(place[0]).parts for _, path in batch):
+                yield changed
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + rescan_s
+                yield None
+    finally:
+        stop.set()
+        with suppress(ValueError):  # a thread is still in it, and ends it soon
+            batches.close()
+
+
+def _read(paths: Iterable[tuple[str, ...]]) -> list[Changed]:
+    """What a batch of events tells.
+
+    Args:
+        paths: parts of each path within the directory.
+    """
+    places = {parts for parts in paths if parts}
+    names = {parts[0] for parts in places if not parts[0].startswith(".")}
+    # A directory that came by a rename is there in one piece: no event speaks of a file inside it.
+    touched = {parts[0] for parts in places if len(parts) > 1}
+    found: list[Changed] = []
+    if names:
+        found.append({name: name not in touched for name in sorted(names)})
+    if (SETTINGS_FILE,) in places:
+        found.append({})
+    if any(len(parts) == 1 and parts[0].startswith("..") for parts in places):
+        found.append(None)  # Kubernetes turns ..data in a volume, where all names lead through it
+    return found
+
+
+def _place_of(root: Path) -> tuple[str, int, int]:
+    """Which directory a path leads to.
+
+    Raises:
+        OSError: if it leads to none.
+    """
+    place = os.path.realpath(root)
+    status = os.stat(place)
+    return place, status.st_dev, status.st_ino
