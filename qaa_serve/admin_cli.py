@@ -203,7 +203,9 @@ def _shares(targets: Sequence[str]) -> str | dict[str, int]:
     for target in targets:
         name, _, share = target.partition("=")
         if not share.isdecimal():
-            raise _FailedError(f"{target!r} has no share: write TARGET=SHARE with a whole number for each of several")
+            raise _FailedError(
+                f"{target!r} has no share: write TARGET=SHARE with a whole number for each of several"
+            )
         shares[name] = int(share)
     return shares
 

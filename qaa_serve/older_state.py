@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from qaa_serve.adapters import MAX_ADAPTER_BYTES, AdapterError, digest_of
 from qaa_serve.registry.revisions import check_name
@@ -22,8 +21,8 @@ from qaa_serve.sources import Listed, Source
 def move_state(state: Path, source: Source) -> Iterator[str]:
     """Put uploads, rolled back contents, former contents and pins into a source; STATE stays as it is.
 
-    A name whose content in the source is not the one that was seen there last has been changed since, and stays. The
-    same command may be given again.
+    A name whose content in the source is not the one that was seen there last has been changed since, and stays.
+    The same command may be given again.
 
     Args:
         state: the directory of a server that does not run.
@@ -40,7 +39,9 @@ def move_state(state: Path, source: Source) -> Iterator[str]:
     try:
         saved = json.loads(file.read_bytes())["adapters"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read as an older version's ({error}): is it the --state-dir of one?") from error
+        raise ValueError(
+            f"{file} cannot be read as an older version's ({error}): is it the --state-dir of one?"
+        ) from error
     adapters = source.list().adapters
     pins = set()
     for name, fields in saved.items():
@@ -72,7 +73,8 @@ def move_state(state: Path, source: Source) -> Iterator[str]:
             yield f"{name}: is in the source"
         else:
             source.put(name, copy, digest_of(copy))
-            yield f"{name}: {current[:12]} put into the source, {len([d for d in kept if copies[d]])} former contents kept"
+            former = sum(copies[digest] is not None for digest in kept)
+            yield f"{name}: {current[:12]} put into the source, {former} former contents kept"
     if pins:
         content, version = source.read_settings()
         settings = SourceSettings.parse(content)

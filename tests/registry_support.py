@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,18 @@ from qaa_serve.adapters import (
     digest_of,
     save_adapter,
 )
-from qaa_serve.registry import Catalogue, EngineRefusedError, Revision, RevisionStore
+from qaa_serve.registry import (
+    Catalogue,
+    Contents,
+    Engine,
+    EngineRefusedError,
+    Follower,
+    Index,
+    Revision,
+    State,
+    base_fingerprint,
+)
+from qaa_serve.sources import DirectoryHistory, DirectorySource, Source
 
 #: The longest that anything is waited for, in seconds.
 PATIENCE_S = 30.0
@@ -54,12 +67,85 @@ def make_lora(directory: Path, value: float = 1.0, **settings: Any) -> Path:
     return directory
 
 
-def make_store(directory: Path, max_bytes: int = 1 << 20, max_adapter_bytes: int = 1 << 16) -> RevisionStore:
-    return RevisionStore(directory, max_bytes=max_bytes, max_adapter_bytes=max_adapter_bytes)
+class Place:
+    """A source directory and a state directory; `serve` runs a server's catalogue on them."""
 
+    def __init__(self, directory: Path, **settings: Any):
+        self.directory = directory
+        self.adapters = directory / "adapters"
+        self.adapters.mkdir(parents=True, exist_ok=True)
+        self.state = directory / "state"
+        self.settings = settings
 
-def make_catalogue(store: RevisionStore, engine: FakeEngine, **settings: Any) -> Catalogue:
-    return Catalogue(store, engine, **{"cache_bytes": 1 << 20, **settings})
+    def version(self, seed: int, **settings: Any) -> Path:
+        """An adapter outside of the source."""
+        place = self.directory / "versions" / f"seed-{seed}"
+        return place if place.exists() else make(place, seed, **settings)
+
+    def make_contents(self, source: Source | None = None, **settings: Any) -> Contents:
+        """What a server opens at its start."""
+        chosen = {"max_bytes": 1 << 20, "state_bytes": 1 << 24, "timeout_s": PATIENCE_S, "loaders": 4, **settings}
+        state = State(self.state, max_bytes=chosen.pop("state_bytes"))
+        base = chosen.pop("base", None)
+        return Contents(
+            source or DirectorySource(self.adapters, rescan_s=0.2),
+            state,
+            Index(state.directory / "index.sqlite", base_fingerprint(base, chosen["max_bytes"])),
+            DirectoryHistory(state.directory / "history"),
+            base=base,
+            logger=getLogger("qaa-tests"),
+            **chosen,
+        )
+
+    @asynccontextmanager
+    async def server(
+        self,
+        engine: Engine | None = None,
+        *,
+        source: Source | None = None,
+        follow: bool = False,
+        check: bool = False,
+        quiet_s: float = 0.05,
+        **settings: Any,
+    ) -> AsyncIterator[Catalogue]:
+        """A catalogue that has taken over what is there.
+
+        Args:
+            engine: what runs adapters; a FakeEngine if left out.
+            source: in place of the directory.
+            follow: follow the source too.
+            check: check in the background what nobody asked for.
+            quiet_s: of the follower.
+            settings: of Contents and Catalogue.
+        """
+        names = ("max_bytes", "state_bytes", "timeout_s", "loaders", "base")
+        given = {name: settings.pop(name) for name in names if name in settings}
+        contents = self.make_contents(source, **given)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            catalogue = Catalogue(contents, engine or FakeEngine(), **{"cache_bytes": 1 << 20, **settings})
+            follower = Follower(contents.source, catalogue, contents.index, quiet_s=quiet_s)
+            await follower.start()
+            catalogue.ready = True
+            if follow:
+                tasks.append(asyncio.create_task(follower.run()))
+            if check:
+                tasks.append(asyncio.create_task(catalogue.check_in_background()))
+            yield catalogue
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            contents.close()
+
+    def serve(self, body: Callable[[Catalogue], Awaitable[None]], **settings: Any) -> None:
+        """Run a body with a catalogue; see `server`."""
+
+        async def run() -> None:
+            async with self.server(**settings) as catalogue:
+                await body(catalogue)
+
+        asyncio.run(run())
 
 
 def tree(directory: Path) -> list[str]:

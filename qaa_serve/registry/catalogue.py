@@ -264,8 +264,8 @@ class Catalogue:
                 if isinstance(error, EngineRefusedError) and not error.temporary:
                     self.reject(revision.name, error)
                 entry = self.entries[revision.name]
-                if entry.listed is None and isinstance(error, NoSuchRevisionError):  # its copy had to make room
-                    await self._forget(entry, "forget")
+                if entry.listed is None and isinstance(error, NoSuchRevisionError):
+                    await self._forget(entry, "forget")  # its copy had to make room, and can be had nowhere else
                 retry_after_s = self.cache.failures.pause_s(revision) or 5
                 message = f"adapter {asked!r} cannot be loaded now: {error}"
                 raise UnavailableError(message, retry_after_s) from error
@@ -773,7 +773,9 @@ class Catalogue:
         pinned = {
             revision.int_id
             for revision in (entry.revisions() if digests else ())
-            if any(revision.digest.startswith(digest) if digest else revision == entry.current for digest in digests)
+            if any(
+                revision.digest.startswith(digest) if digest else revision == entry.current for digest in digests
+            )
         }
         before = self._pins.pop(entry.name, set())
         if pinned:

@@ -284,11 +284,13 @@ class Contents:
         def put() -> Listed:
             copy = self.state.get(revision.digest)
             if copy is None:
-                raise SourceError(f"the copy of {revision.revision} is gone from {self.state.directory}: send it again")
+                raise SourceError(
+                    f"the copy of {revision.revision} is gone from {self.state.directory}: send it again"
+                )
             listed = self.source.put(revision.name, copy, revision.digest, expected=expected, again=again)
             self.index.note(revision.name, listed, revision.digest)
             try:
-                self.prune(self.source, revision.name, keep, protected)
+                self.prune(self.source, revision.name, keep, protected | {revision.digest})
             except AdapterError as error:  # it is published all the same
                 self._log.warning("Old revisions of %r stay: %s", revision.name, error)
             return listed

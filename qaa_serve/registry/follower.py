@@ -13,7 +13,7 @@ from qaa_serve.registry.failures import Failures
 from qaa_serve.registry.index import Index
 from qaa_serve.registry.settings import SourceSettings
 from qaa_serve.registry.threads import Threads
-from qaa_serve.sources import Listed, Listing, Source, SourceError
+from qaa_serve.sources import ChangedMeanwhileError, Listed, Listing, Source, SourceError
 
 #: How long to wait before a source that cannot be read at the start is tried again, in seconds.
 _RETRY_S = 5.0
@@ -211,7 +211,8 @@ class Follower:
         except AdapterError as error:
             self._failures.note(name, error)
             self._waiting[name] = (listed.version, time.monotonic() + self._failures.pause_s(name))
-            self._log.warning("Adapter %r of %s is tried again later: %s", name, self._source.url, error)
+            if not isinstance(error, ChangedMeanwhileError):
+                self._log.warning("Adapter %r of %s is tried again later: %s", name, self._source.url, error)
         except Exception:
             self._log.exception("Taking the adapter %r of %s", name, self._source.url)
             self._seen[name] = listed.version

@@ -58,7 +58,9 @@ class Alias:
         for target, share in shares.items():
             check_reference(target)
             if type(share) is not int or not 0 <= share <= 1_000_000:
-                raise SettingsError(f"the share of {target!r} is {shown(share)}: give a whole number from 0 to 1000000")
+                raise SettingsError(
+                    f"the share of {target!r} is {shown(share)}: give a whole number from 0 to 1000000"
+                )
         if not sum(shares.values()):
             raise SettingsError("all shares are 0: give one that is not")
         return cls({target: share for target, share in sorted(shares.items()) if share})
@@ -126,7 +128,9 @@ class SourceSettings:
         try:
             raw: Any = json.loads(content)
             if raw["version"] != _VERSION:
-                raise SettingsError(f"version {shown(raw['version'])} is not known here; this server reads {_VERSION}")
+                raise SettingsError(
+                    f"version {shown(raw['version'])} is not known here; this server reads {_VERSION}"
+                )
             for name in raw["aliases"]:
                 check_name(name)
             for reference in raw["pinned"]:

@@ -76,7 +76,7 @@ class AdapterInfo(BaseModel):
     id: str
     object: Literal["adapter"] = "adapter"
     state: Literal["known", "served", "rejected"] = Field(
-        description="served; rejected, with the reason; or known: nobody has asked for it and it is not checked yet"
+        description="served; rejected, with the reason; known: nobody has asked for it, and it is not checked"
     )
     revision: str | None = Field(None, description="what is served now")
     kind: Literal["QAA", "LORA"] | None = None
@@ -225,7 +225,9 @@ def make_router(
 
         def stored() -> list[RevisionInfo]:
             verdict = catalogue.contents.index.verdict
-            return [_stored(revision, verdict(digest)) for revision, digest in kept.items() if revision not in told]
+            return [
+                _stored(revision, verdict(digest)) for revision, digest in kept.items() if revision not in told
+            ]
 
         info.revisions += await asyncio.to_thread(stored)
         if entry.current is not None:
@@ -239,7 +241,7 @@ def make_router(
         limit: Annotated[int | None, Query(description="most that are answered; all, left out", ge=1)] = None,
         after: Annotated[str | None, Query(description="a name: those after it", max_length=128)] = None,
     ) -> AdapterList:
-        """Adapters in the order of their names: what is served with its memory and use, what is not with the reason."""
+        """Adapters in the order of their names, with memory and use of what is served, the reason of what is not."""
 
         def choose() -> tuple[list[AdapterInfo], bool]:
             names = sorted(
@@ -366,7 +368,7 @@ def make_router(
 
 
 def condition_of(request: Request) -> Condition:
-    """What If-Match and If-None-Match ask for; a revision may be written with its name, and its digest be shortened.
+    """What If-Match and If-None-Match ask for; a revision may be written with its name and a shorter digest.
 
     Raises:
         RefusedError: if they are not understood.
@@ -418,7 +420,9 @@ def path_inside(root: Path | None, text: str) -> Path:
         RefusedError: if it is not inside, or there is none.
     """
     if root is None:
-        raise RefusedError(403, "paths are taken inside a directory of adapters, and --adapters is none: upload the files")
+        raise RefusedError(
+            403, "paths are taken inside a directory of adapters, and --adapters is none: upload the files"
+        )
     if "\0" in text:
         raise RefusedError(400, "a path cannot hold a NUL character")
     try:

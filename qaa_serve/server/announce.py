@@ -29,7 +29,10 @@ def announce(catalogue: Catalogue, args: argparse.Namespace, server: RunningServ
     question = {"role": "user", "content": "What is the capital of France?"}
     body = {"model": example, "temperature": 0, "messages": [question]}
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold green]Ready[/bold green] on {server.url}   base: {base}   adapters: {shown}   of {catalogue.contents.source.url}")
+    console.print(
+        f"\n[bold green]Ready[/bold green] on {server.url}   base: {base}   adapters: {shown}   "
+        f"of {catalogue.contents.source.url}"
+    )
     url = f"--unix-socket {args.uds} http://localhost" if args.uds else server.url
     key = "-H 'Authorization: Bearer <your key>' " if args.clients_need_a_key else ""
     console.print(

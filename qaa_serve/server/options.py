@@ -111,7 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=_seconds,
         default=10.0,
-        help="how often an object store is listed, and a directory besides what its file system tells (default: 10)",
+        help="how often an object store is listed, and a directory besides what its events tell (default: 10)",
     )
     group.add_argument(
         "--adapters-check",
@@ -133,8 +133,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=_seconds,
         default=1.0,
-        help="how long an adapter must not change before it is read; one that is renamed into place is read at once "
-        "(default: 1)",
+        help="how long an adapter must not change before it is read; one that is renamed into place is read at "
+        "once (default: 1)",
     )
     group.add_argument(
         "--strict-adapters",
@@ -150,7 +150,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     size: dict[str, Any] = {"metavar": "SIZE", "type": _size}
     group.add_argument(
-        "--state-bytes", **size, default=16 * GIB, help="most that the copies may take; the least recently used go (default: 16Gi)"
+        "--state-bytes",
+        **size,
+        default=16 * GIB,
+        help="most that the copies may take; the least recently used go (default: 16Gi)",
     )
     group.add_argument(
         "--keep-revisions",

@@ -22,7 +22,9 @@ class ReadinessInfo(BaseModel):
     status: Status
     catalogue: str = Field(description="fingerprint of what is served: equal on replicas that serve the same")
     adapters: int = Field(description="adapters that the source has")
-    unchecked: int = Field(description="those of them that nobody has asked for or checked yet, not in the fingerprint")
+    unchecked: int = Field(
+        description="those of them that nobody has asked for or checked yet, not in the fingerprint"
+    )
 
 
 class Readiness:

@@ -29,7 +29,9 @@ class Resolvers:
         self._resolvers = resolvers
         self._catalogue = catalogue
         self._base_name = base_name
-        self._failures: Failures[str] = Failures()  # whoever asks for what is nowhere asks the plugins now and then
+        self._failures: Failures[str] = (
+            Failures()
+        )  # whoever asks for what is nowhere asks the plugins now and then
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._log = logger
 

@@ -67,7 +67,15 @@ def prepare_environment(arguments: Sequence[str]) -> None:
 
 def _names_no_hub(arguments: Sequence[str]) -> bool:
     """Whether nothing on the command line can name a repository of the Hugging Face hub."""
-    options = ("--model", "--tokenizer", "--speculative", "--config", "--hf-config", "--revision", "--adapter-repos")
+    options = (
+        "--model",
+        "--tokenizer",
+        "--speculative",
+        "--config",
+        "--hf-config",
+        "--revision",
+        "--adapter-repos",
+    )
     model_is_local = not arguments or arguments[0].startswith("-") or Path(arguments[0]).is_dir()
     return model_is_local and not any(argument.startswith(options) for argument in arguments)
 
@@ -168,8 +176,8 @@ def _open_contents(args: argparse.Namespace, source: Source) -> Contents:
     directory = _state_directory(args, source)
     if (directory / "state.json").exists():
         _console.print(
-            f"[yellow]Warning:[/yellow] {directory} is of an older version, which kept uploads there. They are not "
-            f"served: move them with `qaa-serve adapters move-state {directory} {source.url}`, then delete its state.json"
+            f"[yellow]Warning:[/yellow] {directory} is of an earlier version, which kept uploads there. They are not "
+            f"served: `qaa-serve adapters move-state {directory} {source.url}` moves them; then delete its state.json"
         )
     try:
         state = State(directory, max_bytes=args.state_bytes)

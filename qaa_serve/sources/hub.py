@@ -59,7 +59,9 @@ class Repository:
             )
             copy_adapter(Path(found), target, max_bytes=MAX_ADAPTER_BYTES)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise RepositoryError(404, f"the hub has no {self.repo} at {self.revision}, or not for this token") from error
+            raise RepositoryError(
+                404, f"the hub has no {self.repo} at {self.revision}, or not for this token"
+            ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise RepositoryError(503, f"{self.repo} cannot be fetched from the hub now: {error}") from error
 
@@ -78,5 +80,7 @@ def parse_repository(url: str, allowed: Sequence[str]) -> Repository:
         raise RepositoryError(400, f"{url[:200]!r} is not hf://ORG/REPO@REVISION")
     repo = match["repo"]
     if not any(fnmatchcase(repo, pattern) for pattern in allowed):
-        raise RepositoryError(403, f"{repo} is not among the repositories of --adapter-repos: start the server with it")
+        raise RepositoryError(
+            403, f"{repo} is not among the repositories of --adapter-repos: start the server with it"
+        )
     return Repository(repo, match["revision"] or "main")

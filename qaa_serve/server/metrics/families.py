@@ -51,7 +51,7 @@ FAMILIES = (
         "qaa_adapter_bytes",
         "gauge",
         ("adapter", "tier"),
-        "store: what is stored of the current revision; host: memory of the engine's workers; device: slots of the running batch",
+        "store: current revision's weights; host: memory of the engine's workers; device: slots of the running batch",
     ),
     Family(
         "qaa_adapter_tier",
@@ -75,7 +75,12 @@ FAMILIES = (
         (),
         "since the engine last said what memory it takes and what its circuits cost",
     ),
-    Family("qaa_adapters", "gauge", ("state",), "adapters by state: served, rejected, unchecked (nobody has asked for them)"),
+    Family(
+        "qaa_adapters",
+        "gauge",
+        ("state",),
+        "adapters by state: served, rejected, unchecked (nobody has asked for them)",
+    ),
     Family("qaa_source_age_seconds", "gauge", (), "since the adapters' source could be listed"),
     Family(
         "qaa_catalogue_fingerprint", "gauge", ("fingerprint",), "1; equal on replicas that serve the same contents"

@@ -167,7 +167,8 @@ class StateCollector(Collector):
 STATE = frozenset({
     "qaa_requests_in_flight", "qaa_requests_waiting", "vllm:lora_requests_info", "qaa_adapters",
     "qaa_adapter_rejected", "qaa_adapter_bytes", "qaa_adapter_tier", "qaa_adapter_cache_bytes",
-    "qaa_adapter_cache_capacity_bytes", "qaa_ready", "qaa_draining", "qaa_source_age_seconds", "qaa_catalogue_fingerprint", "qaa_engine_account_age_seconds",
+    "qaa_adapter_cache_capacity_bytes", "qaa_ready", "qaa_draining",
+    "qaa_source_age_seconds", "qaa_catalogue_fingerprint", "qaa_engine_account_age_seconds",
     "qaa_device_memory_bytes", "qaa_circuit_seconds", "qaa_process_memory_bytes",
 })  # fmt: skip
 
