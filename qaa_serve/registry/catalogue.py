@@ -263,9 +263,9 @@ class Catalogue:
                     continue
                 if isinstance(error, EngineRefusedError) and not error.temporary:
                     self.reject(revision.name, error)
-                entry = self.entries[revision.name]
-                if entry.listed is None and isinstance(error, NoSuchRevisionError):
-                    await self._forget(entry, "forget")  # its copy had to make room, and can be had nowhere else
+                unkept = self.entries[revision.name]
+                if unkept.listed is None and isinstance(error, NoSuchRevisionError):
+                    await self._forget(unkept, "forget")  # its copy had to make room, and can be had nowhere else
                 retry_after_s = self.cache.failures.pause_s(revision) or 5
                 message = f"adapter {asked!r} cannot be loaded now: {error}"
                 raise UnavailableError(message, retry_after_s) from error

@@ -241,7 +241,7 @@ def make_router(
         limit: Annotated[int | None, Query(description="most that are answered; all, left out", ge=1)] = None,
         after: Annotated[str | None, Query(description="a name: those after it", max_length=128)] = None,
     ) -> AdapterList:
-        """Adapters in the order of their names, with memory and use of what is served, the reason of what is not."""
+        """Adapters in the order of their names, with memory and use of what is served, and why others are not."""
 
         def choose() -> tuple[list[AdapterInfo], bool]:
             names = sorted(

@@ -176,8 +176,8 @@ def _open_contents(args: argparse.Namespace, source: Source) -> Contents:
     directory = _state_directory(args, source)
     if (directory / "state.json").exists():
         _console.print(
-            f"[yellow]Warning:[/yellow] {directory} is of an earlier version, which kept uploads there. They are not "
-            f"served: `qaa-serve adapters move-state {directory} {source.url}` moves them; then delete its state.json"
+            f"[yellow]Warning:[/yellow] {directory} is of an earlier version, which kept uploads there, and not "
+            f"served: `qaa-serve adapters move-state {directory} {source.url}` moves them; then delete state.json"
         )
     try:
         state = State(directory, max_bytes=args.state_bytes)

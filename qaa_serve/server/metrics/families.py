@@ -51,7 +51,7 @@ FAMILIES = (
         "qaa_adapter_bytes",
         "gauge",
         ("adapter", "tier"),
-        "store: current revision's weights; host: memory of the engine's workers; device: slots of the running batch",
+        "store: current revision's weights; host: memory of the engine's workers; device: the batch's slots",
     ),
     Family(
         "qaa_adapter_tier",
