@@ -1,5 +1,7 @@
 """Where adapters are kept: a directory, an object store, single repositories."""
 
+from typing import TYPE_CHECKING, Any
+
 from qaa_serve.sources.base import (
     HISTORY,
     SETTINGS_FILE,
@@ -13,6 +15,9 @@ from qaa_serve.sources.base import (
     SourceError,
 )
 
+if TYPE_CHECKING:
+    from qaa_serve.sources.objects import ObjectSource
+
 __all__ = [
     "HISTORY",
     "SETTINGS_FILE",
@@ -21,7 +26,16 @@ __all__ = [
     "Listed",
     "Listing",
     "NoSuchRevisionError",
+    "ObjectSource",
     "ReadOnlyError",
     "Source",
     "SourceError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ObjectSource":  # only who uses it needs its libraries
+        from qaa_serve.sources.objects import ObjectSource
+
+        return ObjectSource
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
