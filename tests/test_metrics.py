@@ -28,11 +28,11 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from qaa_serve.registry.directory import Rejection
 from starlette.routing import Mount
 
 from qaa_serve.registry import Catalogue, Entry, Revision
 from qaa_serve.registry.cache import Resident
-from qaa_serve.registry.directory import Rejection
 from qaa_serve.server import metrics as package
 from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.metrics import (

@@ -51,7 +51,7 @@ class Listed:
     Attributes:
         version: changes whenever the content may have; the same for all servers that look at one source.
         changed: Unix time of its last change.
-        nbytes: of its weights.
+        nbytes: of its weights; in a listing it may be more, those of the largest content in its history.
         complete: whether both files of an adapter are there.
         settled: it was put there in one step, so it need not be watched for a while before it is read.
     """
