@@ -25,7 +25,6 @@ from qaa_serve.sources import (
     SETTINGS_FILE,
     ChangedMeanwhileError,
     NoSuchRevisionError,
-    ObjectSource,
     ReadOnlyError,
     SourceError,
 )
