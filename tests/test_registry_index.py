@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -260,13 +261,15 @@ def test_what_cannot_be_read_is_set_aside_and_begun_anew(
     harm(path)
     was = None if path.is_dir() else path.read_bytes()
     index = restart()
-    index.verdict("d1")
-    index.listed()
+    assert bool(list(path.parent.glob("*.unreadable-*"))) == (harm not in (no_json, no_utf8))
+    if harm in (no_json, no_utf8):  # these are found by what meets them
+        index.verdict("d1")
+        index.listed()
     assert knows_nothing(index)
     assert works(index)
     index.close()
     (aside,) = path.parent.glob("index.sqlite.unreadable-*[0-9]")
-    if harm not in (no_json, no_utf8):  # those are found late
+    if harm not in (no_json, no_utf8):
         assert (None if aside.is_dir() else aside.read_bytes()) == was
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -296,6 +299,14 @@ def test_a_log_without_its_index_is_not_taken_for_it(path: Path) -> None:
     assert knows_nothing(index)
     assert works(index)
     index.close()
+
+
+def test_a_log_beside_what_is_unreadable_goes_with_it(path: Path, restart: Callable[..., Index]) -> None:
+    path.mkdir()
+    path.with_name("index.sqlite-wal").write_bytes(b"its log")
+    assert works(restart())
+    (aside,) = path.parent.glob("index.sqlite.unreadable-*[0-9]")
+    assert aside.with_name(f"{aside.name}-wal").read_bytes() == b"its log"
 
 
 def test_three_unreadable_files_are_kept_and_no_strangers_directory_is_deleted(path: Path) -> None:
@@ -366,11 +377,12 @@ def test_an_index_that_somebody_locks_is_not_waited_for_long(index: Index, path:
     assert not list(path.parent.glob("*.unreadable-*"))
 
 
-def test_a_closed_index_knows_nothing(index: Index) -> None:
+def test_a_closed_index_knows_nothing(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     works(index)
     index.close()
     assert knows_nothing(index)
     index.note_verdict(VALID)
+    assert not caplog.records
 
 
 # ------------------------------------------------------------------------------------ kills and threads
@@ -413,6 +425,30 @@ def test_a_kill_in_the_middle_of_a_listing_leaves_the_last_one(
     assert index.listed() == (listing("v2").adapters, "here")
     index.close()
     assert not caplog.records
+
+
+def test_nobody_sees_half_a_listing(index: Index) -> None:
+    half, seen = threading.Event(), threading.Event()
+
+    class Slow(dict[str, Listed]):
+        def items(self) -> Any:
+            for number, item in enumerate(super().items()):
+                if number == len(self) // 2:
+                    half.set()
+                    seen.wait(0.3)  # for long enough to see it
+                yield item
+
+    def look() -> tuple[dict[str, Listed], str | None]:
+        assert half.wait(30)
+        found = index.listed()
+        seen.set()
+        return found
+
+    index.note_listing(listing())
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(look)
+        index.note_listing(Listing(Slow(listing("v2").adapters), "there"))
+        assert looking.result() in [(listing().adapters, "here"), (listing("v2").adapters, "there")]
 
 
 def test_many_threads_may_ask_and_tell(index: Index, caplog: pytest.LogCaptureFixture) -> None:

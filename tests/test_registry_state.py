@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -350,6 +351,31 @@ def test_random_operations_end_as_in_a_simple_model(tmp_path: Path, seed: int) -
                 state = start()
         assert state.nbytes == on_disk(state) == sum(model.sizes.values())
     state.close()
+
+
+def test_a_content_that_is_added_while_a_damaged_one_is_read_is_not_deleted_with_it(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = put(state, 1)
+    damage(state, digest)
+    was_read, added = threading.Event(), threading.Event()
+
+    def slow(place: Path) -> str:
+        found = digest_of(place)
+        if not was_read.is_set():
+            was_read.set()
+            added.wait(0.3)  # for long enough to add another
+        return found
+
+    monkeypatch.setattr(state_module, "digest_of", slow)
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(state.get, digest)
+        assert was_read.wait(30)
+        put(state, 1)
+        added.set()
+        assert reading.result() is None
+    assert state.get(digest)
+    assert state.nbytes == on_disk(state) == SIZE
 
 
 def test_many_threads_keep_to_the_limit_and_to_what_is_needed(state: State) -> None:

@@ -38,14 +38,12 @@ _TABLES = {
     "details TEXT NOT NULL, reason TEXT, error TEXT, UNIQUE (digest, fingerprint))",
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 }
-#: A row is written only if it differs; the digest stays as long as the version does.
+#: The digest stays as long as the version does.
 _NOTE = """
     INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
     version = excluded.version, changed = excluded.changed, nbytes = excluded.nbytes,
     complete = excluded.complete, settled = excluded.settled,
     digest = ifnull(excluded.digest, iif(version = excluded.version, digest, NULL))
-    WHERE (version, changed, nbytes, complete, settled, digest) IS NOT (excluded.version, excluded.changed,
-    excluded.nbytes, excluded.complete, excluded.settled, ifnull(excluded.digest, digest))
 """
 _VERDICT = "verdicts.digest, kind, rank, verdicts.nbytes, base, details, reason, error"
 _AT_ONCE = 1000  # rows that are read with the lock held
