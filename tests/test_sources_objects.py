@@ -28,6 +28,7 @@ from qaa_serve.sources import (
     ReadOnlyError,
     SourceError,
 )
+from qaa_serve.sources.objects import ObjectSource
 
 MAX_BYTES = 1 << 20
 
