@@ -147,7 +147,7 @@ def test_an_empty_directory_that_is_not_the_same_one_has_another_identity(
 
 def test_a_directory_that_is_not_there_is_no_empty_one(source: DirectorySource, put: Callable[..., Any]) -> None:
     source.root.rmdir()
-    for read in (source.list, lambda: source.look("a"), lambda: put("a", "x")):
+    for read in (source.list, lambda: source.look("a"), source.read_settings, lambda: put("a", "x")):
         with pytest.raises(SourceError, match=str(source.root)):
             read()
     assert not source.root.exists(), "nothing makes it: it may only not be mounted"
