@@ -147,7 +147,7 @@ def test_an_empty_directory_that_is_not_the_same_one_has_another_identity(
 
 def test_a_directory_that_is_not_there_is_no_empty_one(source: DirectorySource, put: Callable[..., Any]) -> None:
     source.root.rmdir()
-    for read in (source.list, lambda: source.look("a"), lambda: put("a", "x")):
+    for read in (source.list, lambda: source.look("a"), source.read_settings, lambda: put("a", "x")):
         with pytest.raises(SourceError, match=str(source.root)):
             read()
     assert not source.root.exists(), "nothing makes it: it may only not be mounted"
@@ -398,16 +398,22 @@ def test_what_is_incomplete_is_kept_as_the_others_are(source: DirectorySource, p
 
 
 def test_what_was_put_is_on_the_disk(
-    source: DirectorySource, put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    source: DirectorySource, put: Callable[..., Any], contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: set[int] = set()
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
-    for which in "xy":
+    synced: dict[int, str] = {}  # inode -> what the name had when the disk was told to hold it
+
+    def note(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = contents.at(source.root, "a")
+
+    put("b", "x")
+    monkeypatch.setattr(os, "fsync", note)
+    for before, which in (("", "x"), ("x", "y")):
         synced.clear()
         put("a", which)
         place = source.root / "a"
-        for path in (source.root, place, place / CONFIG_FILE, place / WEIGHTS_FILE):
-            assert path.stat().st_ino in synced
+        for path in (place, place / CONFIG_FILE, place / WEIGHTS_FILE):
+            assert synced[path.stat().st_ino] == before, "before it is to be seen"
+        assert synced[source.root.stat().st_ino] == which
     assert (source.root / HISTORY / "a").stat().st_ino in synced
 
 

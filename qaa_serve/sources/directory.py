@@ -94,9 +94,9 @@ class DirectorySource(DirectoryHistory):
             for name in (changing | set(_changing_in(root))) - adapters.keys():
                 if found := _see_amid_change(root, name):
                     adapters[name] = found
+            return Listing(adapters, f"{status.st_dev:x}:{status.st_ino:x}", _version_of_settings(root))
         except OSError as error:
             raise self._unreadable(error) from error
-        return Listing(adapters, f"{status.st_dev:x}:{status.st_ino:x}", _version_of_settings(root))
 
     def look(self, name: str) -> Listed | None:
         """As Source has it."""
@@ -138,20 +138,20 @@ class DirectorySource(DirectoryHistory):
         """As Source has it.
 
         Raises:
-            SourceError: if it is there and cannot be read.
+            SourceError: if it cannot be read.
         """
+        root = self._real_root()
         try:
-            with open(self.root / SETTINGS_FILE, "rb") as file:
+            with open(root / SETTINGS_FILE, "rb") as file:
                 return file.read(), _version(os.fstat(file.fileno()))
-        except FileNotFoundError:
-            return b"", None
         except OSError as error:
+            if error.errno == errno.ENOENT and root.is_dir():  # or it may only not be mounted
+                return b"", None
             raise self._unreadable(error) from error
 
-    async def changes(self) -> AsyncGenerator[Mapping[str, bool] | None, None]:
+    def changes(self) -> AsyncGenerator[Mapping[str, bool] | None, None]:
         """As Source has it: everything every `rescan_s`, and at once when a watch has begun."""
-        async for changed in follow(self.root, self._rescan_s, self._log):
-            yield changed
+        return follow(self.root, self._rescan_s, self._log)
 
     # ------------------------------------------------------------------------------------------------ writing
 
