@@ -102,7 +102,8 @@ class Entry:
 
     def revisions(self) -> list[Revision]:
         """The current one, then the former ones that were asked for."""
-        return [*([] if self.current is None else [self.current]), *(self.former or {}).values()]
+        former = [revision for revision in (self.former or {}).values() if revision != self.current]
+        return former if self.current is None else [self.current, *former]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from types import BuiltinFunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -62,7 +63,8 @@ class Threads:
                     result.set_exception(error)
 
             def work() -> None:
-                torch.set_num_threads(1)  # more would take the engine's cores
+                if isinstance(torch.set_num_threads, BuiltinFunctionType):  # and not vLLM's, which only complains
+                    torch.set_num_threads(1)  # more would take the engine's cores
                 try:
                     outcome: tuple[Any, BaseException | None] = (function(*args, **options), None)
                 except BaseException as error:
