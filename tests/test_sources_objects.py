@@ -122,10 +122,12 @@ def test_an_upload_while_it_is_copied_is_found_out(store, files, tmp_path, monke
     source = store.source()
     store.upload(files(1)[0], "a")
     get_file = source._fs.get_file
+    other = files(2)[0]
+    (other / WEIGHTS_FILE).write_bytes(b"x" * 14)  # as many bytes as before
 
     def get_and_replace(path: str, target: str) -> None:
         get_file(path, target)
-        store.upload(files(2)[0], "a")
+        store.upload(other, "a")
 
     monkeypatch.setattr(source._fs, "get_file", get_and_replace)
     with pytest.raises(ChangedMeanwhileError):
@@ -298,6 +300,7 @@ def test_remove_and_put_again(store, files, tmp_path):
 def test_purge_leaves_nothing(store, files, removed_before):
     source = store.source()
     source.put("a", *files(1))
+    store.upload(files(1)[0], "a", (CONFIG_FILE,))
     source.put("a", *files(2))
     store.upload(files(3)[0], "a")
     source.put("b", *files(1))
@@ -377,7 +380,8 @@ def test_of_two_writers_one_wins(store, files, tmp_path):
         (listed,) = filter(None, results)
         winner = number if results[0] else number + 1
         assert fetched(store.source(), "a", tmp_path / str(number)) == files(winner)[1]
-    assert len([key for key in store.everything() if key.endswith(WEIGHTS_FILE)]) == 5  # none of a loser's
+    store.source().put("a", *files(9))
+    assert len([key for key in store.everything() if key.endswith(WEIGHTS_FILE)]) == 6  # none of a loser's
 
 
 def test_changes_that_ask_for_nothing_all_happen(store, files):
@@ -409,21 +413,65 @@ def test_nothing_is_gone_only_because_a_listing_missed_it(store, files, monkeypa
     assert "a" in source.list().adapters
 
 
-def test_a_change_is_undisturbed_by_what_another_clears_away(store, files, tmp_path, monkeypatch):
-    """A slow change uploaded its content; another one comes first, and clears away what is not its own."""
-    slow = store.source()
-    slow.put("a", *files(0))
-    write, others = slow._write, iter([1])
+def test_what_is_put_while_an_adapter_is_purged_stays(store, files, tmp_path, monkeypatch):
+    source = store.source()
+    source.put("a", *files(1))
+    write = source._write
 
-    def write_late(*args: Any) -> Any:
+    def write_and_go_on(*args: Any) -> Any:
+        etag = write(*args)
+        store.source().put("a", *files(2))
+        return etag
+
+    monkeypatch.setattr(source, "_write", write_and_go_on)
+    source.remove("a", purge=True)
+    assert fetched(store.source(), "a", tmp_path / "copy") == files(2)[1]
+
+
+def test_a_look_meets_what_is_there_while_it_is_replaced(store, files, monkeypatch):
+    source = store.source()
+    store.upload(files(1)[0], "a")
+    find, others = source._fs.find, iter([2])
+
+    def find_and_replace(*args: Any, **how: Any) -> Any:
+        found = find(*args, **how)
         for number in others:
             store.source().put("a", *files(number))
+        return found
+
+    monkeypatch.setattr(source._fs, "find", find_and_replace)
+    assert source.look("a") is not None
+
+
+def slow_source(store: Store, files: Any, monkeypatch: pytest.MonkeyPatch, number: int) -> ObjectSource:
+    """A source that another one's change comes before, just when it would make its own."""
+    slow = store.source()
+    write, others = slow._write, iter([number])
+
+    def write_late(*args: Any) -> Any:
+        for other in others:
+            store.source().put("a", *files(other))
         return write(*args)
 
     monkeypatch.setattr(slow, "_write", write_late)
+    return slow
+
+
+def test_a_change_is_made_again_after_another_one(store, files, tmp_path, monkeypatch):
+    """The other one clears away what is not its own, and so what the slow one uploaded."""
+    store.source().put("a", *files(0))
+    slow = slow_source(store, files, monkeypatch, 1)
     slow.put("a", *files(2))
     assert fetched(slow, "a", tmp_path / "copy") == files(2)[1]
     assert slow.revisions("a") == [files(0)[1], files(1)[1]]
+
+
+def test_a_change_that_expects_something_gives_way_to_another_one(store, files, tmp_path, monkeypatch):
+    version = store.source().put("a", *files(0)).version
+    slow = slow_source(store, files, monkeypatch, 1)
+    with pytest.raises(ChangedMeanwhileError):
+        slow.put("a", *files(2), expected=version)
+    assert fetched(slow, "a", tmp_path / "copy") == files(1)[1]
 
 
 # When something is wrong

@@ -319,11 +319,10 @@ class ObjectSource:
         """Put a content in the place of what is there; see `Source.put`."""
 
         def change(state: State) -> Listed:
-            replaced, uploaded = self._replaced(name, state)
-            history = merged(state.history, replaced, again=again, new=digest)
+            history = merged(state.history, self._replaced(name, state), again=again, new=digest)
             place = self._upload(name, digest, {file: directory / file for file in FILES})
             head = Head(place, history, state.marks)
-            etag = self._commit(name, state, head, [*uploaded, place])
+            etag = self._commit(name, state, head)
             self._clear(name, state, head)
             return Listed(head_version(etag), time.time(), (directory / WEIGHTS_FILE).stat().st_size, settled=True)
 
@@ -335,12 +334,16 @@ class ObjectSource:
         def change(state: State) -> None:
             if state.listed is None and not (purge and state.found.head):
                 return
-            replaced, uploaded = ([], []) if purge else self._replaced(name, state)
-            head = Head(None, () if purge else merged(state.history, replaced), state.marks)
-            etag = self._commit(name, state, head, uploaded)
+            history = () if purge else merged(state.history, self._replaced(name, state))
+            head = Head(None, history, state.marks)
+            seen = self._find(f"{HISTORY}/{name}/") if purge else []  # what comes later is another change's
+            etag = self._commit(name, state, head)
             self._clear(name, state, head)
             if purge:
-                self._purge(name, etag)
+                own_head = self._head_path(name)
+                self._delete(item for item in seen if item.path != own_head)
+                self._delete([StoredObject(own_head, etag, 0, 0)], conditional=True)
+                self._heads.pop(name, None)
 
         self._changed(name, expected, change, begin=lambda state: state.listed is not None)
 
@@ -365,7 +368,7 @@ class ObjectSource:
             if ended or uploaded:
                 over = (None, None) if ended else state.head.over
                 head = Head(None if ended else content, (*history, *uploaded), over)
-                self._commit(name, state, head, uploaded)
+                self._commit(name, state, head)
                 self._clear(name, state, head, plain=False)
 
         self._changed(name, None, change)
@@ -414,27 +417,23 @@ class ObjectSource:
     def _head_path(self, name: str) -> str:
         return f"{self._root}/{HISTORY}/{name}/{_HEAD_FILE}"
 
-    def _replaced(self, name: str, state: State) -> tuple[Strings, Strings]:
-        """The places of what a change replaces, as it goes to the history, and which of them are new."""
+    def _replaced(self, name: str, state: State) -> Strings:
+        """The places of what a change replaces, as it goes to the history; an upload is copied to one first."""
         content = state.head.content
         places = [content] if content is not None and state.found.is_whole(content) else []
         if not state.live:
-            return places, []
+            return places
         with tempfile.TemporaryDirectory(prefix="qaa-serve-") as name_of_copy:
             copy = Path(name_of_copy)
             self._download(state.live, copy, None)
-            if self._state(name).version != state.version:
-                raise ChangedMeanwhileError(f"{name!r} in {self.url} changed meanwhile: try again")
+            self._check_version(name, self._state(name), state.version)
             files = {file: copy / file for file in state.live}
             if len(files) < len(FILES):  # no content, but somebody's file
                 self._upload(name, INCOMPLETE, files)
-                return places, []
+                return places
             digest = digest_of(copy)
-            for place in (*state.history, *places):
-                if digest_of_place(place) == digest:
-                    return [*places, place], []
-            place = self._upload(name, digest, files)
-            return [*places, place], [place]
+            known = [place for place in (*state.history, *places) if digest_of_place(place) == digest]
+            return [*places, known[0] if known else self._upload(name, digest, files)]
 
     def _upload(self, name: str, digest: str, files: Mapping[str, Path]) -> str:
         place = f"{digest}-{secrets.token_hex(8)}"
@@ -443,25 +442,21 @@ class ObjectSource:
                 self._fs.put_file(str(path), f"{self._root}/{HISTORY}/{name}/{place}/{file}")
         return place
 
-    def _commit(self, name: str, state: State, head: Head, uploaded: Collection[str]) -> str:
-        """Replace the head, or delete what was uploaded for it.
+    def _commit(self, name: str, state: State, head: Head) -> str:
+        """Replace the head, which makes the change; returns the new one's etag.
 
         Raises:
-            ChangedMeanwhileError: if somebody else did first.
+            ChangedMeanwhileError: if somebody else did first; the next change clears away what was uploaded.
         """
         assert state.found.head is not None
-        path = self._head_path(name)
         try:
-            etag = self._write(path, head.encode(), state.found.head.etag)
+            etag = self._write(self._head_path(name), head.encode(), state.found.head.etag)
         except ChangedMeanwhileError:
             # A request that is repeated, since its answer was lost, meets what itself wrote.
             now = self._state(name)
-            if now.found.head is not None and now.head.token == head.token:
-                return now.found.head.etag
-            lost = set(uploaded) - {now.head.content, *now.head.history}
-            with suppress(AdapterError):
-                self._delete(item for place in lost for item in now.found.places.get(place, {}).values())
-            raise
+            if now.found.head is None or now.head.token != head.token:
+                raise
+            etag = now.found.head.etag
         self._heads[name] = etag, head
         return etag
 
@@ -477,14 +472,6 @@ class ObjectSource:
             self._delete(item for files in unused for item in files.values())
         except AdapterError as error:
             _log.warning("What %r in %s does not need any more stays there for now: %s", name, self.url, error)
-
-    def _purge(self, name: str, etag: str) -> None:
-        """Delete a removed name's history and its head."""
-        items = self._find(f"{HISTORY}/{name}/")
-        head = self._head_path(name)
-        self._delete(item for item in items if item.path != head)
-        self._delete([item for item in items if item.path == head and item.etag == etag], conditional=True)
-        self._heads.pop(name, None)
 
     def _delete(self, items: Iterable[StoredObject], *, conditional: bool = False) -> None:
         """Delete objects; what is gone already, or is another one now if that matters, is passed over."""
