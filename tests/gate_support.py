@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager, nullcontext
-from pathlib import Path
 
+from catalogue_support import add, make_catalogue, revision
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.registry import Catalogue, Entry, Revision
 from qaa_serve.server.bodies import Bodies
 from qaa_serve.server.context import current_request
 from qaa_serve.server.drain import Drain
@@ -194,10 +193,6 @@ class Exchange:
         return self.json["error"]["message"]
 
 
-def revision(name, digest="a"):
-    return Revision(name, digest * 64, Path("/nowhere") / name, "QAA", 4, 10, "base", {})
-
-
 def make_metrics(registry):
     buckets = {f"{kind}_buckets": (1.0,) for kind in ("latency", "first_token", "inter_token")}
     return ServerMetrics(registry, **buckets)
@@ -222,12 +217,9 @@ class World:
     ):  # fmt: skip
         self.behind = Behind()
         self.engine = FakeEngine()
-        self.catalogue = Catalogue(None, self.engine, cache_bytes=100, logger=None)
-        self.catalogue.entries = {
-            "one": Entry("one", current=revision("one", "b"), kept=[revision("one", "a")]),
-            "two": Entry("two", current=revision("two")),
-        }
-        self.catalogue.ready = True
+        self.catalogue = make_catalogue(self.engine)
+        add(self.catalogue, revision("one", "b"), [revision("one", "a")])
+        add(self.catalogue, revision("two"))
         self.turns = Turns(running, waiting, max_wait_s=max_wait_s)
         self.bodies = Bodies(max_bytes=body, max_held_bytes=held, timeout_s=timeout_s)
         self.drain = Drain()

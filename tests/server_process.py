@@ -68,6 +68,9 @@ class ServerProcess:
         given = environment or {}
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
         environment["PYTHONUNBUFFERED"] = "1"
+        environment["XDG_DATA_HOME"] = str(
+            log.with_name(f"{log.name}.data")
+        )  # where uploads go without --adapters
         if "--admin-key-file" not in command:
             environment["QAA_SERVE_ADMIN_KEY"] = ADMIN_KEY
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

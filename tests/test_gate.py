@@ -14,7 +14,8 @@ pytest.importorskip("starlette", reason="the server's packages are not installed
 pytest.importorskip("msgspec", reason="the server's packages are not installed")
 pytest.importorskip("prometheus_client", reason="the server's packages are not installed")
 
-from gate_support import CHAT, DEADLINE_S, FORM, JSON, Exchange, World, client, revision, run
+from catalogue_support import revision
+from gate_support import CHAT, DEADLINE_S, FORM, JSON, Exchange, World, client, run
 
 from qaa_serve.server.context import current_request
 from qaa_serve.server.errors import RefusedError

@@ -8,12 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import catalogue_support
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from registry_support import FakeEngine
 
-from qaa_serve.registry import Catalogue, Entry, Revision
+from qaa_serve.registry import Catalogue, Revision
 from qaa_serve.server.bodies import Bodies
 from qaa_serve.server.drain import Drain
 from qaa_serve.server.gate import Gate
@@ -50,12 +51,8 @@ def make_gate(catalogue: Catalogue) -> Gate:
 
 def make_catalogue(**settings: Any) -> tuple[Catalogue, FakeEngine]:
     engine = FakeEngine(reads=False)
-    catalogue = Catalogue(
-        None,  # type: ignore[arg-type]
-        engine, cache_bytes=100, logger=logging.getLogger("test"), **settings,
-    )  # fmt: skip
-    catalogue.entries["one"] = Entry("one", current=revision("1"), kept=[revision("2")])
-    catalogue.ready = True
+    catalogue = catalogue_support.make_catalogue(engine, **settings)
+    catalogue_support.add(catalogue, revision("1"), [revision("2")])
     return catalogue, engine
 
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from catalogue_support import add, make_catalogue, reject, revision
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Gauge, generate_latest, make_asgi_app
@@ -28,10 +29,8 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from qaa_serve.registry.directory import Rejection
 from starlette.routing import Mount
 
-from qaa_serve.registry import Catalogue, Entry, Revision
 from qaa_serve.registry.cache import Resident
 from qaa_serve.server import metrics as package
 from qaa_serve.server.account import EngineAccount
@@ -45,7 +44,7 @@ from qaa_serve.server.metrics import (
     ServerMetrics,
     StateCollector,
     reference,
-    remove_metrics_routes,
+    remove_routes,
 )
 from qaa_serve.server.metrics.exposition import OPENMETRICS, TEXT
 from qaa_serve.server.metrics.families import Family
@@ -375,25 +374,21 @@ def test_every_metric_is_documented():
 # ---------------------------------------------------------------------------------------------------- state
 
 
-def revision(name, digest="a"):
-    return Revision(name, digest * 64, Path("/nowhere") / name, "QAA", 4, 10, "base", {})
-
-
 class State:
     """A collector and what it reads: `one` in a slot, `two` in memory, `three` in the store, `bad` rejected."""
 
     def __init__(self, limit=10):
         self.registry = CollectorRegistry(auto_describe=True)
         self.labels = BoundedLabels(limit)
-        self.catalogue = Catalogue(None, None, cache_bytes=100)
+        self.catalogue = make_catalogue()
         for name in ("one", "two", "three"):
             self.add(name, loaded=name != "three")
-        self.catalogue.entries["bad"] = Entry("bad", rejection=Rejection("bad", Path("bad"), "no", "invalid"))
+        reject(self.catalogue, "bad")
         slots = {revision("one").int_id: (7, 5), revision("three").int_id: (7, 5)}
         self.turns = {"base": (1, 0), "two": (2, 3), "one": (1, 0)}
         self.monitor = SimpleNamespace(account=EngineAccount(slots), age_s=12.5)
         self.collector = StateCollector(
-            self.catalogue,
+            self.catalogue, SimpleNamespace(age_s=3.5),
             SimpleNamespace(names=lambda: list(self.turns), counts=lambda name: self.turns.get(name, (0, 0))),
             self.labels, self.monitor, lambda: "ready", max_loras=4,
         )  # fmt: skip
@@ -401,7 +396,7 @@ class State:
 
     def add(self, name, *, loaded=False):
         current = revision(name)
-        self.catalogue.entries[name] = Entry(name, current=current)
+        add(self.catalogue, current)
         if loaded:
             self.catalogue.cache._residents[current.int_id] = Resident(current, 7)
 
@@ -733,7 +728,7 @@ def test_vllm_s_own_pages_are_taken_out():
     app.get("/metrics", response_class=PlainTextResponse)(lambda: "vLLM's")
     app.get("/other", response_class=PlainTextResponse)(lambda: "stays")
     app.router.routes.append(Mount("/metrics", make_asgi_app(CollectorRegistry())))
-    remove_metrics_routes(app)
+    remove_routes(app, "/metrics")
     app.include_router(Exposition(CollectorRegistry()).router())
 
     async def main():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,20 +12,16 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
+from catalogue_support import add, make_catalogue, reject, revision
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 
-from qaa_serve.registry import Catalogue, Entry, Revision
 from qaa_serve.server import settings
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.errors import RefusedError
 from qaa_serve.server.keys import make_key
 from qaa_serve.server.models import HeldAdapter, ServedModels
 from qaa_serve.server.rights import Role, role_of
-
-
-def revision(name, digest="a"):
-    return Revision(name, digest * 64, Path("/store") / name, "QAA", 4, 10, "base", {})
 
 
 @pytest.fixture
@@ -35,10 +31,11 @@ def models():
     paths = [BaseModelPath(name=name, model_path="/models/base") for name in ("base", "/models/base")]
     models.base_model_paths = paths
     models.registry = OpenAIModelRegistry(SimpleNamespace(max_model_len=64), paths)
-    entries = {name: Entry(name, current=revision(name)) for name in ("one", "two")}
-    entries["one"].kept.append(revision("one", "b"))
-    models._catalogue = Catalogue(None, None, cache_bytes=0)
-    models._catalogue.entries = {**entries, "removed": Entry("removed")}
+    models._catalogue = make_catalogue()
+    add(models._catalogue, revision("one"), [revision("one", "b")])
+    add(models._catalogue, revision("two"))
+    reject(models._catalogue, "bad")
+    models._cards, models._written = {}, (-1, b"")
     models._started = 1000
     models.model_config = SimpleNamespace(max_model_len=64)
     return models
@@ -57,7 +54,7 @@ def during(asked=None, allowed=None, held=None):
 
 
 def listed(models):
-    return [card.id for card in asyncio.run(models.show_available_models()).data]
+    return [card["id"] for card in json.loads(asyncio.run(models.list_models()))["data"]]
 
 
 @pytest.mark.parametrize("asked", ["one", "one@aaaaaaaaaaaa"])
@@ -66,7 +63,7 @@ def test_the_adapter_that_is_held_is_found_under_the_name_it_was_asked_by(models
         assert list(models.lora_requests) == [asked]
         assert len(models.lora_requests) == 1
         request = models.lora_requests[asked]
-        assert (request.lora_name, request.lora_path) == (f"one@{'a' * 64}", "/store/one")
+        assert (request.lora_name, request.lora_path) == (f"one@{'a' * 64}", "/nowhere/one")
         assert models.model_name(request) == asked
 
 
@@ -121,7 +118,7 @@ def test_outside_of_requests_the_base_models_names_are_the_base_models(models):
         (None, ["base", "/models/base", "one", "two"]),
         (["one"], ["one"]),
         (["t*", "base"], ["base", "/models/base", "two"]),
-        (["removed"], []),
+        (["bad"], []),
     ],
 )
 def test_a_client_sees_the_models_it_may_use(models, allowed, names):
@@ -135,19 +132,19 @@ def test_a_client_sees_the_models_it_may_use(models, allowed, names):
      ("one@aaaaaaaaaaaa", "one@aaaaaaaaaaaa")],
 )  # fmt: skip
 def test_one_model_is_shown_with_what_it_stands_for(models, name, root):
-    card = models.show_model(name)
+    card = asyncio.run(models.show_model(name))
     assert (card.id, card.root) == (name, root)
     assert card.parent == (None if name == "base" else "base")
 
 
 @pytest.mark.parametrize(
     ("allowed", "name"),
-    [(None, "no-such"), (None, "removed"), (None, "one@cccccccccccc"), (None, ""), (["one"], "two"),
+    [(None, "no-such"), (None, "bad"), (None, "one@cccccccccccc"), (None, ""), (["one"], "two"),
      (["one"], "base"), (["two"], "one@bbbbbbbbbbbb")],
 )  # fmt: skip
 def test_a_model_that_the_client_may_not_use_is_as_one_that_is_not_there(models, allowed, name):
     with during(allowed=allowed), pytest.raises(RefusedError) as caught:
-        models.show_model(name)
+        asyncio.run(models.show_model(name))
     assert (caught.value.status, caught.value.message) == (404, f"The model `{name}` does not exist.")
 
 

@@ -17,6 +17,7 @@ from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
 
 from qaa_serve.circuits import BACKENDS
+from qaa_serve.registry import Contents
 from qaa_serve.server import settings
 from qaa_serve.server.keys import KeyRing, first_key
 from qaa_serve.server.options import CIRCUIT_BACKENDS
@@ -43,26 +44,27 @@ def parser():
 def cache(tmp_path, monkeypatch):
     """Where state directories go by default: not the user's; and no keys from the user's environment."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     for name in SECRETS:
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache" / "qaa-serve"
 
 
 def resolve(parser, *arguments, keep_open=False):
-    """The arguments as vLLM gets them, our options, the store and the keys."""
+    """The arguments as vLLM gets them, our options, where adapters come from, and the keys."""
     args = parser.parse_args([str(argument) for argument in arguments])
-    options, store, sources = settings.resolve(args)
+    options, contents, sources = settings.resolve(args)
     assert "hush" not in repr(sources) + repr(vars(sources))
     if not keep_open:
-        store.close()
-    return args, options, store, KeyRing(*sources.read())
+        contents.close()
+    return args, options, contents, KeyRing(*sources.read())
 
 
 def test_the_base_is_taken_from_the_adapters(parser, root, capsys):
-    args, options, *_ = resolve(parser, "--adapters", root / "adapters")
+    args, _, contents, _ = resolve(parser, "--adapters", root / "adapters")
     assert args.model == str(root / "base")
     assert args.served_model_name == ["base"], "where it lies is nobody's business"
-    assert options.adapters == root / "adapters"
+    assert contents.source.url == str(root / "adapters")
     assert f"Base model: {root / 'base'}" in capsys.readouterr().err
 
 
@@ -111,8 +113,8 @@ def test_a_model_that_is_given_is_served(parser, root, given):
 def test_a_config_file_is_read_and_the_command_line_wins(parser, root, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(f"adapters: {root / 'adapters'}\nport: 8123\nmax-loras: 2\n")
-    args, options, *_ = resolve(parser, "--config", config, "--max-loras", 5)
-    assert (args.port, args.max_loras, options.adapters) == (8123, 5, root / "adapters")
+    args, _, contents, _ = resolve(parser, "--config", config, "--max-loras", 5)
+    assert (args.port, args.max_loras, contents.source.url) == (8123, 5, str(root / "adapters"))
 
 
 def test_what_is_left_open_is_chosen_and_printed(parser, root, capsys):
@@ -131,7 +133,8 @@ def test_what_is_left_open_is_chosen_and_printed(parser, root, capsys):
 
 
 def test_a_server_whose_model_is_given_reads_no_adapter_before_it_starts(parser, root, monkeypatch):
-    monkeypatch.setattr(settings, "scan", lambda directory: pytest.fail("it was read"))
+    monkeypatch.setattr(settings, "read_config", lambda directory: pytest.fail("it was read"))
+    monkeypatch.setattr(Contents, "check_now", lambda *_: pytest.fail("it was checked"))
     args, *_ = resolve(parser, root / "base", "--adapters", root / "adapters")
     assert args.model == str(root / "base")
 
@@ -293,8 +296,8 @@ def test_an_empty_key_is_none(parser, root, option, monkeypatch):
 def test_without_an_admin_key_one_is_made_at_each_start_and_written_for_its_owner(parser, root, capfd):
     made = set()
     for _ in range(2):
-        args, options, store, keys = resolve(parser, root / "base")
-        assert options.made_admin_key == store.directory / "admin.key"
+        args, options, contents, keys = resolve(parser, root / "base")
+        assert options.made_admin_key == contents.state.directory / "admin.key"
         assert stat.S_IMODE(options.made_admin_key.stat().st_mode) == 0o600
         key = first_key(options.made_admin_key)
         assert keys.admin(key).name == "made-at-start"
@@ -312,9 +315,9 @@ def test_with_an_admin_key_none_is_made(parser, root, tmp_path, monkeypatch, how
     given = {"option": ["--admin-key", "hush-1"], "file": ["--admin-key-file", tmp_path / "admins"]}.get(how, [])
     if how == "environment":
         monkeypatch.setenv("QAA_SERVE_ADMIN_KEY", "hush-1")
-    _, options, store, keys = resolve(parser, root / "base", *given)
+    _, options, contents, keys = resolve(parser, root / "base", *given)
     assert options.made_admin_key is None
-    assert not (store.directory / "admin.key").exists()
+    assert not (contents.state.directory / "admin.key").exists()
     assert keys.admin("hush-1") is not None
 
 
@@ -350,29 +353,29 @@ def test_each_server_has_a_state_directory_of_its_own_and_finds_it_again(parser,
     }
     places = {}
     for name, arguments in servers.items():
-        _, _, store, _ = resolve(parser, root / "base", *arguments)
-        assert store.directory.parent == cache
-        places[name] = store.directory
+        _, _, contents, _ = resolve(parser, root / "base", *arguments)
+        assert contents.state.directory.parent == cache
+        places[name] = contents.state.directory
     assert len(set(places.values())) == len(servers)
-    _, _, store, _ = resolve(parser, root / "base", "--adapters", relative, "--host", "0.0.0.0", "--max-loras", 3)
-    assert store.directory == places["one"]
+    _, _, again, _ = resolve(parser, root / "base", "--adapters", relative, "--host", "0.0.0.0", "--max-loras", 3)
+    assert again.state.directory == places["one"]
 
 
 def test_the_state_directory_may_be_given(parser, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, _, store, _ = resolve(parser, root / "base", "--state-dir", "state/here", "--state-bytes", "3M")
-    assert store.directory == tmp_path / "state" / "here"
-    assert store.max_bytes == 3 << 20
-    assert store.base is not None, "QAA adapters are checked against the base model"
+    _, _, contents, _ = resolve(parser, root / "base", "--state-dir", "state/here", "--state-bytes", "3M")
+    assert contents.state.directory == tmp_path / "state" / "here"
+    assert contents.state.max_bytes == 3 << 20
+    assert contents._base is not None, "QAA adapters are checked against the base model"
 
 
 def test_a_state_directory_in_use_by_another_server_is_refused(parser, root, tmp_path):
-    *_, store, _ = resolve(parser, root / "base", "--state-dir", tmp_path, keep_open=True)
+    *_, contents, _ = resolve(parser, root / "base", "--state-dir", tmp_path, keep_open=True)
     try:
         with pytest.raises(settings.UsageError, match=r"--state-dir .* is in use by another server"):
             resolve(parser, root / "base", "--state-dir", tmp_path)
     finally:
-        store.close()
+        contents.close()
     resolve(parser, root / "base", "--state-dir", tmp_path)
 
 
@@ -392,10 +395,10 @@ SIZES = {
 )  # fmt: skip
 def test_sizes_may_have_units(parser, root, text, size):
     given = [part for option in SIZES for part in (option, text)]
-    _, options, store, _ = resolve(parser, root / "base", *given)
+    _, options, contents, _ = resolve(parser, root / "base", *given)
     for name in SIZES.values():
-        assert getattr(store if name == "max_bytes" else options, name) == size
-    assert store.max_adapter_bytes == size
+        assert getattr(contents.state if name == "max_bytes" else options, name) == size
+    assert contents._max_bytes == size
 
 
 @pytest.mark.parametrize(
@@ -419,12 +422,12 @@ def test_numbers_that_make_no_sense_are_refused(parser, root, capsys, option, te
 
 def test_our_other_options_arrive(parser, root):
     _, options, _, _ = resolve(
-        parser, root / "base", "--adapters", root / "adapters", "--adapters-quiet", "0.25", "--strict-adapters",
+        parser, root / "base", "--adapters", root / "adapters", "--adapters-quiet", "0.25", "--adapters-check", "lazy",
         "--keep-revisions", 0, "--adapter-max-running", 3, "--adapter-max-queue", 0, "--drain-timeout", 0,
         "--adapter-loaders", 2, "--adapter-load-timeout", 0.5,
     )  # fmt: skip
     assert (options.adapter_loaders, options.adapter_load_timeout_s) == (2, 0.5)
-    assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (0.25, True, 0)
+    assert (options.adapters_quiet_s, options.adapters_check, options.keep_revisions) == (0.25, "lazy", 0)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (3, 0, 0)
     _, options, _, _ = resolve(
         parser, root / "base", "--max-queue-wait", 1, "--body-timeout", 2, "--max-connections", 3,
@@ -445,16 +448,19 @@ def test_log_lines_are_json_if_asked_for(parser, root):
 
 
 def test_the_backends_that_can_be_chosen_are_those_there_are():
-    assert [*CIRCUIT_BACKENDS] == [name for name, backend in BACKENDS.items() if backend.circuits]
+    assert set(CIRCUIT_BACKENDS) == {name for name, backend in BACKENDS.items() if backend.circuits}
 
 
 def test_our_defaults_are_what_the_help_says(parser, root):
-    _, options, store, _ = resolve(parser, root / "base")
-    assert options.adapters is None
-    assert (options.adapters_quiet_s, options.strict_adapters, options.keep_revisions) == (1, False, 2)
+    _, options, contents, _ = resolve(parser, root / "base")
+    assert (options.adapters_quiet_s, options.adapters_check, options.keep_revisions) == (1, "background", 2)
     assert (options.adapter_max_running, options.adapter_max_queue, options.drain_timeout_s) == (0, 1000, 30)
     assert (options.adapter_loaders, options.adapter_load_timeout_s) == (4, 60)
-    assert (options.max_body_bytes, options.max_adapter_bytes, store.max_bytes) == (32 << 20, 1 << 30, 16 << 30)
+    assert (options.max_body_bytes, options.max_adapter_bytes, contents.state.max_bytes) == (
+        32 << 20,
+        1 << 30,
+        16 << 30,
+    )
     assert (options.max_held_bytes, options.body_timeout_s, options.max_queue_wait_s) == (256 << 20, 60, 600)
     assert (options.max_connections, options.engine_stall_timeout_s, options.log_format) == (4096, 60, "text")
     assert (options.metrics_max_adapters, options.metrics_max_keys) == (200, 100)

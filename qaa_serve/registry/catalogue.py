@@ -240,7 +240,14 @@ class Catalogue:
         if entry.state == "known":
             entry = await self._check(name)
         if at:
-            return await self._former(entry, digits)
+            try:
+                return await self._former(entry, digits)
+            except UnknownAdapterError:
+                raise
+            except AdapterError as error:
+                if error.temporary:
+                    raise UnavailableError(f"{asked!r} cannot be read now: {error}", 5) from error
+                raise UnknownAdapterError(f"{asked!r} cannot be served: {error}") from error
         if entry.current is None:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
         return entry.current

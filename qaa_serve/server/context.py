@@ -21,22 +21,22 @@ class RequestContext:
         key: the key it came with; None if none is needed.
         address: where it came from, as `rights.address_of` says it.
         asked: the model it names, as name, name@revision or alias; None if it names none.
-        alias: whether that is an alias.
         revision: the adapter's revision that is held for it; None for the base model.
         ticket: its place among the requests for its model; None if it needs none.
         observation: what times it; None if it names no model that is served.
         hold: holds a revision in the engine by its id, until the context it returns is left; KeyError if the
             engine does not have it.
+        alias: whether what it names is an alias.
     """
 
     key: Key | None
     address: str
     asked: str | None = None
-    alias: bool = False
     revision: Revision | None = None
     ticket: Ticket | None = None
     observation: Observation | None = None
     hold: Callable[[int], AbstractContextManager[Revision]] | None = None
+    alias: bool = False
 
     def may_use(self, model: str) -> bool:
         """Whether the client may use a model."""

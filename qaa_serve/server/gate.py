@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeAlias
 
 from starlette._utils import get_route_path
@@ -189,7 +189,10 @@ class Gate:
             request.alias = target != asked.model
             if not self._catalogue.knows(target) and not await self._resolve(target):
                 raise _unknown(asked.model)
-            name = target.partition("@")[0]
+            name, certain, _ = target.partition("@")
+            if certain:
+                with _refusing(asked.model):
+                    await self._catalogue.find(target)
         request.observation = self._metrics.begin(name, path, None if request.key is None else request.key.name)
         client = request.key.name if request.key is not None and self._rights.keys.has_several_clients else None
         request.ticket = stack.enter_context(self._turns.admit(name, client, asked.prompts * asked.n))
@@ -197,12 +200,8 @@ class Gate:
         request.observation.has_turn()
         if is_base:
             return
-        try:
+        with _refusing(asked.model):
             request.revision = await stack.enter_async_context(self._catalogue.use(target))
-        except UnknownAdapterError as error:  # invalid, removed while the request waited, or no such revision
-            raise _unknown(asked.model, error) from error
-        except UnavailableError as error:
-            raise RefusedError(503, str(error), Retry_After=str(max(1, math.ceil(error.retry_after_s)))) from error
         exchange.revision = request.revision.revision
 
     def _check_model(self, request: RequestContext) -> str:
@@ -274,6 +273,17 @@ def _give_id(scope: Scope) -> str:
     made = uuid.uuid4().hex
     scope["headers"] = [*scope["headers"], (b"x-request-id", made.encode())]
     return made
+
+
+@contextmanager
+def _refusing(model: str | None) -> Iterator[None]:
+    """Turn what the catalogue says of a model into a refusal."""
+    try:
+        yield
+    except UnknownAdapterError as error:  # invalid, no such revision, or removed while the request waited
+        raise _unknown(model, error) from error
+    except UnavailableError as error:
+        raise RefusedError(503, str(error), Retry_After=str(max(1, math.ceil(error.retry_after_s)))) from error
 
 
 def _unknown(model: str | None, error: UnknownAdapterError | None = None) -> RefusedError:
