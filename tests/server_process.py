@@ -122,6 +122,10 @@ class ServerProcess:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the server did not start; its log ends with:\n{self.text()[-4000:]}")
             time.sleep(0.2)
+        with suppress(httpx.HTTPError):  # it may listen elsewhere
+            while httpx.get(f"{self.url}/ready", timeout=60).json()["unchecked"]:
+                assert time.monotonic() < deadline, "adapters are still not checked"
+                time.sleep(0.1)
         return self
 
     def family(self) -> list[psutil.Process]:

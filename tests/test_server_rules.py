@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -329,6 +330,10 @@ def adapters(server, root, *words: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def audited(root):
+    return [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()]
+
+
 def test_the_command_finds_server_and_key_and_the_audit_log_has_every_change(server, root, admin):
     place = root / "new"
     make_qaa(place, root / "base", ATTENTION["llama"], 7)
@@ -345,7 +350,7 @@ def test_the_command_finds_server_and_key_and_the_audit_log_has_every_change(ser
     refused = adapters(server, root, "delete", "guest")
     assert refused.returncode == 1
     assert "there is no adapter 'guest'" in refused.stderr
-    lines = [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()]
+    lines = audited(root)
     mine = [line for line in lines if line["adapter"] == "guest"]
     assert [(line["action"], line["before"], line["after"]) for line in mine] == [
         ("put", None, old), ("put", old, new), ("pin", old, old), ("rollback", new, old), ("delete", old, None),
@@ -354,7 +359,12 @@ def test_the_command_finds_server_and_key_and_the_audit_log_has_every_change(ser
     assert [line["result"] for line in mine[:-1]] == ["ok"] * 5
     assert mine[-1]["result"].startswith("404")
     assert {(line["key"], line["from"]) for line in mine} == {("night-shift", "local")}
-    watched = [line for line in lines if line["adapter"] == "one"]
+    make_qaa(root / "adapters" / "dropped", root / "base", ATTENTION["llama"], 9)
+    deadline = time.monotonic() + 60
+    while not (watched := [line for line in audited(root) if line["adapter"] == "dropped"]):
+        assert time.monotonic() < deadline, "what came into the directory was not told"
+        time.sleep(0.1)
+    shutil.rmtree(root / "adapters" / "dropped")
     assert (watched[0]["action"], watched[0]["key"], watched[0]["from"]) == ("publish", None, "adapters directory")
 
 

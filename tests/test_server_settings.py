@@ -423,7 +423,8 @@ def test_numbers_that_make_no_sense_are_refused(parser, root, capsys, option, te
 def test_our_other_options_arrive(parser, root):
     _, options, _, _ = resolve(
         parser, root / "base", "--adapters", root / "adapters", "--adapters-quiet", "0.25",
-        "--adapters-check", "lazy", "--keep-revisions", 0, "--adapter-max-running", 3, "--adapter-max-queue", 0, "--drain-timeout", 0,
+        "--adapters-check", "lazy", "--keep-revisions", 0, "--adapter-max-running", 3, "--adapter-max-queue", 0,
+        "--drain-timeout", 0,
         "--adapter-loaders", 2, "--adapter-load-timeout", 0.5,
     )  # fmt: skip
     assert (options.adapter_loaders, options.adapter_load_timeout_s) == (2, 0.5)

@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import time
 from collections import Counter as Tally
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 from weakref import WeakValueDictionary
 
 from qaa_serve.adapters import AdapterError
@@ -79,6 +79,7 @@ class Entry:
         history: digests of former contents, the oldest first, as the source last said; None: not asked yet.
         history_read: when that was, by the monotonic clock.
         former: those of them that were asked for, by digest.
+        new: it came while the server ran, and that has not been told yet.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Entry:
     history: list[str] | None = None
     history_read: float = 0.0
     former: dict[str, Revision] | None = None
+    new: bool = False
 
     @property
     def state(self) -> State:
@@ -205,7 +207,6 @@ class Catalogue:
         self._pins: dict[str, set[int]] = {}  # by name
         self._unchecked: dict[str, None] = {}  # names, in the order in which they are checked
         self._to_check = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._log = logger or getLogger(__name__)
 
     # ------------------------------------------------------------------------------------------------ use
@@ -312,8 +313,11 @@ class Catalogue:
                     self._failures.note(key, error)
                 message = f"adapter {name!r} cannot be read now: {error}"
                 raise UnavailableError(message, self._failures.pause_s(key)) from error
-            if self.entries.get(name) is entry:  # and not removed meanwhile
-                self._switch(entry, revision, entry.listed)
+            self._switch(entry, revision, entry.listed)
+            if entry.new:
+                entry.new = False
+                self._observer.swapped("published")
+                self._note("publish", name, None, revision)
             return entry
 
     async def _former(self, entry: Entry, digits: str) -> Revision:
@@ -514,18 +518,19 @@ class Catalogue:
                     raise
                 entry.listed = listed
                 self.reject(name, error)
-                self._keep_former(before)
+                await self._keep_former(before)
                 return
+            if revision != before:
+                await self._keep_former(before)
             old = self._switch(entry, revision, listed)
             if old is not None:
                 self._observer.swapped("published")
                 self._note("publish", name, before, revision)
-                self._keep_former(old)
                 await self._retire(old)
 
     def _add(self, name: str, listed: Listed) -> None:
         """A content that nobody uses yet: it is checked when it is asked for, or when it is its turn."""
-        self._enter(Entry(name, listed))
+        self._enter(Entry(name, listed, new=True))
         try:
             self._check_name(name)
         except AdapterError as error:
@@ -540,9 +545,9 @@ class Catalogue:
             if (entry := self.entries.get(name)) is not None and entry.listed is not None:
                 await self._forget(entry, "forget")
 
-    def _keep_former(self, old: Revision) -> None:
-        """Somebody has replaced a content in the source: have it in the history."""
-        self._in_background(self.contents.keep(old, self._keep, self.settings.protected(old.name)))
+    async def _keep_former(self, old: Revision) -> None:
+        """Somebody has replaced a content in the source: have it in the history, before nothing else has it."""
+        await self.contents.keep(old, self._keep, self.settings.protected(old.name))
 
     def reject(self, name: str, error: AdapterError) -> None:
         """Note why the newest content of a name is not served; what the name stands for goes on."""
@@ -809,11 +814,6 @@ class Catalogue:
             pass
         except Exception:
             self._log.exception("Unforeseen, while an adapter was checked in the background")
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class _Fetching:

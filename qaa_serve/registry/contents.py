@@ -254,7 +254,7 @@ class Contents:
                 self.prune(self._local_history, old.name, count, protected)
 
         try:
-            await self.in_background.run(f"keeping {old.revision}", keep)
+            await self._changes.run(f"keeping {old.revision}", keep)
         except (AdapterError, OSError) as error:
             self._log.warning("%s is not kept: %s", old.revision, error)
 

@@ -111,7 +111,7 @@ class ServedModels(OpenAIServingModels):
         return page
 
     def _write(self, base: list[bytes], may_use: Callable[[str], bool] | None) -> bytes:
-        cards, known = self._cards, list(self._catalogue.entries.items())
+        cards, known = self._cards, sorted(self._catalogue.entries.items())
         parts = [*base]
         for name, entry in known:
             if entry.state == "rejected" or (may_use is not None and not may_use(name)):
