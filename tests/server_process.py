@@ -123,8 +123,11 @@ class ServerProcess:
                 raise AssertionError(f"the server did not start; its log ends with:\n{self.text()[-4000:]}")
             time.sleep(0.2)
         with suppress(httpx.HTTPError):  # it may listen elsewhere
+            deadline = min(deadline, time.monotonic() + 120)
             while httpx.get(f"{self.url}/ready", timeout=60).json()["unchecked"]:
-                assert time.monotonic() < deadline, "adapters are still not checked"
+                assert time.monotonic() < deadline, (
+                    f"adapters are not checked; the log ends with:\n{self.text()[-4000:]}"
+                )
                 time.sleep(0.1)
         return self
 

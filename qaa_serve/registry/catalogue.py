@@ -537,7 +537,7 @@ class Catalogue:
             self.reject(name, error)
             return
         self._unchecked[name] = None
-        self._to_check.set()
+        self.check_soon()
 
     async def forget(self, name: str) -> None:
         """The source has nothing under a name any more."""
@@ -574,6 +574,10 @@ class Catalogue:
                             entry.rejection = rejection
                     return
 
+    def check_soon(self) -> None:
+        """There may be something to check in the background, or to load since it is pinned."""
+        self._to_check.set()
+
     async def check_in_background(self) -> None:
         """Check what nobody has asked for, one after the other, with as long a pause after each."""
         while True:
@@ -608,7 +612,7 @@ class Catalogue:
         for reference in former.pinned ^ settings.pinned:
             if (entry := self.entries.get(reference.partition("@")[0])) is not None:
                 self._note_pins(entry)
-        self._to_check.set()
+        self.check_soon()
 
     async def pin(self, name: str, digits: str | None = None) -> None:
         """Keep a name's current revision, whichever it is, or one certain revision in every server's memory.
