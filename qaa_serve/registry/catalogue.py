@@ -26,6 +26,9 @@ from qaa_serve.sources import ChangedMeanwhileError, Listed, NoSuchRevisionError
 #: How often a change of the settings begins anew when another server's comes between.
 _TRIES = 5
 
+#: How long what could not be read in the background waits until it is tried again, in seconds.
+_RETRY_S = 30.0
+
 #: The longest that a history is taken as it was read, in seconds, for a revision that is not in it.
 _HISTORY_S = 5.0
 
@@ -580,15 +583,21 @@ class Catalogue:
 
     async def check_in_background(self) -> None:
         """Check what nobody has asked for, one after the other, with as long a pause after each."""
+        put_off: list[str] = []
         while True:
-            await self._to_check.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._to_check.wait(), _RETRY_S if put_off else None)
             self._to_check.clear()
+            self._unchecked.update(dict.fromkeys(name for name in put_off if name in self.entries))
+            put_off = []
             while self._unchecked:
                 name = next(iter(self._unchecked))
                 del self._unchecked[name]
                 begun = time.monotonic()
                 with self._no_matter():
                     await self._check(name, background=True)
+                if (entry := self.entries.get(name)) is not None and entry.state == "known":
+                    put_off.append(name)
                 if self._unchecked:
                     await asyncio.sleep(min(time.monotonic() - begun, 1.0))
             with self._no_matter():
