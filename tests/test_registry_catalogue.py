@@ -1047,6 +1047,32 @@ async def test_what_is_replaced_by_something_invalid_goes_on(place: Place) -> No
 
 
 @in_a_loop
+async def test_the_last_good_one_is_not_missed_because_the_history_could_not_be_read(
+    place: Place, odd: OddSource
+) -> None:
+    async with place.server() as catalogue:
+        for seed in (1, 2, 3):
+            await catalogue.publish("a", place.version(seed))
+    damage(place)
+    async with place.replica("two").server(source=odd) as catalogue:
+        newest = place.digest(2)
+        odd.hooks["fetch_revision"] = hang = Hang()
+        asking = [asyncio.create_task(use(catalogue)) for _ in range(3)]
+        await eventually(lambda: hang.count, "the last good one is being read")
+        asking.append(asyncio.create_task(use(catalogue)))
+        hang.go.set()
+        assert await asyncio.gather(*asking) == [newest] * 4
+    for method in ("revisions", "fetch_revision"):
+        async with place.replica(method).server(source=odd) as catalogue:
+            odd.fail(SourceError("away"), method)
+            with pytest.raises(UnavailableError, match="away"):
+                await use(catalogue)
+            odd.hooks.clear()
+            catalogue._failures._failures.clear()
+            assert await use(catalogue) == newest
+
+
+@in_a_loop
 async def test_the_last_good_one_is_fetched_again_from_the_history(place: Place) -> None:
     digest = place.drop("a", 1)
     engine = FakeEngine()

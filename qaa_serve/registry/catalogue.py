@@ -301,18 +301,21 @@ class Catalogue:
             if entry.listed is None or entry.state != "known":
                 return entry
             listed = entry.listed
-            try:
-                revision = await self._read(
-                    name, listed.version, lambda: self.contents.check(name, listed, background=background)
-                )
-            except UnavailableError:
-                raise
-            except AdapterError as error:
-                self.reject(name, error)
-                await self._serve_last_good(entry)
-                return entry
+
+            async def read() -> tuple[Revision | None, AdapterError | None]:
+                try:
+                    return await self.contents.check(name, listed, background=background), None
+                except AdapterError as error:
+                    if error.temporary:
+                        raise
+                    return await self._last_good(name), error
+
+            revision, error = await self._read(name, listed.version, read)
             if self.entries.get(name) is entry:  # and not removed meanwhile
-                self._switch(entry, revision, entry.listed)
+                if revision is not None:
+                    self._switch(entry, revision, listed)
+                if error is not None:
+                    self.reject(name, error)
             return entry
 
     async def _read(self, name: str, what: str, read: Callable[[], Awaitable[T]]) -> T:
@@ -604,17 +607,15 @@ class Catalogue:
         self._log.error("Not serving adapter %r of %s: %s", name, self.contents.source.url, error)
         self._note("reject", name, entry.current, entry.current, str(error))
 
-    async def _serve_last_good(self, entry: Entry) -> None:
-        """Serve the newest former content that can be, in place of one that cannot."""
-        with self._no_matter():
-            for digest in reversed(await self.contents.history(entry.name)):
-                with self._no_matter():
-                    revision, rejection = await self.contents.former(entry.name, digest), entry.rejection
-                    if self.entries.get(entry.name) is entry:
-                        self._switch(entry, revision, entry.listed)
-                        with self._counted(entry):
-                            entry.rejection = rejection
-                    return
+    async def _last_good(self, name: str) -> Revision | None:
+        """The newest former content that can be served, in place of one that cannot."""
+        for digest in reversed(await self.contents.history(name)):
+            try:
+                return await self.contents.former(name, digest)
+            except AdapterError as error:
+                if error.temporary:  # it may be the one, so no older one is
+                    raise
+        return None
 
     async def check_in_background(self) -> None:
         """Check what nobody has asked for, one after the other, with as long a pause after each."""
@@ -808,6 +809,8 @@ class Catalogue:
         self._unchecked.pop(entry.name, None)
         if old == revision or quiet:
             return None
+        if old is not None and old.digest.startswith(tuple(self.settings.pins(entry.name) - {""})):
+            entry.former = {**(entry.former or {}), old.digest: old}
         self._note_pins(entry)
         self._log.info(
             "Serving %s adapter %s as %r (rank %d, %d bytes)%s",
