@@ -825,6 +825,14 @@ async def test_everything_is_checked_in_the_background_and_not_read_again(place:
 
 
 @in_a_loop
+async def test_everything_is_checked_though_the_settings_cannot_be_read(place: Place, odd: OddSource) -> None:
+    place.drop("a", 1)
+    odd.fail(SourceError("away"), "read_settings")
+    async with place.server(source=odd, check=True) as catalogue:
+        await eventually(lambda: current(catalogue) == place.digest(1), "it is checked")
+
+
+@in_a_loop
 async def test_a_request_does_not_wait_for_what_is_checked_in_the_background(place: Place, odd: OddSource) -> None:
     for name in "abc":
         place.drop(name, 1)
@@ -1130,7 +1138,10 @@ async def test_a_source_that_cannot_be_written_is_served_and_its_former_contents
             await eventually(
                 lambda former=former: local.revisions("a") == [place.digest(former)], "the newest one is kept"
             )
-        assert await use(catalogue, f"a@{place.digest(2)[:12]}") == place.digest(2)
+        former = await catalogue.load(f"a@{place.digest(2)[:12]}")
+        await catalogue.cache.retire(former)
+        evict(place, 2)
+        assert await use(catalogue, former.revision) == place.digest(2)
         with pytest.raises(UnknownAdapterError):
             await use(catalogue, f"a@{old[:12]}")
         for change in (

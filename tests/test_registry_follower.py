@@ -391,17 +391,42 @@ async def test_an_adapter_that_vanishes_while_it_is_taken_is_gone(place: Place, 
 
 
 @in_a_loop
-async def test_a_temporary_failure_is_tried_again(place: Place, odd: OddSource) -> None:
+async def test_a_temporary_failure_is_tried_again_after_growing_pauses(
+    place: Place, odd: OddSource, clock: SimpleNamespace
+) -> None:
     old = place.drop("a", 1)
     async with following(place, odd) as catalogue:
         await until_served(catalogue, "a", old)
+        odd.calls["fetch"] = 0
         odd.fail(SourceError("an input/output error"), "fetch")
         place.drop("a", 2)
-        await eventually(lambda: odd.calls["fetch"] > 2, "it was tried again")
+        for count, pause_s in ((1, 1.0), (2, 2.0), (3, 4.0)):
+            await eventually(lambda count=count: odd.calls["fetch"] == count, "it was tried")
+            await looked(odd)
+            clock.now += pause_s / 2
+            await looked(odd)
+            if pause_s > 1.0:
+                assert odd.calls["fetch"] == count
+            clock.now += pause_s / 2
         assert current(catalogue) == old
         assert catalogue.entries["a"].rejection is None
         odd.hooks.clear()
+        clock.now += 60.0
         await until_served(catalogue, "a", place.digest(2))
+
+
+@in_a_loop
+async def test_what_is_kept_slowly_delays_nobody(place: Place, odd: OddSource) -> None:
+    place.drop("a", 1)
+    async with following(place, odd) as catalogue:
+        async with catalogue.use("a"):
+            pass
+        odd.hooks["keep"] = hang = Hang()
+        await until_served(catalogue, "a", place.drop("a", 2))
+        await eventually(lambda: hang.count, "the old one is being kept")
+        await until_served(catalogue, "b", place.drop("b", 3))
+        await until_served(catalogue, "a", place.drop("a", 4))
+        hang.go.set()
 
 
 @in_a_loop
@@ -443,19 +468,22 @@ async def test_a_failure_that_nobody_foresaw_costs_that_adapter_alone(
     place: Place, odd: OddSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with following(place, odd) as catalogue:
-        take, failed = Catalogue.take, threading.Event()
+        take, failures = Catalogue.take, 0
 
         async def fail_for_some(self: Catalogue, name: str, listed: Listed) -> None:
+            nonlocal failures
             if name == "bad":
-                failed.set()
+                failures += 1
                 raise RuntimeError("unforeseen")
             await take(self, name, listed)
 
         monkeypatch.setattr(Catalogue, "take", fail_for_some)
         place.drop("bad", 1)
-        await eventually(failed.is_set, "it failed")
+        await eventually(lambda: failures, "it failed")
         for name in ("a", "z"):
             await until_served(catalogue, name, place.drop(name, 2))
+        await looked(odd)
+        assert failures == 1, "it is not done over and over"
         monkeypatch.undo()
         await until_served(catalogue, "bad", place.drop("bad", 3))
 
