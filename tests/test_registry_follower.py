@@ -418,7 +418,7 @@ async def test_a_temporary_failure_is_tried_again_after_growing_pauses(
 @in_a_loop
 async def test_what_is_kept_slowly_delays_nobody(place: Place, odd: OddSource) -> None:
     place.drop("a", 1)
-    async with following(place, odd) as catalogue:
+    async with following(place, odd, timeout_s=3600) as catalogue:
         async with catalogue.use("a"):
             pass
         odd.hooks["keep"] = hang = Hang()
