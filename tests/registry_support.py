@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import shutil
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -17,6 +22,7 @@ from qaa_serve.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
+    AdapterError,
     ModuleWeights,
     digest_of,
     save_adapter,
@@ -33,6 +39,7 @@ from qaa_serve.registry import (
     base_fingerprint,
 )
 from qaa_serve.sources import DirectoryHistory, DirectorySource, Source
+from qaa_serve.sources.disk import exchange
 
 #: The longest that anything is waited for, in seconds.
 PATIENCE_S = 30.0
@@ -82,9 +89,37 @@ class Place:
         place = self.directory / "versions" / f"seed-{seed}"
         return place if place.exists() else make(place, seed, **settings)
 
+    def digest(self, seed: int) -> str:
+        """Of that adapter."""
+        return digest_of(self.version(seed))
+
+    def drop(self, name: str, seed: int) -> str:
+        """Put it into the source by hand, in one step; its digest."""
+        staged, target = self.adapters / f".{name}.new", self.adapters / name
+        shutil.copytree(self.version(seed), staged)
+        if not target.exists():
+            staged.rename(target)
+        elif exchange(staged, target):
+            shutil.rmtree(staged)
+        else:
+            pytest.skip("this file system exchanges no directories in one step")
+        return self.digest(seed)
+
+    def replica(self, which: str) -> Place:
+        """Another server's place: the same source, and a state directory of its own."""
+        other = Place(self.directory, **self.settings)
+        other.state = self.directory / f"state-{which}"
+        return other
+
     def make_contents(self, source: Source | None = None, **settings: Any) -> Contents:
         """What a server opens at its start."""
-        chosen = {"max_bytes": 1 << 20, "state_bytes": 1 << 24, "timeout_s": PATIENCE_S, "loaders": 4, **settings}
+        chosen: dict[str, Any] = {
+            "max_bytes": 1 << 20,
+            "state_bytes": 1 << 24,
+            "timeout_s": PATIENCE_S,
+            "loaders": 4,
+            **settings,
+        }
         state = State(self.state, max_bytes=chosen.pop("state_bytes"))
         base = chosen.pop("base", None)
         return Contents(
@@ -146,6 +181,66 @@ class Place:
                 await body(catalogue)
 
         asyncio.run(run())
+
+
+class OddSource:
+    """A source that counts what is asked of it, and does what a test wants before it answers.
+
+    Attributes:
+        calls: how often each of its methods was called.
+        hooks: by method, called with its arguments in the thread that it is called in; may wait, or raise.
+    """
+
+    def __init__(self, source: Source):
+        self.url = source.url
+        self.calls: Counter[str] = Counter()
+        self.hooks: dict[str, Callable[..., object]] = {}
+        self._source = source
+
+    def __getattr__(self, method: str) -> Any:
+        real = getattr(self._source, method)
+        if method == "changes":
+            return real
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls[method] += 1
+            if method in self.hooks:
+                self.hooks[method](*args)
+            return real(*args, **options)
+
+        return call
+
+    def fail(self, error: AdapterError, *methods: str) -> None:
+        """Have these methods raise."""
+
+        def fail(*args: Any) -> None:
+            raise error
+
+        self.hooks |= dict.fromkeys(methods, fail)
+
+
+class Hang:
+    """A hook that waits until it is told to go on, for the calls whose arguments a test picks."""
+
+    def __init__(self, which: Callable[..., bool] = lambda *args: True):
+        self._which = which
+        self.go = threading.Event()
+        self.count = 0
+
+    def __call__(self, *args: Any) -> None:
+        if self._which(*args):
+            self.count += 1
+            assert self.go.wait(2 * PATIENCE_S)
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **options: Any) -> None:
+        asyncio.run(test(*args, **options))
+
+    return run
 
 
 def tree(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Names, revisions and the scan of an adapters directory."""
+"""Names and revisions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from registry_support import make, make_lora
 from safetensors.torch import save_file
 
-from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, digest_of
-from qaa_serve.registry import Ids, Revision, check_name, public_form, read_revision, scan
+from qaa_serve.adapters import WEIGHTS_FILE, AdapterError, digest_of
+from qaa_serve.registry import Ids, Revision, check_name, public_form, read_revision
 
 
 def test_a_revision_is_named_by_its_content(tmp_path):
@@ -118,23 +118,6 @@ def test_what_a_lora_adapter_holds_is_checked(tmp_path):
     save_file({"q_proj.lora_A.weight": torch.ones(4, 16), "q_proj.lora_B.weight": bad}, weights)
     with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight has 32 values that are NaN or infinite"):
         read_revision(adapter)
-
-
-def test_scan_takes_adapters_and_says_why_it_rejects(tmp_path):
-    make(tmp_path / "b")
-    make(tmp_path / "a")
-    make(tmp_path / ".half-written")
-    make_lora(tmp_path / "odd", peft_type="IA3")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "file.txt").write_text("x")
-    (tmp_path / "empty-config").mkdir()
-    (tmp_path / "empty-config" / CONFIG_FILE).write_text("")
-    revisions, rejections = scan(tmp_path)
-    assert [revision.name for revision in revisions] == ["a", "b"]
-    assert {rejection.name: rejection.reason[:25] for rejection in rejections} == {
-        "odd": "adapter_config.json has p",
-        "empty-config": "adapter_config.json is no",
-    }
 
 
 def test_the_base_is_found_beside_the_adapter(tmp_path):

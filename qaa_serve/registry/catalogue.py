@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import time
 from collections import Counter as Tally
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from qaa_serve.adapters import AdapterError
@@ -22,6 +22,8 @@ from qaa_serve.registry.index import Verdict
 from qaa_serve.registry.revisions import NameRefusedError, Rejection, Revision, check_name
 from qaa_serve.registry.settings import Alias, SourceSettings
 from qaa_serve.sources import ChangedMeanwhileError, Listed, NoSuchRevisionError
+
+T = TypeVar("T")
 
 #: How often a change of the settings begins anew when another server's comes between.
 _TRIES = 5
@@ -82,6 +84,7 @@ class Entry:
         history: digests of former contents, the oldest first, as the source last said; None: not asked yet.
         history_read: when that was, by the monotonic clock.
         former: those of them that were asked for, by digest.
+        put_at: when this server put its content, by the monotonic clock.
         new: it came while the server ran, and that has not been told yet.
     """
 
@@ -93,6 +96,7 @@ class Entry:
     history: list[str] | None = None
     history_read: float = 0.0
     former: dict[str, Revision] | None = None
+    put_at: float = 0.0
     new: bool = False
 
     @property
@@ -107,8 +111,7 @@ class Entry:
 
     def revisions(self) -> list[Revision]:
         """The current one, then the former ones that were asked for."""
-        former = [revision for revision in (self.former or {}).values() if revision != self.current]
-        return former if self.current is None else [self.current, *former]
+        return [*([] if self.current is None else [self.current]), *(self.former or {}).values()]
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class Catalogue:
         self._pins: dict[str, set[int]] = {}  # by name
         self._unchecked: dict[str, None] = {}  # names, in the order in which they are checked
         self._to_check = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._log = logger or getLogger(__name__)
 
     # ------------------------------------------------------------------------------------------------ use
@@ -246,12 +250,10 @@ class Catalogue:
         if at:
             try:
                 return await self._former(entry, digits)
-            except UnknownAdapterError:
+            except (UnknownAdapterError, UnavailableError):
                 raise
             except AdapterError as error:
-                if error.temporary:
-                    raise UnavailableError(f"{asked!r} cannot be read now: {error}", 5) from error
-                raise UnknownAdapterError(f"{asked!r} cannot be served: {error}") from error
+                raise UnknownAdapterError(f"adapter {asked!r} cannot be served: {error}") from error
         if entry.current is None:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
         return entry.current
@@ -273,7 +275,7 @@ class Catalogue:
             except AdapterError as error:
                 if await self.find(asked) != revision:
                     continue
-                if isinstance(error, EngineRefusedError) and not error.temporary:
+                if isinstance(error, EngineRefusedError) and not error.temporary and self.is_current(revision):
                     self.reject(revision.name, error)
                 unkept = self.entries[revision.name]
                 if unkept.listed is None and isinstance(error, NoSuchRevisionError):
@@ -303,60 +305,95 @@ class Catalogue:
             entry = self._known(name)
             if entry.listed is None or entry.state != "known":
                 return entry
-            key = (name, entry.listed.version)
-            try:
-                self._failures.check(key)
-                revision = await self.contents.check(name, entry.listed, background=background)
-            except AdapterError as error:
-                if not error.temporary:
-                    self.reject(name, error)
-                    await self._serve_last_good(entry)
-                    return entry
-                if not self._failures.pause_s(key):
-                    self._failures.note(key, error)
-                message = f"adapter {name!r} cannot be read now: {error}"
-                raise UnavailableError(message, self._failures.pause_s(key)) from error
-            self._switch(entry, revision, entry.listed)
-            if entry.new:
+            listed = entry.listed
+
+            async def read() -> tuple[Revision | None, AdapterError | None]:
+                try:
+                    return await self.contents.check(name, listed, background=background), None
+                except AdapterError as error:
+                    if error.temporary:
+                        raise
+                    return await self._last_good(name), error
+
+            revision, error = await self._read(name, listed.version, read)
+            if self.entries.get(name) is entry:  # and not removed meanwhile
+                if revision is not None:
+                    self._switch(entry, revision, listed)
+                if entry.new and error is None:
+                    self._observer.swapped("published")
+                    self._note("publish", name, None, revision)
                 entry.new = False
-                self._observer.swapped("published")
-                self._note("publish", name, None, revision)
+                if error is not None:
+                    self.reject(name, error)
             return entry
+
+    async def _read(self, name: str, what: str, read: Callable[[], Awaitable[T]]) -> T:
+        """Something of a name's in the source, which is not read again for a while if it cannot be.
+
+        Raises:
+            UnavailableError: if it cannot be read now.
+            AdapterError: if it is wrong.
+        """
+        key = (name, what)
+        try:
+            self._failures.check(key)
+            found = await read()
+        except AdapterError as error:
+            if not self._failures.pause_s(key):
+                self._failures.note(key, error)
+            if not error.temporary:
+                raise
+            message = f"adapter {name!r} cannot be read now: {error}"
+            raise UnavailableError(message, self._failures.pause_s(key)) from error
+        self._failures.forget(key)
+        return found
 
     async def _former(self, entry: Entry, digits: str) -> Revision:
         """A content of a name by its digest, or by the first 12 or more hex digits of it."""
         if len(digits) < 12:
             raise UnknownAdapterError(f"adapter {entry.name!r} has no revision {digits!r}: give 12 digits or more")
-        history = await self.history(entry)
-        current = [] if entry.current is None else [entry.current.digest]
-        found = {d for d in (*current, *history) if d.startswith(digits)}
+        here = {revision.digest: revision for revision in entry.revisions()}
+        if digits in here:
+            return here[digits]
+        found = _matching(entry, digits)
+        if entry.history is None or not found:
+            await self.history(entry)
+            found = _matching(entry, digits)
         if len(found) > 1:
             names = " and ".join(f"{entry.name}@{digest}" for digest in sorted(found))
             raise AmbiguousRevisionError(f"{entry.name}@{digits} may be {names}: give more digits")
         if not found:
-            known = ", ".join(d[:12] for d in dict.fromkeys((*current, *reversed(history)))) or "none"
+            known = ", ".join(digest[:12] for digest in _matching(entry, "")) or "none"
             raise UnknownAdapterError(f"adapter {entry.name!r} has no revision {digits!r}; kept: {known}")
         (digest,) = found
-        if entry.current is not None and entry.current.digest == digest:
-            return entry.current
-        if entry.former is None or digest not in entry.former:
-            revision = await self.contents.former(entry.name, digest)
-            entry.former = {**(entry.former or {}), digest: revision}
-            self._note_pins(entry)
-        return entry.former[digest]
+        async with self._lock(f"{entry.name}@{digest}"):  # one reads it for all who ask at once
+            if entry.current is not None and entry.current.digest == digest:
+                return entry.current
+            if entry.former is None or digest not in entry.former:
+                revision = await self._read(entry.name, digest, lambda: self.contents.former(entry.name, digest))
+                entry.former = {**(entry.former or {}), digest: revision}
+                self._note_pins(entry)
+            return entry.former[digest]
 
     async def history(self, entry: Entry) -> list[str]:
-        """Digests of a name's former contents, the oldest first, as of some seconds ago."""
-        if entry.history is None or time.monotonic() - entry.history_read > _HISTORY_S:
-            try:
-                history = await self.contents.history(entry.name)
-            except AdapterError:
-                if entry.history is None:
-                    raise
-                history = entry.history  # better than none, until it can be read again
-            entry.history, entry.history_read = history, time.monotonic()
-            entry.former = {digest: r for digest, r in (entry.former or {}).items() if digest in history} or None
-        return entry.history
+        """Digests of a name's former contents, the oldest first, as of some seconds ago.
+
+        Raises:
+            UnavailableError: if they cannot be read now, and were not before.
+        """
+        async with self._lock(f"{entry.name}@"):
+            if entry.history is None or time.monotonic() - entry.history_read > _HISTORY_S:
+                try:
+                    history = await self._read(entry.name, "@", lambda: self.contents.history(entry.name))
+                except AdapterError:
+                    if entry.history is None:
+                        raise
+                    history = entry.history  # better than none, until it can be read again
+                entry.history, entry.history_read = history, time.monotonic()
+                entry.former = {
+                    digest: r for digest, r in (entry.former or {}).items() if digest in history
+                } or None
+            return entry.history
 
     # ------------------------------------------------------------------------------------- changes by the API
 
@@ -374,7 +411,8 @@ class Catalogue:
         """
         try:
             self._check_name(name)
-            await self._is_checked(name)
+            with suppress(UnavailableError):  # what cannot be read can be replaced
+                await self._is_checked(name)
             async with self._lock(name):
                 revision = await self.contents.admit(name, directory)
                 return await self._put(name, revision, condition, "put")
@@ -397,7 +435,11 @@ class Catalogue:
             AdapterError: if it cannot be loaded or written; what the name stood for goes on.
         """
         self._check_name(name)
-        await self._is_checked(name)
+        try:
+            await self._is_checked(name)
+        except UnavailableError:
+            if digits is None:  # which is the one before it?
+                raise
         async with self._lock(name):
             entry = self.entries.get(name) or Entry(name, None)
             if digits is None:
@@ -421,6 +463,7 @@ class Catalogue:
         async with self._lock(name):
             if name not in self.entries:
                 revision = await self.contents.admit(name, directory)
+                self.cache.failures.forget(revision)  # of a copy that was gone
                 self._switch(self._enter(Entry(name, None)), revision, None)
                 self._note("resolve", name, None, revision)
 
@@ -435,17 +478,19 @@ class Catalogue:
         entry = self.entries.get(name)
         expected = condition.expected(entry)
         before = None if entry is None else entry.current
-        if before != revision:
-            await self.cache.load(revision, again=True)
         try:
+            if before != revision:
+                await self.cache.load(revision, again=True)
             listed = await self.contents.put(
                 revision, expected, again=again, keep=self._keep, protected=self.settings.protected(name)
             )
         except BaseException:
             if before != revision:
-                await self.cache.retire(revision)
+                await self._retire(revision)
             raise
-        old = self._switch(entry or self._enter(Entry(name, listed)), revision, listed)
+        entry = entry or self._enter(Entry(name, listed))
+        entry.put_at = time.monotonic()
+        old = self._switch(entry, revision, listed)
         self._observer.swapped("rolled_back" if again else "published")
         self._note(action, name, before, revision)
         await self._retire(old)
@@ -512,6 +557,8 @@ class Catalogue:
                 self._add(name, listed)
                 return
             before = entry.current
+            # Whoever put it has kept the former one; what a plugin found was never in the source.
+            by_hand = not listed.settled and entry.listed is not None
             try:
                 revision = await self.contents.check(name, listed)
                 if revision != before and (self.cache.has(before.int_id) or self.settings.pins(name)):
@@ -521,10 +568,11 @@ class Catalogue:
                     raise
                 entry.listed = listed
                 self.reject(name, error)
-                await self._keep_former(before)
+                if by_hand:
+                    await self._keep_former(before, before)
                 return
-            if revision != before:
-                await self._keep_former(before)
+            if by_hand and revision != before:
+                await self._keep_former(before, revision)
             old = self._switch(entry, revision, listed)
             if old is not None:
                 self._observer.swapped("published")
@@ -542,15 +590,21 @@ class Catalogue:
         self._unchecked[name] = None
         self.check_soon()
 
-    async def forget(self, name: str) -> None:
-        """The source has nothing under a name any more."""
+    async def forget(self, name: str, looked_at: float) -> None:
+        """The source has nothing under a name any more.
+
+        Args:
+            name: the public name.
+            looked_at: when that was seen, by the monotonic clock: it may have been put since.
+        """
         async with self._lock(name):
-            if (entry := self.entries.get(name)) is not None and entry.listed is not None:
+            entry = self.entries.get(name)
+            if entry is not None and entry.listed is not None and entry.put_at < looked_at:
                 await self._forget(entry, "forget")
 
-    async def _keep_former(self, old: Revision) -> None:
+    async def _keep_former(self, old: Revision, current: Revision) -> None:
         """Somebody has replaced a content in the source: have it in the history, before nothing else has it."""
-        await self.contents.keep(old, self._keep, self.settings.protected(old.name))
+        await self.contents.keep(old, self._keep, self.settings.protected(old.name) | {current.digest})
 
     def reject(self, name: str, error: AdapterError) -> None:
         """Note why the newest content of a name is not served; what the name stands for goes on."""
@@ -565,24 +619,26 @@ class Catalogue:
         self._log.error("Not serving adapter %r of %s: %s", name, self.contents.source.url, error)
         self._note("reject", name, entry.current, entry.current, str(error))
 
-    async def _serve_last_good(self, entry: Entry) -> None:
-        """Serve the newest former content that can be, in place of one that cannot."""
-        with self._no_matter():
-            for digest in reversed(await self.contents.history(entry.name)):
-                with self._no_matter():
-                    revision, rejection = await self.contents.former(entry.name, digest), entry.rejection
-                    if self.entries.get(entry.name) is entry:
-                        self._switch(entry, revision, entry.listed)
-                        with self._counted(entry):
-                            entry.rejection = rejection
-                    return
+    async def _last_good(self, name: str) -> Revision | None:
+        """The newest former content that can be served, in place of one that cannot."""
+        for digest in reversed(await self.contents.history(name)):
+            try:
+                return await self.contents.former(name, digest)
+            except AdapterError as error:
+                if error.temporary:  # it may be the one, so no older one is
+                    raise
+        return None
 
     def check_soon(self) -> None:
         """There may be something to check in the background, or to load since it is pinned."""
         self._to_check.set()
 
-    async def check_in_background(self) -> None:
-        """Check what nobody has asked for, one after the other, with as long a pause after each."""
+    async def check_in_background(self, *, lazy: bool = False) -> None:
+        """Check what nobody has asked for, one after the other, with as long a pause after each.
+
+        Args:
+            lazy: load what is pinned alone.
+        """
         put_off: list[str] = []
         while True:
             with suppress(TimeoutError):
@@ -590,7 +646,7 @@ class Catalogue:
             self._to_check.clear()
             self._unchecked.update(dict.fromkeys(name for name in put_off if name in self.entries))
             put_off = []
-            while self._unchecked:
+            while self._unchecked and not lazy:
                 name = next(iter(self._unchecked))
                 del self._unchecked[name]
                 begun = time.monotonic()
@@ -621,7 +677,21 @@ class Catalogue:
         for reference in former.pinned ^ settings.pinned:
             if (entry := self.entries.get(reference.partition("@")[0])) is not None:
                 self._note_pins(entry)
+        for name in former.aliases.keys() ^ settings.aliases.keys():
+            if name in self.entries:
+                self._in_background(self._take_name(name))
         self.check_soon()
+
+    async def _take_name(self, name: str) -> None:
+        """Find anew whether an adapter may have its name, which is an alias now, or is no more."""
+        async with self._lock(name):
+            entry = self.entries.get(name)
+            if entry is not None and entry.listed is not None:
+                revisions = entry.revisions()
+                self._add(name, entry.listed)
+                self._note_pins(self.entries[name])
+                for revision in revisions:
+                    await self.cache.retire(revision)
 
     async def pin(self, name: str, digits: str | None = None) -> None:
         """Keep a name's current revision, whichever it is, or one certain revision in every server's memory.
@@ -637,16 +707,31 @@ class Catalogue:
         self._note("pin", name, revision, revision)
 
     async def unpin(self, name: str, digits: str | None = None) -> None:
-        """Undo `pin`; does nothing if it is not pinned.
+        """Undo `pin`, also of what is not there any more; does nothing if it is not pinned.
 
         Raises:
-            UnknownAdapterError: if there is no such name or revision.
+            UnknownAdapterError: if there is no such name or revision, and no such pin.
             AdapterError: if the source cannot be written.
         """
-        revision = await self.find(name if digits is None else f"{name}@{digits}")
-        reference = name if digits is None else revision.engine_name
-        await self._edit(lambda settings: settings.with_pin(reference, False))
-        self._note("unpin", name, revision, revision)
+        asked = name if digits is None else f"{name}@{digits}"
+        pins = {asked} & self.settings.pinned
+        if digits is not None and len(digits) >= 12:
+            pins = {pin for pin in self.settings.pinned if "@" in pin and _are_one(pin, asked)}
+
+        def unpinned(settings: SourceSettings) -> SourceSettings:
+            for pin in pins:
+                settings = settings.with_pin(pin, False)
+            return settings
+
+        revision = None
+        try:
+            revision = await self.find(asked)
+        except AdapterError:
+            if not pins:
+                raise
+        if pins:
+            await self._edit(unpinned)
+            self._note("unpin", name, revision, revision)
 
     async def set_alias(self, name: str, alias: Alias | None) -> None:
         """Let a name stand for others, or no more.
@@ -687,6 +772,7 @@ class Catalogue:
                 settings = change(SourceSettings.parse(content))
                 try:
                     source.write_settings(settings.encode(), version)
+                    self.contents.index.note_settings(settings.encode())
                     return
                 except ChangedMeanwhileError:
                     if not left:
@@ -708,11 +794,9 @@ class Catalogue:
         return entry is not None and entry.current == revision
 
     def version_of(self, revision: Revision) -> str | None:
-        """The source's version of a revision that it has as its name's content; None if it has another."""
+        """The source's version of what has a revision's name, if that is served; None if it is not."""
         entry = self.entries.get(revision.name)
-        if entry is None or entry.listed is None or entry.current != revision or entry.rejection is not None:
-            return None
-        return entry.listed.version
+        return None if entry is None or entry.listed is None or entry.current != revision else entry.listed.version
 
     def _lock(self, name: str) -> asyncio.Lock:
         """What a change of this name holds; it is kept as long as somebody does or waits for it."""
@@ -750,6 +834,8 @@ class Catalogue:
         self._unchecked.pop(entry.name, None)
         if old == revision or quiet:
             return None
+        if old is not None and old.digest.startswith(tuple(self.settings.pins(entry.name) - {""})):
+            entry.former = {**(entry.former or {}), old.digest: old}
         self._note_pins(entry)
         self._log.info(
             "Serving %s adapter %s as %r (rank %d, %d bytes)%s",
@@ -827,6 +913,22 @@ class Catalogue:
             pass
         except Exception:
             self._log.exception("Unforeseen, while an adapter was checked in the background")
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _are_one(reference: str, other: str) -> bool:
+    """Whether two NAME@REVISION may be of one revision, given with more or fewer digits."""
+    return reference.startswith(other) or other.startswith(reference)
+
+
+def _matching(entry: Entry, digits: str) -> dict[str, None]:
+    """Digests of a name's contents that begin so: the current one, then the former ones, the newest first."""
+    current = [] if entry.current is None else [entry.current.digest]
+    return {d: None for d in (*current, *reversed(entry.history or ())) if d.startswith(digits)}
 
 
 class _Fetching:

@@ -41,7 +41,6 @@ class Contents:
         source: where adapters are kept.
         state: where their copies are.
         index: what is known of them.
-        in_background: runs what nobody waits for.
     """
 
     def __init__(
@@ -73,11 +72,12 @@ class Contents:
         self.source = source
         self.state = state
         self.index = index
-        self.in_background = Threads(1, timeout_s)
+        self._in_background = Threads(1, timeout_s)
         self._local_history = local_history
         self._base = base
         self._max_bytes = max_bytes
         self._threads = Threads(loaders, timeout_s)
+        self._keeping = Threads(1, timeout_s)
         self._changes = Threads(2 * loaders, timeout_s)  # whoever changes something does not wait for who reads
         self._told_read_only = False
         self._log = logger
@@ -114,7 +114,7 @@ class Contents:
         Raises:
             AdapterError: if it cannot be served, or not read now.
         """
-        threads = self.in_background if background else self._threads
+        threads = self._in_background if background else self._threads
         return await threads.run(f"reading the adapter {name!r}", self.check_now, name, listed)
 
     def check_now(self, name: str, listed: Listed) -> Revision:
@@ -162,14 +162,14 @@ class Contents:
 
         Args:
             revision: the revision.
-            version: of the source, where that has it as the name's content; None: it is a former one.
+            version: of what the source has under its name, which may be the same; None: it is a former one.
 
         Raises:
             AdapterError: if it cannot be had.
         """
 
         def fetch(staged: Path) -> None:
-            if version is not None:
+            if version is not None and self.index.digest_of(revision.name, version) in (None, revision.digest):
                 try:
                     self.source.fetch(revision.name, version, staged, max_bytes=self._max_bytes)
                 except ChangedMeanwhileError:
@@ -254,7 +254,7 @@ class Contents:
                 self.prune(self._local_history, old.name, count, protected)
 
         try:
-            await self._changes.run(f"keeping {old.revision}", keep)
+            await self._keeping.run(f"keeping {old.revision}", keep)
         except (AdapterError, OSError) as error:
             self._log.warning("%s is not kept: %s", old.revision, error)
 

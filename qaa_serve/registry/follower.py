@@ -62,7 +62,7 @@ class Follower:
         self._taking: dict[str, asyncio.Task[None]] = {}
         self._failures: Failures[str] = Failures()
         self._identity = ""
-        self._settings: str | None = None
+        self._settings: str | None = ""  # no version: they were not read yet
         self._trouble = ""
         self._listed_at = time.monotonic()
 
@@ -81,6 +81,7 @@ class Follower:
                     raise SourceError(f"{self._source.url} is empty, as if it were not mounted")
                 self._listed_at = time.monotonic()
                 await self._threads.run("writing the index", self._index.note_listing, listing)
+                self._trouble = ""
                 break
             except SourceError as error:
                 self._note_lost(str(error))
@@ -92,8 +93,11 @@ class Follower:
         content = await self._threads.run("reading the index", self._index.settings)
         if content is not None:
             self._take_settings(content)
-        if not self._trouble:
-            await self._look_at_settings(listing.settings)
+        try:
+            if not self._trouble:
+                await self._read_settings()
+        except SourceError as error:
+            self._note_lost(str(error))
 
         def begin() -> dict[str, str]:
             self._catalogue.begin(listing.adapters, self._index.known())
@@ -145,6 +149,7 @@ class Follower:
                 gone = [name for name in gone if self._source.look(name) is None]
             return listing, changed, gone
 
+        begun = time.monotonic()
         listing, changed, gone = await self._threads.run(f"listing {url}", look)
         if gone and not listing.adapters and listing.identity != self._identity:
             raise SourceError(f"{url} is another one now, and empty, as if it were not mounted")
@@ -157,7 +162,7 @@ class Follower:
         for name in self._waiting.keys() - listing.adapters.keys():
             del self._waiting[name]
         for name in gone:
-            await self._catalogue.forget(name)
+            await self._catalogue.forget(name, begun)
             self._seen.pop(name, None)
         if gone or changed:
             await self._threads.run("writing the index", self._index.note_listing, listing)
