@@ -532,7 +532,7 @@ class Catalogue:
             self.reject(name, error)
             return
         self._unchecked[name] = None
-        self._to_check.set()
+        self.check_soon()
 
     async def forget(self, name: str) -> None:
         """The source has nothing under a name any more."""
@@ -569,12 +569,20 @@ class Catalogue:
                             entry.rejection = rejection
                     return
 
-    async def check_in_background(self) -> None:
-        """Check what nobody has asked for, one after the other, with as long a pause after each."""
+    def check_soon(self) -> None:
+        """There is something for `check_in_background`."""
+        self._to_check.set()
+
+    async def check_in_background(self, *, lazy: bool = False) -> None:
+        """Check what nobody has asked for, one after the other, with as long a pause after each; then load pins.
+
+        Args:
+            lazy: only load what is pinned.
+        """
         while True:
             await self._to_check.wait()
             self._to_check.clear()
-            while self._unchecked:
+            while self._unchecked and not lazy:
                 name = next(iter(self._unchecked))
                 del self._unchecked[name]
                 begun = time.monotonic()
@@ -603,7 +611,7 @@ class Catalogue:
         for reference in former.pinned ^ settings.pinned:
             if (entry := self.entries.get(reference.partition("@")[0])) is not None:
                 self._note_pins(entry)
-        self._to_check.set()
+        self.check_soon()
 
     async def pin(self, name: str, digits: str | None = None) -> None:
         """Keep a name's current revision, whichever it is, or one certain revision in every server's memory.

@@ -100,6 +100,7 @@ class Follower:
             return {name: listed.version for name, listed in listing.adapters.items()}
 
         self._seen = await asyncio.to_thread(begin)
+        self._catalogue.check_soon()
 
     async def run(self) -> None:
         """Follow until cancelled."""
