@@ -199,13 +199,15 @@ def _shares(targets: Sequence[str]) -> str | dict[str, int]:
     """What an alias leads to, as the server takes it."""
     if len(targets) == 1 and "=" not in targets[0]:
         return targets[0]
-    shares = {}
+    shares: dict[str, int] = {}
     for target in targets:
         name, _, share = target.partition("=")
         if not share.isdecimal():
             raise _FailedError(
                 f"{target!r} has no share: write TARGET=SHARE with a whole number for each of several"
             )
+        if name in shares:
+            raise _FailedError(f"{name!r} is given twice: give each target once, with its share")
         shares[name] = int(share)
     return shares
 

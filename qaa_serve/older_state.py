@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from qaa_serve.adapters import MAX_ADAPTER_BYTES, AdapterError, digest_of
-from qaa_serve.registry.revisions import check_name
+from qaa_serve.registry.revisions import check_name, check_reference
 from qaa_serve.registry.settings import SourceSettings
 from qaa_serve.sources import Listed, Source
 
@@ -33,11 +32,11 @@ def move_state(state: Path, source: Source) -> Iterator[str]:
 
     Raises:
         ValueError: if there is no such state.
-        AdapterError: if the source cannot be written.
+        AdapterError: if the source cannot be read or written.
     """
     file = state / "state.json"
     try:
-        saved = json.loads(file.read_bytes())["adapters"]
+        saved = dict(json.loads(file.read_bytes())["adapters"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} cannot be read as an older version's ({error}): is it the --state-dir of one?"
@@ -47,30 +46,31 @@ def move_state(state: Path, source: Source) -> Iterator[str]:
     for name, fields in saved.items():
         try:
             check_name(name)
-            current, kept = fields["current"], fields["kept"]
-            copies = {digest: _copy_of(state, name, digest) for digest in [*reversed(kept), current] if digest}
+            current, seen, kept = fields["current"], fields.get("seen"), [*filter(None, fields["kept"])]
+            copies = {digest: _copy_of(state, name, digest) for digest in (*kept, current) if digest}
+            pinned = {name} if fields.get("pinned") else set()
+            for digest in fields.get("pinned_revisions") or ():
+                check_reference(f"{name}@{digest}")
+                pinned.add(f"{name}@{digest}")
         except (AdapterError, KeyError, TypeError) as error:
             yield f"{name}: not moved: {error}"
             continue
         for digest in reversed(kept):
-            if (copy := copies[digest]) is not None:
-                source.keep(name, digest_of(copy), copy)
-        pins |= {name} if fields.get("pinned") else set()
-        pins |= {f"{name}@{digest}" for digest in fields.get("pinned_revisions") or ()}
-        there = _content_of(source, name, adapters.get(name))
-        if there not in (None, fields.get("seen"), current):
-            yield f"{name}: stays as it is in the source, which was changed since"
-            continue
+            _keep(source, name, copies[digest])
+        pins |= pinned
         copy = None if current is None else copies[current]
-        if current is None:
+        there = _content_of(source, name, adapters.get(name))
+        if there is not None and not _is_one_of(there, seen, current):
+            _keep(source, name, copy)  # it is served if what is there cannot be, as it was
+            yield f"{name}: stays as it is in the source, which was changed since"
+        elif current is None:
             if there is not None:
                 source.remove(name)
                 yield f"{name}: removed, as it was by the API"
-            continue
-        if copy is None:
-            yield f"{name}: not moved: its copy {current[:12]} is gone or damaged"
-        elif there == current:
+        elif there is not None and _is_one_of(there, current):
             yield f"{name}: is in the source"
+        elif copy is None:
+            yield f"{name}: not moved: its copy {current[:12]} is gone or damaged"
         else:
             source.put(name, copy, digest_of(copy))
             former = sum(copies[digest] is not None for digest in kept)
@@ -84,13 +84,33 @@ def move_state(state: Path, source: Source) -> Iterator[str]:
         yield f"pinned: {', '.join(sorted(pins))}"
 
 
+def _is_one_of(digest: str, *noted: str | None) -> bool:
+    """Whether a content is one of those that were written down, with all digits or the first 12."""
+    return any(digest.startswith(one) for one in noted if one)
+
+
 def _content_of(source: Source, name: str, listed: Listed | None) -> str | None:
-    """The digest of what the source has under a name; None if there is nothing that could be read."""
-    with tempfile.TemporaryDirectory() as staged, suppress(AdapterError):
-        if listed is not None:
+    """The digest of what the source has under a name; "" if that is no whole adapter, None if it is nothing.
+
+    Raises:
+        AdapterError: if it cannot be read now.
+    """
+    if listed is None:
+        return None
+    with tempfile.TemporaryDirectory() as staged:
+        try:
             source.fetch(name, listed.version, Path(staged), max_bytes=MAX_ADAPTER_BYTES)
             return digest_of(Path(staged))
-    return None
+        except AdapterError as error:
+            if error.temporary:
+                raise
+    return ""
+
+
+def _keep(source: Source, name: str, copy: Path | None) -> None:
+    """Put a copy, if there is one, into the source's history."""
+    if copy is not None:
+        source.keep(name, digest_of(copy), copy)
 
 
 def _copy_of(state: Path, name: str, digest: str) -> Path | None:

@@ -140,6 +140,7 @@ class Place:
         source: Source | None = None,
         follow: bool = False,
         check: bool = False,
+        lazy: bool = False,
         quiet_s: float = 0.05,
         **settings: Any,
     ) -> AsyncIterator[Catalogue]:
@@ -150,6 +151,7 @@ class Place:
             source: in place of the directory.
             follow: follow the source too.
             check: check in the background what nobody asked for.
+            lazy: only load there what is pinned.
             quiet_s: of the follower.
             settings: of Contents and Catalogue.
         """
@@ -165,7 +167,7 @@ class Place:
             if follow:
                 tasks.append(asyncio.create_task(follower.run()))
             if check:
-                tasks.append(asyncio.create_task(catalogue.check_in_background()))
+                tasks.append(asyncio.create_task(catalogue.check_in_background(lazy=lazy)))
             yield catalogue
         finally:
             for task in tasks:

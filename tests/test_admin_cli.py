@@ -18,8 +18,10 @@ pytest.importorskip("psutil", reason="the server's packages are not installed")
 
 import uvicorn
 from fastapi import FastAPI, Request
+from registry_support import make
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from qaa_serve.adapters import digest_of
 from qaa_serve.admin_cli import main
 from qaa_serve.server.runfile import RunningServer, cache_root, find_server
 
@@ -37,18 +39,25 @@ def adapter(name="one", **fields):
     }  # fmt: skip
 
 
+def alias(name, **shares):
+    """An alias as the server describes it."""
+    return {"id": name, "object": "alias", "to": shares}
+
+
 class Stub:
     """A server that takes note of what it is asked.
 
     Attributes:
         url: where it is.
         asked: (method, path, key, body) of each request.
+        conditions: If-Match of each request; None if it has none.
         answer: what it answers instead of what it would.
     """
 
     def __init__(self, url):
         self.url = url
         self.asked = []
+        self.conditions = []
         self.answer = None
         self.app = FastAPI()
         self.app.add_api_route("/{path:path}", self.handle, methods=["GET", "PUT", "POST", "DELETE"])
@@ -62,7 +71,9 @@ class Stub:
             data = await request.body()
             body = json.loads(data) if data else None
         raw_path = request.scope["raw_path"].decode()
-        self.asked.append((request.method, raw_path, request.headers.get("authorization"), body))
+        asked = f"{raw_path}?{query}" if (query := request.scope["query_string"].decode()) else raw_path
+        self.asked.append((request.method, asked, request.headers.get("authorization"), body))
+        self.conditions.append(request.headers.get("if-match"))
         if self.answer is not None:
             return self.answer
         if request.headers.get("authorization") != f"Bearer {KEY}":
@@ -73,6 +84,10 @@ class Stub:
                 "code": 401,
             }
             return JSONResponse({"error": error}, 401)
+        if raw_path == "/v1/aliases":
+            return {"object": "list", "data": [alias("chat", support=95, other=5), alias("more", support=1)]}
+        if raw_path.startswith("/v1/aliases/"):
+            return alias("chat", **{REVISION: 95, "other": 5})
         if request.method == "DELETE":
             return {"id": "one", "object": "adapter", "deleted": True}
         return {"object": "list", "data": [adapter()]} if raw_path == "/v1/adapters" else adapter()
@@ -115,7 +130,7 @@ def shared():
 
 @pytest.fixture
 def server(shared):
-    shared.asked, shared.answer = [], None
+    shared.asked, shared.conditions, shared.answer = [], [], None
     return shared
 
 
@@ -156,14 +171,25 @@ def directory(tmp_path):
     [
         (["list"], "GET", "/v1/adapters", None),
         (["show", "one"], "GET", "/v1/adapters/one", None),
+        (["put", "one", "hf://org/repo@v1"], "PUT", "/v1/adapters/one", {"source": "hf://org/repo@v1"}),
         (["delete", "one"], "DELETE", "/v1/adapters/one", None),
+        (["delete", "one", "--purge"], "DELETE", "/v1/adapters/one?purge=true", None),
         (["rollback", "one"], "POST", "/v1/adapters/one/rollback", {"revision": None}),
         (["rollback", "one", REVISION], "POST", "/v1/adapters/one/rollback", {"revision": REVISION}),
         (["pin", "one", "bbbbbbbbbbbb"], "POST", "/v1/adapters/one/pin", {"revision": "bbbbbbbbbbbb"}),
         (["unpin", "one"], "POST", "/v1/adapters/one/unpin", {"revision": None}),
+        (["load", "one"], "POST", "/v1/adapters/one/load", {"revision": None}),
+        (["load", "one", REVISION], "POST", "/v1/adapters/one/load", {"revision": REVISION}),
+        (["aliases"], "GET", "/v1/aliases", None),
+        (["alias", "chat", "one"], "PUT", "/v1/aliases/chat", {"to": "one"}),
+        (["alias", "chat", REVISION], "PUT", "/v1/aliases/chat", {"to": REVISION}),
+        (["alias", "chat", "one=1"], "PUT", "/v1/aliases/chat", {"to": {"one": 1}}),
+        (["alias", "chat", f"{REVISION}=95", "two=5"], "PUT", "/v1/aliases/chat",
+         {"to": {REVISION: 95, "two": 5}}),
+        (["unalias", "chat"], "DELETE", "/v1/aliases/chat", None),
         (["show", "a/../b?c#d e"], "GET", "/v1/adapters/a%2F..%2Fb%3Fc%23d%20e", None),
     ],
-)
+)  # fmt: skip
 def test_each_command_is_one_request(server, ask, arguments, method, path, body):
     status, _, errors = ask(*arguments)
     assert (status, errors) == (0, "")
@@ -175,6 +201,29 @@ def test_an_adapter_is_uploaded_with_both_files(server, ask, directory):
     assert (status, "one: served" in output) == (0, True)
     files = {"config": ("adapter_config.json", b"{}"), "weights": ("adapter_model.safetensors", b"weights")}
     assert server.asked == [("PUT", "/v1/adapters/one", f"Bearer {KEY}", files)]
+
+
+@pytest.mark.parametrize("command", [["put", "one", "hf://org/repo"], ["delete", "one"], ["rollback", "one"]])
+@pytest.mark.parametrize("revision", [REVISION, "bbbbbbbbbbbb"])
+def test_a_change_may_depend_on_what_is_served(server, ask, command, revision):
+    assert ask(*command)[0] == 0
+    assert ask(*command, "--if-match", revision)[0] == 0
+    assert server.conditions == [None, f'"{revision}"']
+
+
+@pytest.mark.parametrize(
+    "targets", [["one", "two"], ["one=1", "two"], ["one=half"], ["one=-1", "two=1"], ["one="]]
+)
+def test_shares_that_are_none_are_said_and_not_asked_for(server, ask, targets):
+    status, _, errors = ask("alias", "chat", *targets)
+    assert (status, server.asked) == (1, [])
+    assert "has no share: write TARGET=SHARE with a whole number" in errors
+
+
+def test_a_target_that_is_given_twice_is_said(server, ask):
+    status, _, errors = ask("alias", "chat", "one=95", "one=5")
+    assert (status, server.asked) == (1, [])
+    assert "'one' is given twice" in errors
 
 
 # --------------------------------------------------------------------------------------------- what is shown
@@ -214,9 +263,17 @@ def test_one_adapter_is_shown_with_its_revisions(server, ask):
 
 def test_what_was_removed_is_said(ask):
     assert ask("delete", "one") == (0, "one is served no more\n", "")
+    assert ask("unalias", "chat") == (0, "chat is served no more\n", "")
 
 
-@pytest.mark.parametrize("command", [["list"], ["show", "one"], ["delete", "one"]])
+def test_aliases_are_shown_with_what_they_lead_to(server, ask):
+    assert ask("aliases") == (0, "chat  support=95  other=5\nmore  support=1\n", "")
+    assert ask("alias", "chat", "one") == (0, f"chat  {REVISION}=95  other=5\n", "")
+    server.answer = JSONResponse({"object": "list", "data": []})
+    assert ask("aliases") == (0, "no aliases\n", "")
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "one"], ["delete", "one"], ["aliases"]])
 def test_programs_get_the_servers_answer(server, ask, command):
     server.answer = JSONResponse({"id": "one", "data": [1], "\N{SNOWMAN}": None})
     status, output, _ = ask(*command, "--json")
@@ -345,13 +402,59 @@ def test_what_is_no_adapter_directory_is_not_uploaded(server, ask, directory):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["lift"], ["show"], ["put", "one"], ["list", "--port", "5"], ["list", "x"]]
-)
+    "arguments",
+    [
+        [], ["lift"], ["show"], ["put", "one"], ["list", "--port", "5"], ["list", "x"], ["unalias"],
+        ["alias", "chat"], ["rollback", "one", "--purge"], ["pin", "one", "--if-match", REVISION],
+        ["move-state", "state"],
+    ],
+)  # fmt: skip
 def test_a_wrong_command_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage: qaa-serve adapters" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- an older version's state directory
+
+
+@pytest.fixture
+def older(tmp_path):
+    """A state directory with one upload, and an empty source."""
+    state = tmp_path / "older"
+    copy = make(tmp_path / "upload", 1)
+    digest = digest_of(copy)
+    (state / "revisions").mkdir(parents=True)
+    copy.rename(state / "revisions" / f"support@{digest}")
+    fields = {"current": digest, "kept": [], "source": "api", "seen": None, "pinned": True, "pinned_revisions": []}
+    (state / "state.json").write_text(json.dumps({"version": 1, "adapters": {"support": fields}}))
+    (tmp_path / "source").mkdir()
+    return state, digest
+
+
+def test_uploads_of_an_older_version_are_moved_without_a_server(older, tmp_path, capsys):
+    state, digest = older
+    assert main(["move-state", str(state), str(tmp_path / "source")]) == 0
+    output, errors = capsys.readouterr()
+    assert (output, errors) == (
+        f"support: {digest[:12]} put into the source, 0 former contents kept\npinned: support\n", ""
+    )  # fmt: skip
+    assert digest_of(tmp_path / "source" / "support") == digest
+
+
+def test_what_cannot_be_moved_is_said_in_one_line(older, tmp_path, capsys):
+    state, _ = older
+    for arguments, reason in (
+        ([state, tmp_path / "nowhere"], "nowhere is not a directory"),
+        ([tmp_path / "source", tmp_path / "source"], "is it the --state-dir of one?"),
+        ([state, "no-such-store://bucket/prefix"], "no-such-store://bucket/prefix"),
+    ):
+        assert main(["move-state", *map(str, arguments)]) == 1
+        output, errors = capsys.readouterr()
+        assert (output, errors.count("\n")) == ("", 1)
+        assert errors.startswith("qaa-serve adapters: ")
+        assert reason in errors
 
 
 # ------------------------------------------------------------------------------------- where servers are found

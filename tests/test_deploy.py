@@ -296,7 +296,7 @@ VALUES = {
     "outcome": {"success", "client_error", "server_error", "rejected", "aborted"},
     "kind": {"prompt", "cached", "generated"},
     "tier": {"store", "host", "device"},
-    "state": {"served", "rejected"},
+    "state": {"served", "rejected", "unchecked"},
 }
 _WORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "group_left", "group_right", "offset"}
 
@@ -515,8 +515,8 @@ def test_manifests_are_what_the_api_takes(rendered: dict[str, list[dict[str, Any
             kubernetes_validate.validate(item, version, strict=True)
             checked.append(item["kind"])
     assert sorted(checked) == [
-        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "PersistentVolumeClaim",
-        "PodDisruptionBudget", "Service", "ServiceAccount",
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy",
+        "PersistentVolumeClaim", "PersistentVolumeClaim", "PodDisruptionBudget", "Service", "ServiceAccount",
     ]  # fmt: skip
 
 
@@ -591,10 +591,20 @@ def test_the_objects_find_each_other(rendered: dict[str, list[dict[str, Any]]], 
     assert service["metadata"]["name"] == "qaa-serve"  # the job's name in every rule
     target = _one(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
-    claim = _one(objects, "PersistentVolumeClaim")["metadata"]["name"]
-    volumes = deployment["spec"]["template"]["spec"]["volumes"]
-    claims = [volume["persistentVolumeClaim"] for volume in volumes if "persistentVolumeClaim" in volume]
-    assert claims == [{"claimName": claim, "readOnly": True}]
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    named = {
+        c["metadata"]["name"]: c["spec"]["accessModes"] for c in objects if c["kind"] == "PersistentVolumeClaim"
+    }
+    used = {v["persistentVolumeClaim"]["claimName"]: v for v in pod["volumes"] if "persistentVolumeClaim" in v}
+    assert named == {"qaa-serve-models": ["ReadOnlyMany"], "qaa-serve-adapters": ["ReadWriteMany"]}
+    assert used.keys() == named.keys()
+    adapters = used["qaa-serve-adapters"]
+    assert f"--adapters={mounts[adapters['name']]['mountPath']}" in container["args"]
+    for mount_or_claim in (adapters["persistentVolumeClaim"], mounts[adapters["name"]]):
+        assert "readOnly" not in mount_or_claim, "the admin API writes there"
+    assert used["qaa-serve-models"]["persistentVolumeClaim"]["readOnly"] is True
 
 
 @covers("kubernetes/components/autoscaling/prometheus-adapter-values.yaml")

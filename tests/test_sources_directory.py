@@ -257,6 +257,24 @@ def test_a_history_stays_in_order_when_the_clock_is_put_back(
     assert history("a") == "vwxy"
 
 
+def test_a_directory_that_another_user_made_goes_to_the_history(
+    put: Callable[..., Any], history: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who shares a directory may write there, and may set the times of others' files to now and nothing else."""
+    set_times = os.utime
+
+    def refuse(path: Any, *, ns: tuple[int, int] | None = None) -> None:
+        if ns is not None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        set_times(path)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    for which in "abc":
+        put("x", which)
+        time.sleep(0.02)  # what sets no times has no finer ones than the kernel's clock
+    assert history("x") == "ab"
+
+
 def test_history_of_its_own_directory(tmp_path: Path, contents: Contents) -> None:
     kept = DirectoryHistory(tmp_path / "history")
     assert kept.revisions("a") == []

@@ -165,6 +165,16 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Rejections in each interval, by reason", "none",
               {"{{reason}}": "sum by (reason) "
                f"(increase(qaa_adapter_rejections_total{{{SERVER}}}[$__rate_interval]))"}, stacked=True),
+        Panel("Not checked yet", "none",
+              {"{{instance}}": f'sum by (instance) (qaa_adapters{{{SERVER}, state="unchecked"}})'},
+              about="Nobody has asked for them, and their turn in the background has not come."),
+        Panel("Since the source was listed", "s",
+              {"{{instance}}": f"max by (instance) (qaa_source_age_seconds{{{SERVER}}})"},
+              thresholds=[(180, "red")], about="It is listed every --adapters-poll seconds."),
+        Panel("Different catalogues", "none",
+              {"": f"count(count by (fingerprint) (qaa_catalogue_fingerprint{{{SERVER}}}))"},
+              thresholds=[(2, "yellow")],
+              about="1 while all servers serve the same contents; more while they come to know of a change."),
         Panel("Rejected now", "none", {"": f"qaa_adapter_rejected{{{ADAPTER}}} > 0"}, "table",
               about="GET /v1/adapters says why."),
         Panel("Loading an adapter", "s", quantiles("qaa_adapter_load_seconds", "instance", SERVER)),
@@ -174,7 +184,7 @@ ROWS: dict[str, list[Panel]] = {
               stacked=True, about="Where their current revision is, nearest to the device."),
         Panel("Bytes by tier", "bytes", {"{{tier}}": f"sum by (tier) (qaa_adapter_bytes{{{ADAPTER}}})"},
               stacked=True,
-              about="store: the copies on disk; host: the engine's memory; device: the slots of the batch."),
+              about="store: the files in the source; host: the engine's memory; device: the slots of the batch."),
         Panel(
             "Adapter cache", "bytes",
             {"{{instance}} in use": f"sum by (instance) (qaa_adapter_cache_bytes{{{SERVER}}})",
@@ -182,6 +192,22 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("The 10 largest, in the host's memory", "bytes",
               {"{{adapter}}": f'topk(10, sum by (adapter) (qaa_adapter_bytes{{{ADAPTER}, tier="host"}}))'}),
+    ],
+    "Aliases": [
+        Panel("Requests by alias and revision", "reqps",
+              {"{{alias}} {{revision}}": rate("qaa_alias_requests_total", "alias, revision", SERVER)}, width=12,
+              stacked=True, about="How the shares of an alias turn out."),
+        Panel(
+            "Server errors by alias and revision", "percentunit",
+            {"{{alias}} {{revision}}": ratio(
+                rate("qaa_alias_requests_total", "alias, revision", f'{SERVER}, outcome="server_error"'),
+                rate("qaa_alias_requests_total", "alias, revision", SERVER))},
+            width=12, thresholds=[(0.05, "red")],
+        ),
+        Panel("Request, end to end, by alias and revision", "s",
+              {f"{{{{alias}}}} {{{{revision}}}} {name}": query for name, query in zip(
+                  QUANTILES, quantiles("qaa_alias_request_seconds", "alias, revision", SERVER).values(),
+                  strict=True)}, width=WIDTH),
     ],
     "Memory": [
         Panel("Of the devices, by kind", "bytes",

@@ -95,7 +95,7 @@ async def serve(
                 _follow(server, partial(announce, server.catalogue, args, told)),
                 server.monitor.run(),
                 key_sources.follow(server.keys, logger),
-                *([server.catalogue.check_in_background()] if options.adapters_check != "lazy" else []),
+                server.catalogue.check_in_background(lazy=options.adapters_check == "lazy"),
             )
         ]
         try:

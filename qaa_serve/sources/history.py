@@ -186,7 +186,10 @@ class Shelf:
                 newest = max(newest, path.stat().st_mtime_ns)
         for step in (1, 1_000, 1_000_000, 2_000_000_000):  # file systems round differently
             when = max(time.time_ns(), newest + step)
-            os.utime(directory, ns=(when, when))
+            try:
+                os.utime(directory, ns=(when, when))
+            except PermissionError:  # who may write another user's directory may set no other time than this one
+                os.utime(directory)
             if directory.stat().st_mtime_ns > newest:
                 return
 

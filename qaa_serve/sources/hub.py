@@ -44,25 +44,25 @@ class Repository:
 
         Raises:
             RepositoryError: if it cannot be had.
+            AdapterError: if there is no adapter in it.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
         try:
             found = snapshot_download(
                 self.repo, revision=self.revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], max_workers=2
             )
             copy_adapter(Path(found), target, max_bytes=MAX_ADAPTER_BYTES)
+        except AdapterError:
+            raise
+        except HFValidationError as error:
+            raise RepositoryError(400, f"{self.repo} cannot be the name of a repository: {error}") from error
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise RepositoryError(
                 404, f"the hub has no {self.repo} at {self.revision}, or not for this token"
             ) from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        except Exception as error:  # the disk's, the network's, or what the hub's HTTP client makes of it
             raise RepositoryError(503, f"{self.repo} cannot be fetched from the hub now: {error}") from error
 
 
