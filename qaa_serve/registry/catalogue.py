@@ -211,6 +211,7 @@ class Catalogue:
         self._reserved = reserved
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._pins: dict[str, set[int]] = {}  # by name
+        self._being_kept: set[str] = set()  # former revisions that are on their way into the history
         self._unchecked: dict[str, None] = {}  # names, in the order in which they are checked
         self._to_check = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -391,7 +392,9 @@ class Catalogue:
                     history = entry.history  # better than none, until it can be read again
                 entry.history, entry.history_read = history, time.monotonic()
                 entry.former = {
-                    digest: r for digest, r in (entry.former or {}).items() if digest in history
+                    digest: revision
+                    for digest, revision in (entry.former or {}).items()
+                    if digest in history or revision.engine_name in self._being_kept
                 } or None
             return entry.history
 
@@ -569,10 +572,10 @@ class Catalogue:
                 entry.listed = listed
                 self.reject(name, error)
                 if by_hand:
-                    await self._keep_former(before, before)
+                    self._keep_former(entry, before, before)
                 return
             if by_hand and revision != before:
-                await self._keep_former(before, revision)
+                self._keep_former(entry, before, revision)
             old = self._switch(entry, revision, listed)
             if old is not None:
                 self._observer.swapped("published")
@@ -602,9 +605,19 @@ class Catalogue:
             if entry is not None and entry.listed is not None and entry.put_at < looked_at:
                 await self._forget(entry, "forget")
 
-    async def _keep_former(self, old: Revision, current: Revision) -> None:
-        """Somebody has replaced a content in the source: have it in the history, before nothing else has it."""
-        await self.contents.keep(old, self._keep, self.settings.protected(old.name) | {current.digest})
+    def _keep_former(self, entry: Entry, old: Revision, current: Revision) -> None:
+        """Have a content that somebody replaced in the source in its history, and until then as if it was there."""
+        entry.former = {**(entry.former or {}), old.digest: old}
+        self._being_kept.add(old.engine_name)
+
+        async def keep() -> None:
+            try:
+                await self.contents.keep(old, self._keep, self.settings.protected(old.name) | {current.digest})
+            finally:
+                self._being_kept.discard(old.engine_name)
+                entry.history = None
+
+        self._in_background(keep())
 
     def reject(self, name: str, error: AdapterError) -> None:
         """Note why the newest content of a name is not served; what the name stands for goes on."""
@@ -928,7 +941,8 @@ def _are_one(reference: str, other: str) -> bool:
 def _matching(entry: Entry, digits: str) -> dict[str, None]:
     """Digests of a name's contents that begin so: the current one, then the former ones, the newest first."""
     current = [] if entry.current is None else [entry.current.digest]
-    return {d: None for d in (*current, *reversed(entry.history or ())) if d.startswith(digits)}
+    former = (*(entry.former or ()), *reversed(entry.history or ()))
+    return {d: None for d in (*current, *former) if d.startswith(digits)}
 
 
 class _Fetching:

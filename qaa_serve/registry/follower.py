@@ -198,7 +198,7 @@ class Follower:
         now = time.monotonic()
         if name in self._taking:
             self._waiting[name] = (version, now + self._quiet_s)  # what came of that is looked at then
-        elif (listed.complete and (whole or listed.settled) and not version) or (
+        elif (listed.complete and (whole or listed.settled) and version in ("", listed.version)) or (
             version == listed.version and when <= now
         ):
             self._waiting.pop(name, None)
