@@ -124,7 +124,7 @@ class ServerProcess:
             time.sleep(0.2)
         with suppress(httpx.HTTPError):  # it may listen elsewhere
             deadline = min(deadline, time.monotonic() + 120)
-            while httpx.get(f"{self.url}/ready", timeout=60).json()["unchecked"]:
+            while httpx.get(f"{self.url}/ready", timeout=60).json().get("unchecked"):
                 assert time.monotonic() < deadline, (
                     f"adapters are not checked; the log ends with:\n{self.text()[-4000:]}"
                 )
