@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -161,6 +162,8 @@ def test_prometheus_agrees_with_what_the_clients_counted(servers, prometheus):
                 await client.completions.create(model="nobody", prompt="t5")
             with pytest.raises(openai.BadRequestError):
                 await client.completions.create(model="n0", prompt="t5", max_tokens=-1)
+            with servers[0].admin() as admin:
+                assert admin.post("/v1/adapters/n5/load").status_code == 200
             with servers[0].held():
                 stream = await client.completions.create(
                     model="n5", prompt="t5", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
@@ -193,6 +196,16 @@ def test_prometheus_agrees_with_what_the_clients_counted(servers, prometheus):
 
 def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
     """Under a load of locust's, with a swap: nothing asks for a metric or label that is not there."""
+    with servers[0].admin() as admin:
+        assert admin.put("/v1/aliases/canary", json={"to": {"n0": 9, "n1": 1}}).status_code == 200
+    stop, client = threading.Event(), servers[0].client()
+
+    def ask_for_the_alias():
+        while not stop.wait(0.5):
+            client.completions.create(model="canary", prompt="t5", max_tokens=1)
+
+    asking = threading.Thread(target=ask_for_the_alias)
+    asking.start()
     locust = subprocess.run(
         [
             sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests" / "locustfile.py"), "--headless",
@@ -201,6 +214,8 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    stop.set()
+    asking.join()
     assert locust.returncode == 0, locust.stdout[-2000:] + locust.stderr[-2000:]
     board = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "qaa-serve.json").read_text())
     text = json.dumps(board)

@@ -113,7 +113,9 @@ class Follower:
         try:
             while True:
                 coming = coming or asyncio.ensure_future(anext(changes))
-                await asyncio.wait((coming,), timeout=self._quiet_s / 4 + 0.01 if self._waiting else None)
+                await asyncio.wait(
+                    (coming,), timeout=min(self._quiet_s / 4, 0.25) + 0.01 if self._waiting else None
+                )
                 names: Mapping[str, bool] | None = {}
                 if coming.done():
                     names, coming = coming.result(), None
@@ -196,11 +198,10 @@ class Follower:
             return
         version, when = self._waiting.get(name, ("", 0.0))
         now = time.monotonic()
-        if name in self._taking:
-            self._waiting[name] = (version, now + self._quiet_s)  # what came of that is looked at then
-        elif (listed.complete and (whole or listed.settled) and version in ("", listed.version)) or (
-            version == listed.version and when <= now
-        ):
+        at_once = listed.complete and (whole or listed.settled) and version in ("", listed.version)
+        if name in self._taking:  # looked at again when that has ended
+            self._waiting[name] = (listed.version, now if at_once else now + self._quiet_s)
+        elif at_once or (version == listed.version and when <= now):
             self._waiting.pop(name, None)
             task = self._taking[name] = asyncio.create_task(self._take(name, listed))
             task.add_done_callback(lambda _: self._taking.pop(name, None))
