@@ -606,7 +606,7 @@ class Catalogue:
                 await self._forget(entry, "forget")
 
     def _keep_former(self, entry: Entry, old: Revision, current: Revision) -> None:
-        """Have a content that somebody replaced in the source in its history, and until then as if it was there."""
+        """Have what somebody replaced in the source in its history, and until then as if it was there."""
         entry.former = {**(entry.former or {}), old.digest: old}
         self._being_kept.add(old.engine_name)
 
