@@ -1,7 +1,8 @@
 """What our metrics cost: requests that are counted and timed, and pages that are scraped.
 
     python benchmarks/metrics_cost.py requests [--windows 12] [--seconds 8] [--clients 16] [--json FILE]
-    python benchmarks/metrics_cost.py scrape [--adapters 200] [--unasked 0] [--keys 100] [--scrapes 15] [--json FILE]
+    python benchmarks/metrics_cost.py scrape [--adapters 200] [--unasked 0] [--keys 100] [--scrapes 15]
+                                             [--json FILE]
 
 **requests** serves the bundled example and keeps so many streamed requests under way. A signal to the server
 turns the timing and counting of requests off and on between windows of some seconds; the ratio of tokens a
