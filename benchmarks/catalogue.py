@@ -13,7 +13,8 @@ client may notice. Nothing is measured that was not checked before it, or is che
 **names**: starts on --names adapters of a few contents (hard links, so the copies in STATE are few), and on none.
 A first start has an empty STATE; a later one finds all names checked. Seconds until requests are taken; memory
 (RSS) over that of a process without adapters; the longest wait of the loop until then, and in --watch seconds
-after it, in which the source is followed and, after a first start, adapters are checked in the background.
+after it, in which a watch of the directory begins, the source is followed and, after a first start, adapters are
+checked in the background.
 
 **requests**: a request through gate and catalogue to an app that answers at once, with --names adapters and with
 10. All that are asked for are in the engine, up to --asked different ones. Also requests for names that nobody
@@ -22,9 +23,10 @@ has, and the app alone.
 **models**: GET /v1/models over HTTP: for a key that may use all, at first, again, and after a change of one
 adapter; for a key whose pattern lets it see a tenth; and a model that there is not.
 
-**standstill**: --standing adapters in a directory whose every stat takes --stat-ms, on whatever thread it is asked
-for, and one where it takes no time. While the server follows it, --changes of them are replaced by renames from
-another process: how long until each is served.
+**standstill**: --standing adapters in a directory whose every stat takes --stat-ms, on whatever thread it is
+asked for, and one where it takes no time. While the server follows it, --changes of them are replaced by renames
+from another process: how long until each is served. The stats are Python's: what the watch itself looks at, when
+it begins, is as fast as ever.
 
 **replicas**: two catalogues, each with its STATE, on one directory, and on one S3 (moto's, in another process),
 looked at every --poll seconds: from the return of a put on one until the other serves what was put.
@@ -85,6 +87,8 @@ SIDE = "--side"
 CONTENTS = 8
 FEW = 10
 TICK_S = 0.001
+#: What a watch of some thousand directories needs to begin, in seconds, and more.
+WATCH_S = 2.0
 #: The longest that a change is waited for, in seconds.
 PATIENCE_S = 600.0
 
@@ -185,10 +189,13 @@ class Reading(Nothing):
 
 
 class Waits:
-    """How late the event loop is with what is due."""
+    """How late the event loop is with what is due, and how long the longest collection of garbage stops all."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
+        self._collections_ms: list[float] = []
+        self._collecting_since = 0.0
+        gc.callbacks.append(self._note_collection)
         self._task = asyncio.ensure_future(self._tick())
 
     async def _tick(self) -> None:
@@ -196,6 +203,17 @@ class Waits:
             due = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
             self._late.append(time.monotonic() - due)
+
+    def _note_collection(self, phase: str, _: object) -> None:
+        if phase == "start":
+            self._collecting_since = time.perf_counter()
+        else:
+            self._collections_ms.append(1e3 * (time.perf_counter() - self._collecting_since))
+
+    def longest_collection_ms(self) -> float:
+        """The longest one since this was asked last."""
+        found, self._collections_ms = self._collections_ms, []
+        return max(found, default=0.0)
 
     async def longest_ms(self) -> float:
         """The longest wait since this was asked last."""
@@ -212,11 +230,13 @@ class Served:
         catalogue: it.
         ready_s: seconds that its start took.
         starting_ms: the loop's longest wait meanwhile, if somebody watched.
+        collecting_ms: the longest collection of garbage meanwhile, likewise.
     """
 
     catalogue: Catalogue
     ready_s: float
     starting_ms: float
+    collecting_ms: float
 
 
 @asynccontextmanager
@@ -247,14 +267,18 @@ async def serve(
     try:
         if waits is not None:
             await waits.longest_ms()
+            waits.longest_collection_ms()
         catalogue = Catalogue(contents, engine or Nothing(), cache_bytes=8 << 30, max_count=1 << 16)
         follower = Follower(contents.source, catalogue, contents.index)
         await follower.start()
         catalogue.ready = True
         ready_s = time.perf_counter() - begun
+        starting_ms = collecting_ms = 0.0
+        if waits is not None:
+            starting_ms, collecting_ms = await waits.longest_ms(), waits.longest_collection_ms()
         if follow:
             tasks += [asyncio.create_task(follower.run()), asyncio.create_task(catalogue.check_in_background())]
-        yield Served(catalogue, ready_s, 0.0 if waits is None else await waits.longest_ms())
+        yield Served(catalogue, ready_s, starting_ms, collecting_ms)
     finally:
         for task in tasks:
             task.cancel()
@@ -285,16 +309,18 @@ async def names_side(root: str, state: str, expected: int, served: int, watch_s:
         catalogue = up.catalogue
         demand(len(catalogue.entries) == expected, f"{len(catalogue.entries)} names instead of {expected}")
         demand(catalogue.counts["served"] >= served, f"{catalogue.counts} at the start instead of {served} served")
-        gc.collect()
         resident = psutil.Process().memory_info().rss
-        await waits.longest_ms()
         await asyncio.sleep(watch_s)
-        watched_ms = await waits.longest_ms()
+        watched_ms, watched_collecting_ms = await waits.longest_ms(), waits.longest_collection_ms()
+        begun = time.perf_counter()
+        gc.collect()
+        whole_ms = 1e3 * (time.perf_counter() - begun)
         after = psutil.Process().memory_info().rss
         checked = catalogue.counts["served"] + catalogue.counts["rejected"]
     answer(
         ready_s=up.ready_s, starting_ms=up.starting_ms, resident=resident, resident_after=after,
-        watched_ms=watched_ms, checked=checked,
+        watched_ms=watched_ms, checked=checked, collecting_ms=up.collecting_ms,
+        watched_collecting_ms=watched_collecting_ms, whole_ms=whole_ms,
     )  # fmt: skip
 
 
@@ -450,7 +476,8 @@ async def standstill_side(root: str, stat_s: float) -> None:
     async with serve(stage, follow=True, waits=waits) as up:
         catalogue = up.catalogue
         demand(catalogue.counts["served"] == len(catalogue.entries), f"at the start {catalogue.counts}")
-        answer(ready_s=up.ready_s, longest_ms=up.starting_ms)
+        await asyncio.sleep(WATCH_S)
+        answer(ready_s=up.ready_s, longest_ms=up.starting_ms, watch_ms=await waits.longest_ms())
         async for command in commands():
             expected = json.loads(command)
             served_at: dict[str, float] = {}
@@ -654,9 +681,16 @@ def measure_names(args: argparse.Namespace, stages: Stages, root: Path) -> Itera
                 many: (of[many]["resident_after"] - of["none"]["resident_after"]) / 2**20
             }
             found[f"longest wait in a {start} start", "ms"] = {side: it["starting_ms"] for side, it in of.items()}
+            found[f"of it by collecting garbage, {start} start", "ms"] = {
+                side: it["collecting_ms"] for side, it in of.items()
+            }
             found[f"longest wait {args.watch:g} s after a {start} start", "ms"] = {
                 side: it["watched_ms"] for side, it in of.items()
             }
+            found[f"of it by collecting garbage, after a {start} start", "ms"] = {
+                side: it["watched_collecting_ms"] for side, it in of.items()
+            }
+            found[f"a whole collection, {start} start", "ms"] = {side: it["whole_ms"] for side, it in of.items()}
         found[f"checked {args.watch:g} s after a first start", "adapters"] = {many: told["first", many]["checked"]}
         yield found
 
@@ -674,8 +708,8 @@ def measure_requests(args: argparse.Namespace, stages: Stages, root: Path) -> It
             found: Round = {}
             for batch, what in batches.items():
                 # Who is first takes turns too.
-                for side, process in list(sides.items())[:: 1 if number % 2 else -1]:
-                    found.setdefault((what, "us"), {})[side] = process.ask(batch)["us"]
+                told = {side: sides[side].ask(batch)["us"] for side in list(sides)[:: 1 if number % 2 else -1]}
+                found[what, "us"] = {side: told[side] for side in sides}
             served, app = found["a request", "us"], found["the app alone", "us"]
             found["a request less the app alone", "us"] = {side: served[side] - app[side] for side in served}
             if number:  # the first warms up
@@ -758,6 +792,7 @@ def measure_standstill(args: argparse.Namespace, stages: Stages, root: Path) -> 
             figures = {
                 ("start", "s"): started["ready_s"],
                 ("longest wait in the start", "ms"): started["longest_ms"],
+                ("longest wait as the watch begins", "ms"): started["watch_ms"],
                 ("longest wait during the changes", "ms"): told["longest_ms"],
                 ("from a change until it is served, the half", "s"): statistics.median(after),
                 ("from a change until it is served, the slowest", "s"): max(after),
@@ -830,8 +865,9 @@ def summary(rounds: list[Round]) -> list[dict[str, Any]]:
     rows = []
     for what, unit in rounds[0]:
         found = [round_[what, unit] for round_ in rounds]
-        sides = {side: spread([values[side] for values in found]) for side in found[0]}
-        ratios = [b / a for a, b in (values.values() for values in found if len(values) == 2) if a]
+        names = list(found[0])
+        sides = {side: spread([values[side] for values in found]) for side in names}
+        ratios = [values[names[1]] / values[names[0]] for values in found if len(names) == 2 and values[names[0]]]
         rows.append({"what": what, "unit": unit, "sides": sides, "ratio": spread(ratios) if ratios else None})
     return rows
 
@@ -896,6 +932,8 @@ def main() -> int:
     if sys.argv[1:2] == [SIDE]:
         import uvloop
 
+        gc.collect()
+        gc.freeze()  # as vLLM's server does when it has started: what is imported is not looked through again
         uvloop.run(SIDES[sys.argv[2]](**json.loads(sys.argv[3])))
         return 0
     args = parse()
