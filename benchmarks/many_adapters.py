@@ -3,6 +3,8 @@
     python benchmarks/many_adapters.py                    5, 100 and 1,000 adapters, three rounds
     python benchmarks/many_adapters.py --full             5,000 too
     python benchmarks/many_adapters.py --counts 5 50 --rounds 1 --seconds 10      short, to see that it works
+    python benchmarks/many_adapters.py --starts           what a start costs, and a cold adapter, with 10,000
+    python benchmarks/many_adapters.py --starts --counts 40 --rounds 1 --cold 3   short, to see that it works
 
 A small random Llama is served by a real qaa-serve with that many random QAA adapters and fewer slots for them
 (--max-loras) than there are, save for the 5 that the others are compared with. Clients wait for their answers (a
@@ -17,6 +19,12 @@ Bytes per adapter are those of GET /v1/adapters, for QAA and for LoRA r = 16 of 
 Nothing is measured before it is checked: two adapters must answer differently, and each the same twice. S-LoRA's
 paper reports 5.5 % less throughput with 2,000 LoRA adapters than with 5, on a GPU and with models of billions of
 parameters; neither is compared here.
+
+--starts measures something else: seconds until /ready says that requests are taken, with no adapters and with so
+many of a base of 30 layers (a few contents under different names), in turn: a first start, without a STATE, and a
+later one, when all have been checked. Then, on the server that was started again, the time to the first token of
+adapters that are checked and not in the engine (cold), and of the same ones again (warm): one after the other, and
+--at-once different ones together.
 """
 
 from __future__ import annotations
@@ -33,6 +41,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +50,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "loadtests")]
 
+import httpx
 import openai
 import psutil
 import server_process
@@ -93,12 +104,12 @@ def take(adapters: list[Path], directory: Path) -> Path:
     return directory
 
 
-def start(args: argparse.Namespace, base: Path, adapters: Path, state: Path) -> ServerProcess:
+def start(args: argparse.Namespace, base: Path, adapters: Path, state: Path, *options: str) -> ServerProcess:
     command = [
         "qaa-serve", str(base), "--adapters", str(adapters), "--state-dir", str(state), "--dtype", "float32",
         "--served-model-name", "base", "--max-loras", str(args.max_loras), "--max-lora-rank", str(LORA_RANK),
         "--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(args.clients), "--max-model-len", "512",
-        "--strict-adapters", "--disable-uvicorn-access-log", *shlex.split(args.server_options),
+        "--disable-uvicorn-access-log", *options, *shlex.split(args.server_options),
     ]  # fmt: skip
     return ServerProcess(command, state.with_suffix(".log"), measuring=True)
 
@@ -215,7 +226,7 @@ def measure(
     adapters = take(pool[:count], place / "adapters")
     shutil.copytree(root / "lora", adapters / WEIGHED)
     began = time.perf_counter()
-    server = start(args, base, adapters, place / "state")
+    server = start(args, base, adapters, place / "state", "--strict-adapters")
     try:
         server.wait_ready(900)
         row: dict[str, Any] = {"adapters": count, "round": round_, "start_s": time.perf_counter() - began}
@@ -259,6 +270,161 @@ def medians(rows: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any
             {"adapters": count, **middle, "ratio": statistics.median(ratios) if ratios else None, **spread}
         )
     return result
+
+
+# ------------------------------------------------------------------------------------------------- starts
+
+
+def wait_for(server: ServerProcess, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What /ready says as soon as a condition holds of it.
+
+    Raises:
+        SystemExit: if the server ends, or it takes more than an hour.
+    """
+    deadline = time.monotonic() + START_LIMIT_S
+    while server.process.poll() is None and time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            told: dict[str, Any] = httpx.get(f"{server.url}/ready", timeout=60).json()
+            if condition(told):
+                return told
+        time.sleep(0.05)
+    raise SystemExit(f"the server did not start; its log ends with:\n{server.text()[-4000:]}")
+
+
+async def first_token_s(client: openai.AsyncOpenAI, name: str) -> float:
+    began = time.perf_counter()
+    stream = await client.completions.create(
+        model=name, prompt="t11 t12 t13 t14", max_tokens=4, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    first = 0.0
+    async for chunk in stream:
+        if not first and chunk.choices and chunk.choices[0].text:
+            first = time.perf_counter() - began
+    return first
+
+
+async def cold_and_warm(server: ServerProcess, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to the first token, alone and together, of names that are not in the engine, and of the same again.
+
+    Raises:
+        SystemExit: if two models answer alike, or some that are to be cold are in the engine.
+    """
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
+    ) as client:
+        await check(client, names[:2])
+        for name in names[:2] * 3:
+            await first_token_s(client, name)  # whatever is slow the first time
+        await asyncio.gather(*(first_token_s(client, names[i % 2]) for i in range(args.at_once)))
+        alone, together = names[2 : 2 + args.cold], names[2 + args.cold :][: args.at_once]
+        known = server.adapters()
+        if warm := [name for name in (*alone, *together) if known[name]["bytes"]["host"]]:
+            raise SystemExit(f"{warm[0]} is in the engine already: nothing is measured")
+        found: dict[str, Any] = {"cold_s": [], "warm_s": []}
+        for name in alone:
+            found["cold_s"].append(await first_token_s(client, name))
+            found["warm_s"].append(await first_token_s(client, name))
+        for which in ("cold", "warm"):
+            found[f"{which}_together_s"] = await asyncio.gather(*(first_token_s(client, n) for n in together))
+        return found
+
+
+def measure_start(
+    args: argparse.Namespace, base: Path, pool: list[Path], count: int, place: Path
+) -> dict[str, Any]:
+    """A first and a later start with so many names, and, if there are any, cold and warm ones."""
+    names = [f"name-{i:06}" for i in range(count)]
+    (place / "adapters").mkdir(parents=True)
+    for i, name in enumerate(names):
+        shutil.copytree(pool[i % len(pool)], place / "adapters" / name, copy_function=os.link)
+    row: dict[str, Any] = {"adapters": count}
+    for which in ("first", "later"):
+        began = time.perf_counter()
+        server = start(args, base, place / "adapters", place / "state")
+        try:
+            told = wait_for(server, lambda told: told["status"] == "ready")
+            row[f"{which}_s"] = time.perf_counter() - began
+            if told["adapters"] != count or (which == "later" and told["unchecked"]):
+                raise SystemExit(f"of {count:,} adapters the server has {told}: nothing is measured")
+            wait_for(server, lambda told: not told["unchecked"])
+            row[f"{which}_checked_s"] = time.perf_counter() - began
+            if names and which == "later":
+                row |= asyncio.run(cold_and_warm(server, names, args))
+        finally:
+            server.stop()
+    shutil.rmtree(place)
+    return row
+
+
+def measure_starts(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    """Starts with none and with --counts, in turn."""
+    base = make_base(root / "base", args.hidden, args.layers)
+    pool = list(make_adapters(str(base), root / "pool", "qaa", 8, size=1.0))
+    measure_start(args, base, pool, 0, root / "warm-up")  # whatever a first server compiles or reads for all
+    rows = []
+    for round_ in range(args.rounds):
+        for count in (0, *args.counts)[:: -1 if round_ % 2 else 1]:
+            row = measure_start(args, base, pool, count, root / f"{count}-{round_}")
+            rows.append({"round": round_, **row})
+            console.print(
+                f"round {round_ + 1} of {args.rounds}, {count:,} adapters: {row['first_s']:.1f} s, "
+                f"later {row['later_s']:.1f} s"
+            )
+    return rows
+
+
+def show_starts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print and return medians over the rounds, with the least and the most."""
+
+    def text(values: Iterable[float], form: str) -> str:
+        least, *_, most = ordered = sorted(values) * 2
+        middle = f"{statistics.median(ordered):{form}}"
+        return middle if least == most else f"{middle} ({least:{form}} to {most:{form}})"
+
+    of: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        of.setdefault(row["adapters"], []).append(row)
+    table = Table("adapters", "first start s", "over none s", "later start s", "over none s", "all checked s")
+    tokens = Table("adapters", "first token", "cold ms", "warm ms", "cold over warm")
+    medians = []
+    for count, mine in of.items():
+        over = {
+            which: [row[which] - none[which] for row, none in zip(mine, of[0], strict=True)]
+            for which in ("first_s", "later_s")
+        }
+        middle = {
+            key: statistics.median(row[key] for row in mine) for key in ("first_s", "later_s", "first_checked_s")
+        }
+        medians.append(
+            {"adapters": count, **middle, **{f"over_none_{k}": statistics.median(v) for k, v in over.items()}}
+        )
+        cells = [
+            cell
+            for which in ("first_s", "later_s")
+            for cell in (text((row[which] for row in mine), ".1f"), text(over[which], ".1f"))
+        ]
+        table.add_row(f"{count:,}", *cells, text((row["first_checked_s"] for row in mine), ".1f"))
+        if not count:
+            continue
+        for what, suffix, figure in (
+            ("alone", "_s", statistics.median),
+            (f"{args.at_once} together, the half", "_together_s", statistics.median),
+            (f"{args.at_once} together, the slowest", "_together_s", max),
+        ):
+            cold, warm = ([figure(row[which + suffix]) for row in mine] for which in ("cold", "warm"))
+            ratios = [c / w for c, w in zip(cold, warm, strict=True)]
+            tokens.add_row(
+                f"{count:,}", what, text((1e3 * c for c in cold), ".1f"), text((1e3 * w for w in warm), ".1f"),
+                text(ratios, ".2f"),
+            )  # fmt: skip
+            medians[-1][what] = {
+                "cold_s": statistics.median(cold), "warm_s": statistics.median(warm),
+                "ratio": statistics.median(ratios),
+            }  # fmt: skip
+    console.print(table)
+    console.print(tokens)
+    return medians
 
 
 # ------------------------------------------------------------------------------------------------- output
@@ -323,21 +489,35 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--counts", type=int, nargs="+", help="numbers of adapters; the first is compared with (5 100 1000)")
     add("--full", action="store_true", help="5,000 adapters too")
+    add("--starts", action="store_true", help="starts and cold adapters (--counts: 10000)")
+    add("--cold", type=int, default=10, help="cold adapters that are asked for alone (default: 10)")
+    add("--at-once", type=int, default=20, help="cold adapters that are asked for together (default: 20)")
     add("--rounds", type=int, default=3, help="servers started for each count (default: 3)")
     add("--seconds", type=float, default=60, help="load that is measured (default: 60)")
     add("--warm-up", type=float, default=10, help="seconds of load before that (default: 10)")
     add("--clients", type=int, default=16, help="requests under way at once (default: 16)")
-    add("--max-loras", type=int, default=8, help="slots of the engine (default: 8)")
+    add("--max-loras", type=int, help="slots of the engine (8; with --starts as many as --at-once)")
     add("--popularity", default="zipf:1", help=f"{workload.POPULARITY_FORMS} (default: zipf:1)")
     add("--prompt-tokens", default="fixed:32", help=f"{workload.LENGTH_FORMS} (default: fixed:32)")
     add("--output-tokens", default="fixed:32", help="in the same forms (default: fixed:32)")
-    add("--hidden", type=int, default=256, help="width of the base (default: 256)")
-    add("--layers", type=int, default=4, help="layers of the base (default: 4)")
+    add("--hidden", type=int, help="width of the base (256; with --starts 64)")
+    add("--layers", type=int, help="layers of the base (4; with --starts 30)")
     add("--server-options", default="", help='further options of qaa-serve, in quotes: "--enforce-eager"')
     add("--json", type=Path, help="where to write all figures")
     add("--plot", type=Path, help="where to write a PNG file")
     args = parser.parse_args()
-    args.counts = args.counts or ([5, 100, 1000, 5000] if args.full else [5, 100, 1000])
+    counts = [5, 100, 1000, 5000] if args.full else [5, 100, 1000]
+    usual = {"counts": counts, "max_loras": 8, "hidden": 256, "layers": 4}
+    if args.starts:
+        usual = {"counts": [10_000], "max_loras": args.at_once, "hidden": 64, "layers": 30}
+        args.clients = max(args.clients, args.at_once)
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.starts and min(args.counts) < (needed := 2 + args.cold + args.at_once):
+        parser.error(f"--counts: {needed} are asked for, so at least as many are needed")
+    if args.starts and args.plot:
+        parser.error("--plot: there is none of --starts")
     if min(args.counts) < 2:
         parser.error("--counts: two adapters are compared, so at least 2 are needed")
     for parse_form, form in (
@@ -352,6 +532,21 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Print where the figures are from, and write them into --json's file."""
+    origin = {
+        "command": shlex.join(["python", "benchmarks/many_adapters.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "plot")},
+    }
+    console.print(f"{origin['hardware']}, {origin['cores']} cores, torch {origin['torch']}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**origin, **figures}, indent=1) + "\n")
+
+
 def main() -> None:
     args = parse()
     server_process.START_LIMIT_S = START_LIMIT_S
@@ -363,6 +558,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="many-adapters-") as temporary:
         root = Path(temporary)
+        if args.starts:
+            write(args, {"rounds": (found := measure_starts(args, root)), "medians": show_starts(args, found)})
+            return
         base = make_base(root / "base", args.hidden, args.layers)
         most = max(args.counts)
         made = make_adapters(str(base), root / "pool", "qaa", most, size=1.0)
@@ -375,21 +573,9 @@ def main() -> None:
                     f"round {round_ + 1} of {args.rounds}, {count:,} adapters: "
                     f"{rows[-1]['requests_per_second']:.2f} requests/s, started in {rows[-1]['start_s']:.0f} s"
                 )
-    figures = {
-        "command": shlex.join(["python", "benchmarks/many_adapters.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "plot")},
-        "medians": medians(rows, args.counts),
-        "bytes": rows[0]["bytes"],
-        "rounds": rows,
-    }
-    console.print(f"{figures['hardware']}, {figures['cores']} cores, torch {figures['torch']}")
+    figures = {"medians": medians(rows, args.counts), "bytes": rows[0]["bytes"], "rounds": rows}
     show(figures)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write(args, figures)
     if args.plot:
         plot(figures, args.plot)
 

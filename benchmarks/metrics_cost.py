@@ -1,7 +1,8 @@
 """What our metrics cost: requests that are counted and timed, and pages that are scraped.
 
     python benchmarks/metrics_cost.py requests [--windows 12] [--seconds 8] [--clients 16] [--json FILE]
-    python benchmarks/metrics_cost.py scrape [--adapters 200] [--keys 100] [--scrapes 15] [--json FILE]
+    python benchmarks/metrics_cost.py scrape [--adapters 200] [--unasked 0] [--keys 100] [--scrapes 15]
+                                             [--json FILE]
 
 **requests** serves the bundled example and keeps so many streamed requests under way. A signal to the server
 turns the timing and counting of requests off and on between windows of some seconds; the ratio of tokens a
@@ -12,16 +13,16 @@ processor time that is spent in the observations is also taken while they are on
 take it, as a share of the time that passed: all requests go through one thread, which can do nothing else
 meanwhile. Last, the page is read a few times.
 
-**scrape** fills the metrics for so many adapters, on every endpoint with every outcome, adds as many series of
-prometheus_client's as vLLM has, and serves the page with uvicorn on uvloop, as the server does, to a scraper in
-a process of its own. On the loop a task always wants to run and notes each time how long it had to wait, beyond
-0.1 ms: a loop under its full load, which notices whoever takes its turn or its core. Of each scrape: the longest
-of those waits, their sum, the processor time of the thread that writes (with gzip's, beside which Python runs),
-and how long the scraper waited for its page. Ways of writing the page are scraped in turn: medians over the
-scrapes, and the most; before each, some or all series change. `none` is a time like the others' without a
-scrape: what the machine does by itself. `before` is prometheus_client's text, written by the loop's thread, as
-vLLM does it. `--relaxed` leaves the loop idle but for a tick each millisecond, where the longest wait has the
-timer's millisecond in it.
+**scrape** fills the metrics for so many adapters, on every endpoint with every outcome, has further adapters in
+the catalogue that no request has named, adds as many series of prometheus_client's as vLLM has, and serves the
+page with uvicorn on uvloop, as the server does, to a scraper in a process of its own. On the loop a task always
+wants to run and notes each time how long it had to wait, beyond 0.1 ms: a loop under its full load, which
+notices whoever takes its turn or its core. Of each scrape: the longest of those waits, their sum, the processor
+time of the thread that writes (with gzip's, beside which Python runs), and how long the scraper waited for its
+page. Ways of writing the page are scraped in turn: medians over the scrapes, and the most; before each, some or
+all series change. `none` is a time like the others' without a scrape: what the machine does by itself. `before`
+is prometheus_client's text, written by the loop's thread, as vLLM does it. `--relaxed` leaves the loop idle but
+for a tick each millisecond, where the longest wait has the timer's millisecond in it.
 """
 
 from __future__ import annotations
@@ -203,12 +204,13 @@ def scrape_from(port: int, rounds: int, pause_s: float) -> int:
     return 0
 
 
-def filled(adapters: int, keys: int) -> tuple[Any, Callable[[float], None]]:
+def filled(adapters: int, keys: int, unasked: int) -> tuple[Any, Callable[[float], None]]:
     """A registry with all that a server of so many adapters can have in it; what changes a share of its series."""
+    from catalogue_support import add, make_catalogue
     from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
     from vllm.v1.metrics import buckets
 
-    from qaa_serve.registry import Catalogue, Entry, Revision
+    from qaa_serve.registry import Revision
     from qaa_serve.server.account import EngineAccount
     from qaa_serve.server.metrics import ENDPOINTS, ServerMetrics, StateCollector
 
@@ -242,14 +244,16 @@ def filled(adapters: int, keys: int) -> tuple[Any, Callable[[float], None]]:
                 sequence.saw(output)
                 seen.end(outcome)
 
-    catalogue = Catalogue(None, None, cache_bytes=1 << 30)  # type: ignore[arg-type]  # nothing is loaded
-    for name in names:
-        current = Revision(name, "a" * 64, Path(name), "QAA", 4, 1000, "base", {})
-        catalogue.entries[name] = Entry(name, current=current)
+    catalogue = make_catalogue(cache_bytes=1 << 30)  # nothing is loaded
+    for name in (*names, *(f"unasked-{i:06}" for i in range(unasked))):
+        add(catalogue, Revision(name, "a" * 64, Path(name), "QAA", 4, 1000, "base", {}))
     slots = {entry.current.int_id: (1000, 1000) for entry in catalogue.entries.values() if entry.current}
+    follower = SimpleNamespace(age_s=1.0)
     turns = SimpleNamespace(names=lambda: names, counts=lambda name: (1, 1))
     monitor = SimpleNamespace(account=EngineAccount(slots), age_s=1.0)
-    registry.register(StateCollector(catalogue, turns, metrics.labels, monitor, lambda: "ready", max_loras=4))
+    registry.register(
+        StateCollector(catalogue, follower, turns, metrics.labels, monitor, lambda: "ready", max_loras=4)
+    )
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     change(1.0)
@@ -275,7 +279,7 @@ async def watch_scrapes(args: argparse.Namespace) -> list[dict[str, Any]]:
             written.append((time.monotonic(), time.thread_time() - begun))
             return page
 
-    registry, change = filled(args.adapters, args.keys)
+    registry, change = filled(args.adapters, args.keys, args.unasked)
     app = FastAPI()
     app.include_router(Timed(registry).router())
 
@@ -390,6 +394,7 @@ def main() -> int:
     add = commands.add_parser("scrape")
     add.set_defaults(measure=scrape)
     add.add_argument("--adapters", type=int, default=200)
+    add.add_argument("--unasked", type=int, default=0, help="further adapters, which no request has named")
     add.add_argument("--keys", type=int, default=100)
     add.add_argument("--scrapes", type=int, default=15)
     add.add_argument("--relaxed", action="store_true", help="leave the loop idle but for a tick each millisecond")
