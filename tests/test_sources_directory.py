@@ -818,7 +818,7 @@ def test_what_cannot_be_watched_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(*args: Any, **options: Any) -> None:
+    async def fail(directory: str) -> None:
         raise OSError(errno.ENOSPC, "OS file watch limit reached")
 
     tries = 0
@@ -832,7 +832,7 @@ def test_what_cannot_be_watched_is_looked_at(
     async def body() -> None:
         monkeypatch.setattr(asyncio, "sleep", count)
         if trouble == "no watches left":
-            monkeypatch.setattr("qaa_serve.sources.watch.watch", fail)
+            monkeypatch.setattr("qaa_serve.sources.watch.start_watcher", fail)
         else:
             source.root.rename(tmp_path / "away")
         async with following(DirectorySource(source.root, rescan_s=0.25)) as followed:

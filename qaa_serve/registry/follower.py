@@ -18,6 +18,9 @@ from qaa_serve.sources import ChangedMeanwhileError, Listed, Listing, Source, So
 #: How long to wait before a source that cannot be read at the start is tried again, in seconds.
 _RETRY_S = 5.0
 
+#: How long a listing may take at least before it is given up, in seconds.
+_LISTING_S = 600.0
+
 
 class Follower:
     """Tells a catalogue what a source has, and what changes in it.
@@ -55,7 +58,9 @@ class Follower:
         self._index = index
         self._quiet_s = quiet_s
         self._takers = asyncio.Semaphore(takers)
-        self._threads = Threads(1, timeout_s)
+        self._threads = Threads(4, timeout_s)
+        self._lister = Threads(1, max(timeout_s, _LISTING_S) if timeout_s else 0)
+        self._listing: asyncio.Task[None] | None = None
         self._log = logger or getLogger(__name__)
         self._seen: dict[str, str] = {}  # the version of each name that has been handled
         self._waiting: dict[str, tuple[str, float]] = {}  # name -> a version, and when it is to be read
@@ -76,7 +81,7 @@ class Follower:
         last, identity = await self._threads.run("reading the index", self._index.listed)
         while True:
             try:
-                listing = await self._threads.run(f"listing {self._source.url}", self._source.list)
+                listing = await self._lister.run(f"listing {self._source.url}", self._source.list)
                 if last and not listing.adapters and listing.identity != identity:
                     raise SourceError(f"{self._source.url} is empty, as if it were not mounted")
                 self._listed_at = time.monotonic()
@@ -121,7 +126,7 @@ class Follower:
                     names, coming = coming.result(), None
                 try:
                     if names is None:
-                        await self._look_at_everything()
+                        self._begin_listing()
                     elif names or coming is not None:
                         await self._look_at(names)
                     else:  # the settings alone
@@ -131,12 +136,26 @@ class Follower:
                 except Exception:
                     self._log.exception("Looking at %s", self._source.url)
         finally:
-            if coming is not None:
-                coming.cancel()
-            for task in list(self._taking.values()):
+            tasks = [task for task in (coming, self._listing, *self._taking.values()) if task is not None]
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------------------------------------------------------ looking
+
+    def _begin_listing(self) -> None:
+        """Look at everything beside what happens meanwhile: it may take long."""
+
+        async def look() -> None:
+            try:
+                await self._look_at_everything()
+            except AdapterError as error:
+                self._note_lost(str(error))
+            except Exception:
+                self._log.exception("Looking at %s", self._source.url)
+
+        if self._listing is None or self._listing.done():
+            self._listing = asyncio.create_task(look())
 
     async def _look_at_everything(self) -> None:
         """Find what differs from what has been handled."""
@@ -152,7 +171,7 @@ class Follower:
             return listing, changed, gone
 
         begun = time.monotonic()
-        listing, changed, gone = await self._threads.run(f"listing {url}", look)
+        listing, changed, gone = await self._lister.run(f"listing {url}", look)
         if gone and not listing.adapters and listing.identity != self._identity:
             raise SourceError(f"{url} is another one now, and empty, as if it were not mounted")
         if self._trouble:
@@ -189,7 +208,7 @@ class Follower:
             if listed is not None:
                 self._consider(name, listed, whole=wanted[name])
         if any(listed is None and (name in self._seen or name in self._waiting) for name, listed in found.items()):
-            await self._look_at_everything()  # is it gone, or is the whole source?
+            self._begin_listing()  # is it gone, or is the whole source?
 
     def _consider(self, name: str, listed: Listed, *, whole: bool) -> None:
         """Take what has changed, as soon as it does not change any more."""

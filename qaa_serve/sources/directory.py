@@ -16,7 +16,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import AsyncGenerator, Collection, Mapping
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from logging import Logger, getLogger
 from pathlib import Path
@@ -38,6 +40,8 @@ from qaa_serve.sources.watch import follow
 _SWAP, _OLD, _AGAIN = "swap.", "old.", ".again"
 #: What a file that is not there, and one that may not be looked at, has in a version.
 _MISSING, _UNREADABLE = "none", "unreadable"
+#: If so many names take longer than so many seconds each, so many are looked at together.
+_TRIED, _SLOW_S, _AT_ONCE = 50, 0.0005, 32
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -89,7 +93,7 @@ class DirectorySource(DirectoryHistory):
             changing = set(self._recover_all(root))
             with os.scandir(root) as entries:
                 names = [entry.name for entry in entries if not entry.name.startswith(".")]
-            adapters = {name: found for name in names if (found := _see(f"{root}/{name}"))}
+            adapters = _see_all(str(root), names)
             # Between the two steps of a replacement a name leads nowhere, and is there nonetheless.
             for name in (changing | set(_changing_in(root))) - adapters.keys():
                 if found := _see_amid_change(root, name):
@@ -290,6 +294,23 @@ class DirectorySource(DirectoryHistory):
             f"{self.url} cannot be read ({error.strerror}): look whether it is there, mounted, and readable for "
             "the server's user"
         )
+
+
+def _see_all(root: str, names: Sequence[str]) -> dict[str, Listed]:
+    """What of these is an adapter; where looking is slow, as on a network, many are looked at together."""
+    found: dict[str, Listed | None] = {}
+    begun, rest = time.perf_counter(), len(names)
+    for count, name in enumerate(names, 1):
+        found[name] = _see(f"{root}/{name}")
+        if count == _TRIED and time.perf_counter() - begun > _TRIED * _SLOW_S:
+            rest = count
+            break
+    if rest < len(names):
+        with ThreadPoolExecutor(_AT_ONCE) as looking:
+            found.update(
+                zip(names[rest:], looking.map(_see, (f"{root}/{name}" for name in names[rest:])), strict=True)
+            )
+    return {name: listed for name, listed in found.items() if listed is not None}
 
 
 def _see(path: str) -> Listed | None:

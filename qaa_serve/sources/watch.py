@@ -7,8 +7,9 @@ event, a link that was turned, or a file system without events only cost time.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import threading
+import sys
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, suppress
@@ -16,12 +17,13 @@ from logging import Logger
 from pathlib import Path
 from typing import TypeAlias
 
-from watchfiles import watch
-
 from qaa_serve.sources.base import SETTINGS_FILE
 
 #: What a listener is told: see Source.changes.
 Changed: TypeAlias = Mapping[str, bool] | None
+
+#: Bytes of one line of the watcher's.
+_LONGEST_LINE = 1 << 28
 
 #: How long until it is noticed that the directory is another one, in seconds.
 _TICK_S = 0.5
@@ -54,26 +56,50 @@ async def follow(root: Path, rescan_s: float, log: Logger) -> AsyncGenerator[Cha
 async def _watched(root: Path, rescan_s: float) -> AsyncGenerator[Changed, None]:
     """The same, as long as the directory is the same one and can be watched."""
     place = await asyncio.to_thread(_place_of, root)
-    stop = threading.Event()
-    # In threads, as it begins with a walk over everything that is there.
-    batches = watch(
-        place[0], watch_filter=None, step=50, rust_timeout=int(1000 * min(_TICK_S, rescan_s)), stop_event=stop,
-        yield_on_timeout=True,
-    )  # fmt: skip
-    next_look = 0.0  # what changed before the watch began is found by looking
+    watcher = await start_watcher(place[0])
+    assert watcher.stdout is not None
+    line = asyncio.ensure_future(watcher.stdout.readline())
+    begun, next_look = False, 0.0
     try:
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+        while True:
+            await asyncio.wait((line,), timeout=min(_TICK_S, rescan_s))
             if await asyncio.to_thread(_place_of, root) != place:
                 return
-            for changed in _read(Path(path).relative_to(place[0]).parts for _, path in batch):
-                yield changed
+            if line.done():
+                if not line.result():
+                    raise OSError(await _reason_of(watcher))
+                for changed in _read(Path(path).relative_to(place[0]).parts for path in json.loads(line.result())):
+                    yield changed
+                if not begun:
+                    begun, next_look = True, 0.0  # what changed before is found by looking
+                line = asyncio.ensure_future(watcher.stdout.readline())
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + rescan_s
                 yield None
     finally:
-        stop.set()
-        with suppress(ValueError):  # a thread is still in it, and ends it soon
-            batches.close()
+        line.cancel()
+        if watcher.returncode is None:
+            with suppress(ProcessLookupError):
+                watcher.kill()
+        with suppress(asyncio.CancelledError):
+            await line
+        await watcher.communicate()  # and so its pipes are closed
+
+
+async def start_watcher(directory: str) -> asyncio.subprocess.Process:
+    """A process that tells of events below a directory; see watcher.py."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-P", str(Path(__file__).with_name("watcher.py")), directory,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        limit=_LONGEST_LINE,
+    )  # fmt: skip
+
+
+async def _reason_of(watcher: asyncio.subprocess.Process) -> str:
+    """Why a watcher has ended."""
+    assert watcher.stderr is not None
+    lines = (await watcher.stderr.read()).decode(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "the watcher has ended")
 
 
 def _read(paths: Iterable[tuple[str, ...]]) -> list[Changed]:
