@@ -420,7 +420,7 @@ def served_models(catalogue: Catalogue) -> Any:
     models.model_config = SimpleNamespace(max_model_len=64)
     models.registry = OpenAIModelRegistry(models.model_config, models.base_model_paths)
     models._catalogue, models._started = catalogue, int(time.time())
-    models._cards, models._written = {}, (-1, b"")
+    models._cards, models._page, models._generation, models._writing = {}, None, -1, asyncio.Lock()
     return models
 
 

@@ -515,10 +515,10 @@ async def test_without_events_everything_is_found_by_looking(
 ) -> None:
     """No watches left, or a file system that has none."""
 
-    def fail(*args: Any, **kwargs: Any) -> None:
+    async def fail(directory: str) -> None:
         raise OSError(28, "inotify watch limit reached")
 
-    monkeypatch.setattr("qaa_serve.sources.watch.watch", fail)
+    monkeypatch.setattr("qaa_serve.sources.watch.start_watcher", fail)
     async with following(place, odd) as catalogue:
         await until_served(catalogue, "a", place.drop("a", 1))
         place.drop("b", 1)

@@ -35,7 +35,7 @@ def models():
     add(models._catalogue, revision("one"), [revision("one", "b")])
     add(models._catalogue, revision("two"))
     reject(models._catalogue, "bad")
-    models._cards, models._written = {}, (-1, b"")
+    models._cards, models._page, models._generation, models._writing = {}, None, -1, asyncio.Lock()
     models._started = 1000
     models.model_config = SimpleNamespace(max_model_len=64)
     return models

@@ -202,7 +202,8 @@ class Catalogue:
         self.entries: dict[str, Entry] = {}
         self.settings = SourceSettings()
         self.ready = False
-        self.generation = 0  # grows whenever what is served does
+        self.generation = 0  # grows with every change of what is served
+        self._touched: dict[str, None] = {}
         self.counts: Tally[State] = Tally()
         self.rejections = self.served_bytes = 0
         self._fingerprint = 0
@@ -801,6 +802,11 @@ class Catalogue:
         """Of all that is served, by name and content: equal on servers that serve the same."""
         return f"{self._fingerprint:016x}"
 
+    def take_touched(self) -> Iterable[str]:
+        """Names for which something has changed since this was asked last; there is one who asks."""
+        touched, self._touched = self._touched, {}
+        return touched
+
     def is_current(self, revision: Revision) -> bool:
         """Whether a name stands for this revision."""
         entry = self.entries.get(revision.name)
@@ -891,6 +897,7 @@ class Catalogue:
             if sign < 0:
                 yield
         self.generation += 1
+        self._touched[entry.name] = None
 
     def _note_pins(self, entry: Entry) -> None:
         """Pin in the engine's memory what is pinned of a name now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 from contextlib import AsyncExitStack, suppress
@@ -251,6 +252,7 @@ async def _follow(server: Server, announce: Any) -> None:
     run_file: Path | None = None
     try:
         await server.follower.start()
+        gc.freeze()  # what a hundred thousand adapters take would be gone through at every full collection
         server.catalogue.ready = True
         await server.http.started.wait()
         run_file = announce()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -14,7 +15,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 from vllm.lora.request import LoRARequest
 
-from qaa_serve.registry import Catalogue, Revision, UnavailableError, UnknownAdapterError
+from qaa_serve.registry import Catalogue, UnavailableError, UnknownAdapterError
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.engine import request_for
 from qaa_serve.server.errors import RefusedError
@@ -65,8 +66,10 @@ class ServedModels(OpenAIServingModels):
         super().__init__(engine_client, names, **options)
         self._catalogue = catalogue
         self._started = int(time.time())
-        self._cards: dict[str, tuple[object, bytes]] = {}  # by name: what it was written of, and its JSON
-        self._written = (-1, b"")  # the whole list, of a generation of the catalogue
+        self._cards: dict[str, bytes] = {}  # JSON of each adapter
+        self._page: bytes | None = None  # the whole list, as of
+        self._generation = -1  # of the catalogue
+        self._writing = asyncio.Lock()
 
     @property
     def lora_requests(self) -> Mapping[str, LoRARequest]:
@@ -97,36 +100,45 @@ class ServedModels(OpenAIServingModels):
     async def list_models(self) -> bytes:
         """The answer of GET /v1/models: the base model, and every adapter and alias that the client may use.
 
-        It is written in a thread; one part of it for each adapter is kept until the adapter changes.
+        What takes long is done in threads. The part of each adapter is kept until the adapter changes, and the
+        whole until any does.
         """
         request = current_request.get() or _NOBODY
         may_use = None if request.key is None or request.key.models is None else request.key.allows
-        base = [_json(self._base_card(path.name)) for path in self._base_paths_for(request)]
-        generation = self._catalogue.generation
-        if may_use is None and self._written[0] == generation:
-            return self._written[1]
-        page = await asyncio.to_thread(self._write, base, may_use)
-        if may_use is None:
-            self._written = (generation, page)
-        return page
+        async with self._writing:
+            if self._generation != self._catalogue.generation:
+                self._generation, self._page = self._catalogue.generation, None
+                await asyncio.to_thread(self._update, self._catalogue.take_touched())
+            if may_use is not None:
+                base = [_json(self._base_card(path.name)) for path in self._base_paths_for(request)]
+                return await asyncio.to_thread(self._write, base, may_use)
+            if self._page is None:
+                base = [_json(self._base_card(path.name)) for path in self.base_model_paths]
+                self._page = await asyncio.to_thread(self._write, base, None)
+            return self._page
+
+    def _update(self, touched: Iterable[str]) -> None:
+        """Write anew the parts of adapters that have changed."""
+        # Every card is the same but for three fields, and there may be a hundred thousand.
+        before, between, middle, after = re.split(b'"(?:ID|ROOT)"|1234567890', _json(self._card_of("ID", "ROOT")))
+        for name in touched:
+            entry = self._catalogue.entries.get(name)
+            if entry is None or entry.state == "rejected":
+                self._cards.pop(name, None)
+                continue
+            root = name if entry.current is None else entry.current.revision
+            created = int(entry.published or self._started)
+            self._cards[name] = b'%s"%s"%s%d%s"%s"%s' % (
+                before, name.encode(), between, created, middle, root.encode(), after
+            )  # fmt: skip
 
     def _write(self, base: list[bytes], may_use: Callable[[str], bool] | None) -> bytes:
-        cards, known = self._cards, sorted(self._catalogue.entries.items())
-        parts = [*base]
-        for name, entry in known:
-            if entry.state == "rejected" or (may_use is not None and not may_use(name)):
-                continue
-            key = (entry.current, entry.published)
-            written = cards.get(name)
-            if written is None or written[0] != key:
-                written = cards[name] = (key, _json(self._card(name, entry.current, entry.published)))
-            parts.append(written[1])
-        for name in self._catalogue.settings.aliases:
-            if may_use is None or may_use(name):
-                parts.append(_json(self._card(name, None, None)))
-        if len(cards) > 2 * len(known) + 100:
-            self._cards = {name: cards[name] for name, _ in known if name in cards}
-        return b'{"object":"list","data":[%s]}' % b",".join(parts)
+        aliases = [name for name in self._catalogue.settings.aliases if may_use is None or may_use(name)]
+        cards = self._cards
+        chosen = list(cards.values()) if may_use is None else [cards[name] for name in cards if may_use(name)]
+        return b'{"object":"list","data":[%s]}' % b",".join(
+            [*base, *chosen, *(_json(self._card_of(name, name, self._started)) for name in aliases)]
+        )
 
     async def show_model(self, name: str) -> ModelCard:
         """One of them, or a kept revision of an adapter.
@@ -141,14 +153,15 @@ class ServedModels(OpenAIServingModels):
         if not request.may_use(name):
             raise _no_model(name)
         if name in self._catalogue.settings.aliases:
-            return self._card(name, None, None)
+            return self._card_of(name, name, self._started)
         try:
             revision = await self._catalogue.find(name)
         except UnknownAdapterError as error:
             raise _no_model(name) from error
         except UnavailableError as error:
             raise RefusedError(503, str(error), Retry_After="5") from error
-        return self._card(name, revision, self._catalogue.entries[revision.name].published)
+        published = self._catalogue.entries[revision.name].published
+        return self._card_of(name, revision.revision, int(published or self._started))
 
     def _base_paths_for(self, request: RequestContext) -> list[BaseModelPath]:
         return self.base_model_paths if request.may_use(self.base_model_paths[0].name) else []
@@ -161,13 +174,8 @@ class ServedModels(OpenAIServingModels):
             max_model_len=self.model_config.max_model_len,
         )
 
-    def _card(self, name: str, revision: Revision | None, published: float | None) -> ModelCard:
-        return ModelCard(
-            id=name,
-            created=int(published or self._started),
-            root=name if revision is None else revision.revision,
-            parent=self.base_model_paths[0].name,
-        )
+    def _card_of(self, name: str, root: str, created: int = 1234567890) -> ModelCard:
+        return ModelCard(id=name, created=created, root=root, parent=self.base_model_paths[0].name)
 
     async def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not here: the catalogue publishes (qaa_serve.server.admin)."""

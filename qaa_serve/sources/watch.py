@@ -68,7 +68,8 @@ async def _watched(root: Path, rescan_s: float) -> AsyncGenerator[Changed, None]
             if line.done():
                 if not line.result():
                     raise OSError(await _reason_of(watcher))
-                for changed in _read(Path(path).relative_to(place[0]).parts for path in json.loads(line.result())):
+                batch = json.loads(line.result())
+                for changed in _read((Path(path).relative_to(place[0]).parts, there) for path, there in batch):
                     yield changed
                 if not begun:
                     begun, next_look = True, 0.0  # what changed before is found by looking
@@ -102,16 +103,17 @@ async def _reason_of(watcher: asyncio.subprocess.Process) -> str:
     return next((line for line in reversed(lines) if line.strip()), "the watcher has ended")
 
 
-def _read(paths: Iterable[tuple[str, ...]]) -> list[Changed]:
+def _read(events: Iterable[tuple[tuple[str, ...], bool]]) -> list[Changed]:
     """What a batch of events tells.
 
     Args:
-        paths: parts of each path within the directory.
+        events: parts of each path within the directory, and whether something is there.
     """
-    places = {parts for parts in paths if parts}
+    places = {parts: there for parts, there in events if parts}
     names = {parts[0] for parts in places if not parts[0].startswith(".")}
-    # A directory that came by a rename is there in one piece: no event speaks of a file inside it.
-    touched = {parts[0] for parts in places if len(parts) > 1}
+    # A directory that came by a rename is there in one piece: no event speaks of a new file inside it. What is
+    # deleted may be the one it replaced, which is still called by its former name.
+    touched = {parts[0] for parts, there in places.items() if there and len(parts) > 1}
     found: list[Changed] = []
     if names:
         found.append({name: name not in touched for name in sorted(names)})

@@ -1,8 +1,8 @@
 """A program that tells what happens in a directory, until its stdin is closed: `python -P watcher.py DIRECTORY`.
 
-Each line of its output is a list of the paths that a batch of events named, in JSON; the first may be empty, and
-says that the watch has begun. It is a process of its own since a watch begins with a walk over everything there
-is, during which no other thread of its process runs.
+Each line of its output is a list of what a batch of events named, in JSON: a path, and whether something is there.
+The first list may be empty, and says that the watch has begun. It is a process of its own since a watch begins
+with a walk over everything there is, during which no other thread of its process runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 
-from watchfiles import watch
+from watchfiles import Change, watch
 
 
 def main(directory: str) -> None:
@@ -25,7 +25,7 @@ def main(directory: str) -> None:
         ):
             if batch or not begun:
                 begun = True
-                print(json.dumps(sorted({path for _, path in batch})), flush=True)
+                print(json.dumps(sorted({(path, change != Change.deleted) for change, path in batch})), flush=True)
     except BrokenPipeError:
         pass
     except Exception as error:
