@@ -271,6 +271,7 @@ async def serve(
         catalogue = Catalogue(contents, engine or Nothing(), cache_bytes=8 << 30, max_count=1 << 16)
         follower = Follower(contents.source, catalogue, contents.index)
         await follower.start()
+        gc.freeze()  # as the server does
         catalogue.ready = True
         ready_s = time.perf_counter() - begun
         starting_ms = collecting_ms = 0.0
