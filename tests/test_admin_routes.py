@@ -189,7 +189,8 @@ def test_what_an_alias_may_be(place: Place, body: Any, status: int) -> None:
 async def test_repositories_of_the_hub_are_taken_from_a_list_alone(place: Place) -> None:
     async with admin(place) as (client, _):
         for source, status in (
-            ("hf://their-org/x", 403), ("hf://my-org", 400), ("https://my-org/x", 400), ("hf://my-org/x@../y", 400),
+            ("hf://their-org/x", 403), ("hf://my-org", 400), ("https://my-org/x", 400),
+            ("hf://my-org/x@../y", 400),
         ):  # fmt: skip
             answer = await client.put("/v1/adapters/a", json={"source": source})
             assert answer.status_code == status, answer.text
