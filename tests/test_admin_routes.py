@@ -196,3 +196,15 @@ async def test_repositories_of_the_hub_are_taken_from_a_list_alone(place: Place)
             assert answer.status_code == status, answer.text
         for nonsense in ({}, {"path": "a", "source": "hf://my-org/x"}, {"paht": "a"}):
             assert (await client.put("/v1/adapters/a", json=nonsense)).status_code == 400
+
+
+@in_a_loop
+async def test_what_was_gone_back_to_is_shown_once(place: Place) -> None:
+    async with admin(place) as (client, _):
+        for seed in (1, 2):
+            await client.put("/v1/adapters/a", files=files(place.version(seed)))
+        shown = (await client.post("/v1/adapters/a/rollback")).json()["revisions"]
+        digests = [digest_of(place.version(seed))[:12] for seed in (1, 2)]
+        assert [(item["revision"], item["state"]) for item in shown] == [
+            (f"a@{digests[0]}", "current"), (f"a@{digests[1]}", "kept"),
+        ]  # fmt: skip

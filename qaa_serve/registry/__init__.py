@@ -8,6 +8,7 @@ contents   from the source to a checked copy, and back
 settings   pins and aliases
 failures   what failed, and when it is tried again
 cache      which revisions the engine holds
+entries    what one name stands for
 catalogue  what each name stands for
 follower   tells the catalogue what the source has
 """
@@ -21,16 +22,16 @@ from qaa_serve.registry.cache import (
     Observer,
     Result,
 )
-from qaa_serve.registry.catalogue import (
+from qaa_serve.registry.catalogue import Catalogue
+from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.entries import (
     AmbiguousRevisionError,
-    Catalogue,
     Condition,
     Entry,
     InUseError,
     UnavailableError,
     UnknownAdapterError,
 )
-from qaa_serve.registry.contents import Contents
 from qaa_serve.registry.follower import Follower
 from qaa_serve.registry.index import Index, Verdict, base_fingerprint
 from qaa_serve.registry.revisions import (

@@ -8,15 +8,24 @@ import time
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from logging import Logger, getLogger
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.registry.cache import Engine, EngineCache, EngineRefusedError, Observer
 from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.entries import (
+    ANY,
+    AmbiguousRevisionError,
+    Condition,
+    Entry,
+    InUseError,
+    State,
+    UnavailableError,
+    UnknownAdapterError,
+)
 from qaa_serve.registry.failures import Failures
 from qaa_serve.registry.index import Verdict
 from qaa_serve.registry.revisions import NameRefusedError, Rejection, Revision, check_name
@@ -34,8 +43,6 @@ _RETRY_S = 30.0
 #: The longest that a history is taken as it was read, in seconds, for a revision that is not in it.
 _HISTORY_S = 5.0
 
-State = Literal["known", "served", "rejected"]
-
 
 class Changed(Protocol):
     """Told what a name stands for before and after a change, as name@revision, and how the change ended."""
@@ -44,108 +51,6 @@ class Changed(Protocol):
         self, action: str, name: str, before: str | None, after: str | None, result: str = "ok", /
     ) -> None:
         """A change has ended."""
-
-
-class UnknownAdapterError(AdapterError):
-    """There is no such adapter, or no such revision of it."""
-
-
-class AmbiguousRevisionError(UnknownAdapterError):
-    """Several revisions begin with the digits that were given."""
-
-
-class InUseError(AdapterError):
-    """The name is needed by something else."""
-
-
-class UnavailableError(AdapterError):
-    """The adapter is served, but cannot be brought into the engine now.
-
-    Attributes:
-        retry_after_s: when to ask again, in seconds.
-    """
-
-    def __init__(self, message: str, retry_after_s: float):
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(slots=True)
-class Entry:
-    """What one name stands for.
-
-    Attributes:
-        name: the public name.
-        listed: what the source has that `current` or `rejection` came of, or that nobody has asked for yet; None:
-            it did not come from the source.
-        current: what is served; None until it is checked, or if nothing of it was ever valid.
-        rejection: why the newest content is not served.
-        last_used: Unix time of the last request.
-        history: digests of former contents, the oldest first, as the source last said; None: not asked yet.
-        history_read: when that was, by the monotonic clock.
-        former: those of them that were asked for, by digest.
-        put_at: when this server put its content, by the monotonic clock.
-        new: it came while the server ran, and that has not been told yet.
-    """
-
-    name: str
-    listed: Listed | None
-    current: Revision | None = None
-    rejection: Rejection | None = None
-    last_used: float | None = None
-    history: list[str] | None = None
-    history_read: float = 0.0
-    former: dict[str, Revision] | None = None
-    put_at: float = 0.0
-    new: bool = False
-
-    @property
-    def state(self) -> State:
-        """Whether it is served, refused, or known and not checked yet."""
-        return "served" if self.current is not None else "rejected" if self.rejection is not None else "known"
-
-    @property
-    def published(self) -> float | None:
-        """Unix time at which its content came into the source."""
-        return None if self.listed is None else self.listed.changed
-
-    def revisions(self) -> list[Revision]:
-        """The current one, then the former ones that were asked for."""
-        return [*([] if self.current is None else [self.current]), *(self.former or {}).values()]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What must be so for a change to be made: HTTP's If-Match and If-None-Match.
-
-    Attributes:
-        digests: beginnings of digests, of which the current content must have one; None: whatever it is.
-        exists: whether there must be an adapter of the name; None: whatever.
-    """
-
-    digests: frozenset[str] | None = None
-    exists: bool | None = None
-
-    def expected(self, entry: Entry | None) -> str | None:
-        """The version that the source must have; "" for none, None for any.
-
-        Raises:
-            ChangedMeanwhileError: if what is served is not what it must be.
-        """
-        current = None if entry is None else entry.current
-        if self.exists is False and entry is not None:
-            raise ChangedMeanwhileError(f"there is an adapter {entry.name!r} already")
-        if self.exists and entry is None:
-            raise ChangedMeanwhileError("there is no such adapter")
-        if self.digests is not None and (current is None or not current.digest.startswith(tuple(self.digests))):
-            found = "nothing" if current is None else current.revision
-            raise ChangedMeanwhileError(f"what is served is {found}: look at it, and send the change anew")
-        if self.digests is None and self.exists is None:
-            return None
-        return "" if entry is None or entry.listed is None else entry.listed.version
-
-
-ANY = Condition()
 
 
 class Catalogue:
