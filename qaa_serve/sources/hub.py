@@ -76,7 +76,8 @@ def parse_repository(url: str, allowed: Sequence[str]) -> Repository:
     Raises:
         RepositoryError: if it names none, or one that may not be taken.
     """
-    if (match := _URL.fullmatch(url)) is None or ".." in url:  # which could lead out of the hub's cache
+    match = _URL.fullmatch(url)
+    if match is None or ".." in (match["revision"] or ""):  # which could lead out of the hub's cache
         raise RepositoryError(400, f"{url[:200]!r} is not hf://ORG/REPO@REVISION")
     repo = match["repo"]
     if not any(fnmatchcase(repo, pattern) for pattern in allowed):
