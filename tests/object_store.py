@@ -63,6 +63,10 @@ class Server:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        # An engine that vLLM starts in this process looks through all modules, and flask's stand that badly.
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("flask", "flask_cors", "moto", "werkzeug"):
+                del sys.modules[name]
 
 
 class Store:
