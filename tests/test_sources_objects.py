@@ -598,7 +598,8 @@ def test_fsspec_settings_of_the_environment(s3, server, files):
         "FSSPEC_S3_KEY": "testing",
         "FSSPEC_S3_SECRET": "testing",
     }
-    code = f"from qaa_serve.sources import ObjectSource; print(*ObjectSource({s3.url!r}).list().adapters)"
+    make = "from qaa_serve.sources.objects import ObjectSource"
+    code = f"{make}; print(*ObjectSource({s3.url!r}).list().adapters)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -609,7 +610,7 @@ def test_fsspec_settings_of_the_environment(s3, server, files):
 
 
 def test_sources_do_not_need_fsspec():
-    code = "import sys; sys.modules['fsspec'] = None; import qaa_serve.sources.base"
+    code = "import sys; sys.modules['fsspec'] = None; import qaa_serve.sources"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
