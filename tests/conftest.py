@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import Counter
@@ -33,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+_SET_NUM_THREADS = torch.set_num_threads
+
+
+@pytest.fixture(autouse=True)
+def as_before_an_engine() -> None:
+    """An engine of vLLM's in this process silences loggers that were there, and replaces a function of torch's."""
+    torch.set_num_threads = _SET_NUM_THREADS
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("qaa_serve") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")

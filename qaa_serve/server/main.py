@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -29,10 +30,12 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 2
     cli_env_setup()
+    _log_as_vllm_does()
     try:
         args = settings.make_parser().parse_args(list(arguments))
         options, contents, key_sources = settings.resolve(args)
         configure_logging_from_args(args)
+        _log_as_vllm_does()
         validate_parsed_serve_args(args)
         admin_sock = _open_admin_listener(options.admin_listen)
     except (UsageError, AssertionError, OSError, TypeError, ValueError) as error:
@@ -49,6 +52,16 @@ def main(arguments: Sequence[str]) -> int:
         contents.close()
         if admin_sock is not None:
             admin_sock.close()
+
+
+def _log_as_vllm_does() -> None:
+    """Have what our modules log come out where vLLM's does; its set-up silences loggers that were there before."""
+    ours, theirs = logging.getLogger("qaa_serve"), logging.getLogger("vllm")
+    ours.handlers, ours.propagate = theirs.handlers, False
+    ours.setLevel(theirs.getEffectiveLevel())
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("qaa_serve") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 def _open_admin_listener(address: str | None) -> socket.socket | None:
