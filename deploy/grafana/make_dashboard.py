@@ -172,7 +172,7 @@ ROWS: dict[str, list[Panel]] = {
               {"{{instance}}": f"max by (instance) (qaa_source_age_seconds{{{SERVER}}})"},
               thresholds=[(180, "red")], about="It is listed every --adapters-poll seconds."),
         Panel("Different catalogues", "none",
-              {"": f"count(count by (fingerprint) (qaa_catalogue_fingerprint{{{SERVER}}}))"},
+              {"": f"count(count_values(\"fingerprint\", qaa_catalogue_fingerprint{{{SERVER}}}))"},
               thresholds=[(2, "yellow")],
               about="1 while all servers serve the same contents; more while they come to know of a change."),
         Panel("Rejected now", "none", {"": f"qaa_adapter_rejected{{{ADAPTER}}} > 0"}, "table",

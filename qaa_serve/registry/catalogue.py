@@ -352,6 +352,7 @@ class Catalogue:
         async with self._lock(name):
             entry = self.entries.get(name) or Entry(name, None)
             if digits is None:
+                entry.history = None  # another server may have changed it
                 current = None if entry.current is None else entry.current.digest
                 former = await self.history(entry)
                 if current in former:
@@ -704,8 +705,8 @@ class Catalogue:
     # ------------------------------------------------------------------------------------------- internals
 
     def fingerprint(self) -> str:
-        """Of all that is served, by name and content: equal on servers that serve the same."""
-        return f"{self._fingerprint:016x}"
+        """Of all that is served, by name and content: equal on servers that serve the same. 12 hex digits."""
+        return f"{self._fingerprint:012x}"
 
     def take_touched(self) -> Iterable[str]:
         """Names for which something has changed since this was asked last; there is one who asks."""
@@ -798,7 +799,8 @@ class Catalogue:
                 if entry.current is not None:
                     self.served_bytes += sign * entry.current.nbytes
                     name = entry.current.engine_name.encode()
-                    self._fingerprint ^= int.from_bytes(hashlib.sha256(name).digest()[:8])
+                    # As many bits as Prometheus holds in a number.
+                    self._fingerprint ^= int.from_bytes(hashlib.sha256(name).digest()[:6])
             if sign < 0:
                 yield
         self.generation += 1

@@ -97,11 +97,12 @@ class Contents:
         """
         if verdict.reason is not None:
             raise RefusedContentError(verdict.reason, cast(Kind, verdict.error))
+        assert verdict.kind is not None  # as of all that can be served
         return Revision(
             name=name,
             digest=verdict.digest,
             path=self.state.place(verdict.digest),
-            kind=verdict.kind or "LORA",
+            kind=verdict.kind,
             rank=verdict.rank,
             nbytes=verdict.nbytes,
             base=verdict.base,

@@ -80,8 +80,10 @@ class SourceSettings:
 
     @cached_property
     def _pins(self) -> Mapping[str, frozenset[str]]:
-        parts = [reference.partition("@") for reference in self.pinned]
-        return {name: frozenset(digest for of, _, digest in parts if of == name) for name, _, _ in parts}
+        pins: dict[str, frozenset[str]] = {}
+        for name, _, digest in (reference.partition("@") for reference in self.pinned):
+            pins[name] = pins.get(name, frozenset()) | {digest}
+        return pins
 
     def pins(self, name: str) -> frozenset[str]:
         """What is pinned of a name: beginnings of digests, and "" for whatever it stands for."""

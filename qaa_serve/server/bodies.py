@@ -209,7 +209,8 @@ async def asked_by(body: Body, path: str, scope: Scope) -> Asked:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(400, f"the body is not JSON in UTF-8: {error}") from error
     model = Headers(scope=scope).get(_INVOCATIONS_MODEL) if path == "/invocations" else fields.model
-    return Asked(model or None, prompts, n, bytes(fields.user).decode() if _first(fields.user) == b'"' else None)
+    user = msgspec.json.decode(fields.user, type=str) if _first(fields.user) == b'"' else None
+    return Asked(model or None, prompts, n, user)
 
 
 async def _model_in_form(body: Body, scope: Scope) -> str | None:

@@ -83,7 +83,7 @@ FAMILIES = (
     ),
     Family("qaa_source_age_seconds", "gauge", (), "since the adapters' source could be listed"),
     Family(
-        "qaa_catalogue_fingerprint", "gauge", ("fingerprint",), "1; equal on replicas that serve the same contents"
+        "qaa_catalogue_fingerprint", "gauge", (), "a number that is equal on replicas that serve the same contents"
     ),
     Family(
         "qaa_alias_requests_total",

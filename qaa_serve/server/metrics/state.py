@@ -107,7 +107,7 @@ class StateCollector(Collector):
         yield _gauge("qaa_ready", {(): status == "ready"})
         yield _gauge("qaa_draining", {(): status == "draining"})
         yield _gauge("qaa_source_age_seconds", {(): self._follower.age_s})
-        yield _gauge("qaa_catalogue_fingerprint", {(self._catalogue.fingerprint(),): 1})
+        yield _gauge("qaa_catalogue_fingerprint", {(): int(self._catalogue.fingerprint(), 16)})
         yield from _engine(account, self._monitor.age_s)
         yield _gauge("qaa_process_memory_bytes", dict(_process_memory()))
 
