@@ -304,6 +304,7 @@ _WORDS = {"by", "without", "on", "ignoring", "and", "or", "unless", "bool", "gro
 def selectors(query: str) -> list[tuple[str, dict[str, str]]]:
     """The series that a query asks for, each with the label values it wants; regular expressions are left out."""
     plain = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", query)
+    plain = re.sub(r'\(\s*"[^"]*"\s*,', "(", plain)  # the name that count_values gives to a label
     found = []
     for match in re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?(?!\w|\s*\()", re.sub(r"\[[^]]*\]", " ", plain)):
         name, labels = match[1], match[2] or ""
