@@ -23,7 +23,7 @@ from qaa_serve.registry.cache import (
     Result,
 )
 from qaa_serve.registry.catalogue import Catalogue
-from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.contents import Contents, Fill
 from qaa_serve.registry.entries import (
     AmbiguousRevisionError,
     Condition,
@@ -60,6 +60,7 @@ __all__ = [
     "EngineCache",
     "EngineRefusedError",
     "Entry",
+    "Fill",
     "Follower",
     "Ids",
     "InUseError",

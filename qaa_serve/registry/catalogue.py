@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.registry.cache import Engine, EngineCache, EngineRefusedError, Observer
-from qaa_serve.registry.contents import Contents
+from qaa_serve.registry.contents import Contents, Fill
 from qaa_serve.registry.entries import (
     ANY,
     AmbiguousRevisionError,
@@ -306,12 +306,12 @@ class Catalogue:
 
     # ------------------------------------------------------------------------------------- changes by the API
 
-    async def publish(self, name: str, directory: Path, condition: Condition = ANY) -> Revision:
-        """Put a directory's content into the source, and serve it.
+    async def publish(self, name: str, content: Path | Fill, condition: Condition = ANY) -> Revision:
+        """Put an adapter into the source, and serve it.
 
         Args:
             name: the public name.
-            directory: holds the adapter.
+            content: a directory that holds it, or what puts its two files into an empty one; called in a thread.
             condition: what must be so.
 
         Raises:
@@ -323,7 +323,7 @@ class Catalogue:
             with suppress(UnavailableError):  # what cannot be read can be replaced
                 await self._is_checked(name)
             async with self._lock(name):
-                revision = await self.contents.admit(name, directory)
+                revision = await self.contents.admit(name, content)
                 return await self._put(name, revision, condition, "put")
         except AdapterError as error:
             self._observer.rejected(error.kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from logging import Logger
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from qaa_serve.adapters import WEIGHTS_FILE, AdapterError, Kind, LinearWidths, copy_adapter, digest_of, judge
 from qaa_serve.registry.index import Index, Verdict
@@ -21,6 +21,9 @@ from qaa_serve.sources import (
     Source,
     SourceError,
 )
+
+#: Puts an adapter's two files into an empty directory.
+Fill: TypeAlias = Callable[[Path], None]
 
 
 class RefusedContentError(AdapterError):
@@ -130,19 +133,23 @@ class Contents:
             self.index.note(name, listed, verdict.digest)
         return self.known(name, verdict)
 
-    async def admit(self, name: str, directory: Path) -> Revision:
-        """Take the adapter of a directory, wherever it is.
+    async def admit(self, name: str, content: Path | Fill) -> Revision:
+        """Take an adapter from anywhere.
+
+        Args:
+            name: the public name.
+            content: a directory that holds it, or what puts its two files into an empty one; called in a thread.
 
         Raises:
             AdapterError: if it cannot be served, or there is no room.
         """
-        verdict = await self._changes.run(
-            f"checking {name!r}",
-            self._read,
-            0,
-            lambda staged: copy_adapter(directory, staged, max_bytes=self._max_bytes),
-        )
-        return self.known(name, verdict)
+
+        def copy(staged: Path) -> None:
+            assert isinstance(content, Path)
+            copy_adapter(content, staged, max_bytes=self._max_bytes)
+
+        fill = copy if isinstance(content, Path) else content
+        return self.known(name, await self._changes.run(f"checking {name!r}", self._read, 0, fill))
 
     async def former(self, name: str, digest: str) -> Revision:
         """A content of a name's history.
@@ -185,7 +192,7 @@ class Contents:
 
         await self._threads.run(f"reading {revision.revision}", bring)
 
-    def _read(self, nbytes: int, fetch: Callable[[Path], None], expected: str | None = None) -> Verdict:
+    def _read(self, nbytes: int, fetch: Fill, expected: str | None = None) -> Verdict:
         """Fetch a content and keep it if it can be served; nothing of it is left otherwise."""
         with self.state.staging(nbytes) as staged:
             fetch(staged)

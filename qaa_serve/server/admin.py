@@ -25,6 +25,7 @@ from qaa_serve.registry import (
     Catalogue,
     Condition,
     Entry,
+    Fill,
     InUseError,
     Revision,
     UnavailableError,
@@ -277,8 +278,8 @@ def make_router(
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         with changing("put", name):
             if kind == "multipart/form-data":
-                async with _uploaded(request, catalogue) as directory:
-                    await catalogue.publish(name, directory, condition)
+                async with _uploaded(request) as fill:
+                    await catalogue.publish(name, fill, condition)
             elif kind == "application/json":
                 try:
                     asked = PublishRequest.model_validate_json(await request.body())
@@ -292,9 +293,7 @@ def make_router(
                     await catalogue.publish(name, path_inside(root, asked.path), condition)
                 else:
                     repository = parse_repository(str(asked.source), adapter_repos)
-                    async with _staged(catalogue) as directory:
-                        await asyncio.to_thread(repository.fetch, directory)
-                        await catalogue.publish(name, directory, condition)
+                    await catalogue.publish(name, repository.fetch, condition)
             else:
                 raise RefusedError(415, f"send application/json or multipart/form-data, not {kind or 'nothing'!r}")
         return await describe_one(name, response)
@@ -439,43 +438,28 @@ def path_inside(root: Path | None, text: str) -> Path:
 
 
 @asynccontextmanager
-async def _staged(catalogue: Catalogue) -> AsyncIterator[Path]:
-    """A directory for the two files of an adapter; it goes at the end."""
-    staging = catalogue.contents.state.staging(0)
-    directory = await asyncio.to_thread(staging.__enter__)
-    try:
-        yield directory
-    finally:
-        await asyncio.to_thread(staging.__exit__, None, None, None)
-
-
-@asynccontextmanager
-async def _uploaded(request: Request, catalogue: Catalogue) -> AsyncIterator[Path]:
-    """A directory with the pair of files of a form; it goes at the end."""
+async def _uploaded(request: Request) -> AsyncIterator[Fill]:
+    """What writes the pair of files of a form into a directory; the form goes at the end."""
     async with AsyncExitStack() as stack:
         try:
             form = await stack.enter_async_context(request.form(max_files=2, max_fields=2))
         except OSError as error:
-            raise _no_room(f"the directory of temporary files, {tempfile.gettempdir()}", error) from error
-        directory = await stack.enter_async_context(_staged(catalogue))
+            where = f"the directory of temporary files, {tempfile.gettempdir()}"
+            message = f"the upload cannot be kept in {where}: {error.strerror or error}"
+            raise RefusedError(503, message, Retry_After="60") from error
+        files: dict[str, BinaryIO] = {}
         for part, name in (("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)):
             file = form.get(part)
             if not isinstance(file, UploadFile):
                 raise RefusedError(400, f"the form needs the files config and weights; {part} is missing")
-            try:
-                await asyncio.to_thread(_write, file.file, directory / name)
-            except OSError as error:
-                raise _no_room(str(catalogue.contents.state.directory), error) from error
-        yield directory
+            files[name] = file.file
 
+        def fill(directory: Path) -> None:
+            for name, file in files.items():
+                with (directory / name).open("wb") as copy:
+                    shutil.copyfileobj(file, copy, 1 << 20)
 
-def _write(file: BinaryIO, path: Path) -> None:
-    with path.open("wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
-
-
-def _no_room(where: str, error: OSError) -> RefusedError:
-    return RefusedError(503, f"the upload cannot be kept in {where}: {error.strerror or error}", Retry_After="60")
+        yield fill
 
 
 def _digest_of(asked: RevisionRequest | None, name: str) -> str | None:
