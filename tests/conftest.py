@@ -41,8 +41,11 @@ _SET_NUM_THREADS = torch.set_num_threads
 
 @pytest.fixture(autouse=True)
 def as_before_an_engine() -> None:
-    """An engine of vLLM's in this process silences loggers that were there, and replaces a function of torch's."""
+    """A server in this process silences loggers, leads ours past pytest's, and replaces a function of torch's."""
     torch.set_num_threads = _SET_NUM_THREADS
+    ours = logging.getLogger("qaa_serve")
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("qaa_serve") and isinstance(logger, logging.Logger):
             logger.disabled = False
