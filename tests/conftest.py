@@ -46,8 +46,8 @@ def as_before_an_engine() -> None:
     ours = logging.getLogger("qaa_serve")
     ours.handlers, ours.propagate = [], True
     ours.setLevel(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("qaa_serve") and isinstance(logger, logging.Logger):
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
             logger.disabled = False
 
 
