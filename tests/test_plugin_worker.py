@@ -58,7 +58,7 @@ def test_a_rank_above_the_servers_is_refused(adapter):
         manager(max_lora_rank=1)._load_adapter(LoRARequest("a", 1, str(adapter)))
 
 
-def test_a_reading_that_hangs_keeps_no_other_one_waiting():
+def test_a_reading_that_hangs_keeps_no_other_one_waiting(monkeypatch):
     """Nor the process's end: its thread is a daemon."""
     reading, go = [], threading.Event()
 
@@ -74,19 +74,26 @@ def test_a_reading_that_hangs_keeps_no_other_one_waiting():
                 raise AdapterError("broken")
             return SimpleNamespace(loras={"x": SimpleNamespace(lora_a=torch.zeros(4), lora_b=torch.zeros(2))})
 
-    reader = Reader()
-    for number in (1, 2, 3):
+        def add_adapter(self, request):
+            self._load_adapter(request)
+            taken.append(request.lora_int_id)
+
+    taken, reader = [], Reader()
+    for number in (1, 2, 3, 4):
         reader.stage(LoRARequest(f"a{number}", number, "/nowhere"))
-    wait([reader._staged[2], reader._staged[3]], timeout=30)
-    assert [reader.staged_bytes(number) for number in (1, 2, 3)] == [None, 0, 24]
-    assert reader._load_adapter(LoRARequest("a3", 3, "/nowhere")).loras
-    with pytest.raises(AdapterError, match="broken"):
-        reader._load_adapter(LoRARequest("a2", 2, "/nowhere"))
-    assert sorted(reading) == [(number, True, 1) for number in (1, 2, 3)]
+    wait([reader._staged[number][1] for number in (2, 3, 4)], timeout=30)
+    assert reader.take_over([1, 2, 3]) == ([None, "broken", 24], False)
+    assert taken == [3]
+    assert sorted(reading) == [(number, True, 1) for number in (1, 2, 3, 4)]
+    # One that is past its time is taken over the next time, and told so; one that was removed, never.
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_qaa.worker._TAKE_OVER_S", -1)
+        assert reader.take_over([1, 4]) == ([None, None], True)
+    del reader._staged[4]
     go.set()
-    wait([reader._staged[1]], timeout=30)
-    assert reader.staged_bytes(1) == 24
-    assert len(reader._staged) == 1
+    wait([reader._staged[1][1]], timeout=30)
+    assert reader.take_over([1, 4]) == ([24, "it was removed while it was loaded"], False)
+    assert reader._staged == {}
 
 
 def test_files_that_are_not_those_of_the_name_are_refused(adapter):

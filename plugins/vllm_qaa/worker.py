@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -36,6 +37,9 @@ _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 #: In the names of output heads; vLLM knows them by it too.
 OUTPUT_HEAD = "lm_head"
+
+#: How long adapters are taken over between two steps; the one that is begun is ended.
+_TAKE_OVER_S = 0.02
 
 #: In vLLM's additional_config: it reaches every worker, wherever it runs.
 BACKEND_KEY = "qaa_backend"
@@ -86,6 +90,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         self._dtype = vllm_config.model_config.dtype
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
+        self._compiled: set[tuple[Ansatz, int, int]] = set()
         self.takes_slots = True
         _split_graphs_at_delta(vllm_config, self.device)
 
@@ -153,9 +158,9 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             runs: (qubits, width of x, readouts of a token) of the layers that have such circuits.
         """
         for qubits, width, readouts in runs:
-            self._plans.circuits.compile(
-                form.ansatz(qubits), width, readouts, self._dtype, torch.device(self.device)
-            )
+            if (run := (form.ansatz(qubits), width, readouts)) not in self._compiled:
+                self._plans.circuits.compile(*run, self._dtype, torch.device(self.device))
+                self._compiled.add(run)
 
     def remove_all_adapters(self) -> None:
         """As vLLM's; no step may use a plan made for slots that are gone."""
@@ -205,15 +210,50 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._staged: dict[int, Future[LoRAModel]] = {}  # of the worker's own thread alone
+        self._staged: dict[int, tuple[LoRARequest, Future[LoRAModel]]] = {}  # of the worker's own thread alone
 
     def stage(self, request: LoRARequest) -> None:
-        """Start to read an adapter beside the engine's steps; `add_adapter` takes what was read.
+        """Start to read an adapter beside the engine's steps; `take_over` takes what was read.
 
         Each in a thread of its own: if its files never come, it keeps no other one waiting, nor the worker's end.
         """
-        reading = self._staged[request.lora_int_id] = Future()
+        reading: Future[LoRAModel] = Future()
+        self._staged[request.lora_int_id] = request, reading
         Thread(target=self._read_into, args=(reading, request), name="qaa-reader", daemon=True).start()
+
+    def take_over(self, lora_ids: Sequence[int]) -> tuple[list[int | str | None], bool]:
+        """Take over adapters that were read, for no longer than running requests can wait.
+
+        Returns:
+            for each its bytes of host memory, or why it cannot be had, or None if it is not there yet; and whether
+            some were read that wait for the next time.
+        """
+        end = time.perf_counter() + _TAKE_OVER_S
+        answers: list[int | str | None] = []
+        goes_on = False
+        for lora_id in lora_ids:
+            request, reading = self._staged.get(lora_id, (None, None))
+            if request is None or reading is None:
+                answers.append("it was removed while it was loaded")
+            elif not reading.done():
+                answers.append(None)
+            elif time.perf_counter() > end:
+                answers.append(None)
+                goes_on = True
+            else:
+                answers.append(self._take_over(request, reading))
+        return answers, goes_on
+
+    def _take_over(self, request: LoRARequest, reading: Future[LoRAModel]) -> int | str:
+        try:
+            nbytes = _host_bytes(reading.result())
+            self.add_adapter(request)
+        except Exception as error:
+            self._staged.pop(request.lora_int_id, None)
+            if not isinstance(error, (AdapterError, ValueError)):
+                logger.exception("Loading %s", request.lora_name)
+            return str(error) or type(error).__name__
+        return nbytes
 
     def _read_into(self, reading: Future[LoRAModel], request: LoRARequest) -> None:
         torch.set_num_threads(1)  # it would bring OpenMP threads of its own, which take the steps' cores
@@ -221,16 +261,6 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             reading.set_result(self._read_adapter(request))
         except BaseException as error:
             reading.set_exception(error)
-
-    def staged_bytes(self, lora_id: int) -> int | None:
-        """Bytes of host memory that an adapter takes which was read; None while it is being read.
-
-        What went wrong is raised by `add_adapter`.
-        """
-        reading = self._staged[lora_id]
-        if not reading.done():
-            return None
-        return 0 if reading.exception() is not None else _host_bytes(reading.result())
 
     def adapter_bytes(self) -> list[tuple[int, int, int]]:
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
@@ -294,7 +324,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 manager.activate_adapter(request.lora_int_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        staged = self._staged.pop(lora_request.lora_int_id, None)
+        _, staged = self._staged.pop(lora_request.lora_int_id, (None, None))
         return self._read_adapter(lora_request) if staged is None else staged.result()
 
     def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
@@ -360,14 +390,18 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 "changed weights under a new name and path"
             )
 
+    @cached_property
+    def _renaming(self) -> Any:
+        """vLLM's mapper from transformers' names to the model's, None if they are the same."""
+        mapper: Any = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
+        # Newer vLLM: without stacking and deletions.
+        return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+
     def _served_name(self, name: str) -> str:
         """A module's name in vLLM's model, from its name in transformers'."""
-        mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
-        if mapper is None:
+        if self._renaming is None:
             return name
-        if hasattr(mapper, "get_rename_mapper"):  # newer vLLM: without stacking and deletions
-            mapper = mapper.get_rename_mapper()
-        mapped: str | None = mapper._map_name(f"{name}.weight")
+        mapped: str | None = self._renaming._map_name(f"{name}.weight")
         if mapped is None:
             raise AdapterError(f"vLLM does not load {name!r} of this model, so it cannot be adapted")
         return mapped.removesuffix(".weight")
@@ -419,13 +453,20 @@ class AdapterRPC:
 
     model_runner: Any
 
-    def qaa_stage(self, name: str, lora_id: int, path: str) -> None:
-        """Start to read an adapter in the background."""
-        self.model_runner.lora_manager.stage(LoRARequest(name, lora_id, path))
+    def qaa_load(
+        self, new: Sequence[tuple[str, int, str]], lora_ids: Sequence[int]
+    ) -> tuple[list[int | str | None], bool]:
+        """Start to read (name, id, path) of new adapters in the background, and take over what has been read.
 
-    def qaa_staged_bytes(self, lora_id: int) -> int | None:
-        """Bytes of host memory that it takes; None while it is being read."""
-        return self.model_runner.lora_manager.staged_bytes(lora_id)
+        Returns:
+            of each id: bytes of host memory that it takes, a reason why it is not taken, None while it is being
+            read; and whether more could be taken over at once.
+        """
+        manager = self.model_runner.lora_manager
+        for name, lora_id, path in new:
+            manager.stage(LoRARequest(name, lora_id, path))
+        taken: tuple[list[int | str | None], bool] = manager.take_over(lora_ids)
+        return taken
 
     def qaa_memory(self) -> dict[str, int]:
         """Bytes of this worker's memory: weights, kv_cache, adapters (slots), other, free."""

@@ -11,9 +11,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qaa_serve.adapters.base import LinearWidths
 from qaa_serve.adapters.config import AdapterConfig
 from qaa_serve.adapters.errors import AdapterError, shown
 from qaa_serve.adapters.staging import staged
+from qaa_serve.circuits import Ansatz
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -436,13 +438,17 @@ def digest_from(config_bytes: bytes, weight_bytes: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise AdapterError for NaN and infinity."""
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        raise AdapterError(
-            f"{WEIGHTS_FILE}: {name:.200} has {int((~finite).sum())} values that are NaN or infinite"
-        )
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise AdapterError for the first, by name, that holds NaN or infinity."""
+    if not tensors:
+        return
+    # A sum shows them too, for a fraction of the operations; of large float64 numbers it may overflow by itself.
+    sums = torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors.values()])
+    if sums.isfinite().all():
+        return
+    for name, tensor in sorted(tensors.items()):
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise AdapterError(f"{WEIGHTS_FILE}: {name:.200} has {bad} values that are NaN or infinite")
 
 
 def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleWeights]:
@@ -459,7 +465,9 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
     for target in config.target_modules:
         if not any(matches(module, (target,)) for module in pairs):
             raise AdapterError(f"target module {shown(target)} has no tensors in {WEIGHTS_FILE}")
+    check_finite(tensors)
     modules = {}
+    circuit = cache(config.circuit)
     for module, pair in pairs.items():
         if not matches(module, config.target_modules):
             raise AdapterError(
@@ -474,11 +482,17 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
         for kind in ("theta", "weight"):
             if kind not in pair:
                 raise AdapterError(f"{WEIGHTS_FILE}: tensor base_model.model.{module:.200}.qaa_{kind} is missing")
-        modules[module] = _module(config, module, pair["theta"], pair["weight"])
+        modules[module] = _module(config, circuit, module, pair["theta"], pair["weight"])
     return modules
 
 
-def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: torch.Tensor) -> ModuleWeights:
+def _module(
+    config: AdapterConfig,
+    circuit: Callable[[int], Ansatz],
+    module: str,
+    theta: torch.Tensor,
+    weight: torch.Tensor,
+) -> ModuleWeights:
     angles, columns = (f"{WEIGHTS_FILE}: {module:.200}.qaa_{kind}" for kind in ("theta", "weight"))
     if theta.dtype != torch.float32:
         raise AdapterError(f"{angles} has dtype {theta.dtype}; torch.float32 is needed")
@@ -486,7 +500,7 @@ def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: tor
         raise AdapterError(f"{columns} has dtype {weight.dtype}; one of {_WEIGHT_DTYPES} is needed")
     qubits = theta.shape[-1] if theta.ndim else 0
     try:
-        shape = config.circuit(qubits).theta_shape
+        shape = circuit(qubits).theta_shape
     except ValueError as error:
         raise AdapterError(f"{angles} has shape {tuple(theta.shape)}: {error}") from error
     expected = shape if config.heads == 1 else (config.heads, *shape)
@@ -497,8 +511,6 @@ def _module(config: AdapterConfig, module: str, theta: torch.Tensor, weight: tor
         )
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != config.rank(qubits):
         raise AdapterError(f"{columns} has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed")
-    check_finite(f"{module}.qaa_theta", theta)
-    check_finite(f"{module}.qaa_weight", weight)
     return ModuleWeights(theta.reshape(config.heads, *shape), weight)
 
 

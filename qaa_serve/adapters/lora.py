@@ -249,8 +249,7 @@ def check_lora(directory: Path, base: LinearWidths | None = None, *, max_bytes: 
     for module, pair in pairs.items():
         _check_pair(config, module, pair, base)
     tensors = parse_weights(weight_bytes)
-    for name in sorted(tensors):
-        check_finite(name, tensors[name])
+    check_finite(tensors)
     notes = [
         f"{WEIGHTS_FILE} holds {name}: vLLM passes over it and takes the base model's own"
         for name in other

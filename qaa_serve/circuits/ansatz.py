@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations, islice
 from typing import Literal, TypeAlias
 
@@ -85,7 +86,7 @@ class Ansatz:
         if not 0 <= self.readouts <= most:
             raise ValueError(f"{self.qubits} qubits have 1 to {most} readouts, not {self.readouts}")
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of rows of theta, one for each layer of rotations."""
         return sum(isinstance(gate, Rotation) for gate in self.gates())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -19,15 +19,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from qaa_serve.registry import EngineRefusedError, Revision, public_form
 from qaa_serve.server.account import EngineAccount
 from qaa_serve.server.context import RequestContext, current_request
+from qaa_serve.server.loads import Loads
 from qaa_serve.server.stat_logger import StatLogger
 
 logger = init_logger("vllm.qaa_serve.engine")  # vLLM's handlers hang on the name "vllm"
 
 #: What vLLM mixes into its workers, for AdapterEngine to ask.
 WORKER_EXTENSION = "vllm_qaa.worker.AdapterRPC"
-
-#: How often a worker is asked whether it has read an adapter: between steps, where each question costs; else.
-_POLL_S, _IDLE_POLL_S, _MAX_POLL_S = 0.05, 0.002, 0.5
 
 
 class AdapterEngine(AsyncLLM):
@@ -83,6 +81,13 @@ class AdapterEngine(AsyncLLM):
             async for output in outputs:
                 yield output
 
+    @cached_property
+    def _loads(self) -> Loads:
+        def call(method: str, args: tuple[Any, ...]) -> Coroutine[Any, Any, list[Any]]:
+            return self.collective_rpc(method, args=args)
+
+        return Loads(call, self.output_processor.has_unfinished_requests)
+
     async def load(self, revision: Revision) -> int:
         """Have every worker read a revision, beside its steps, and then take it over between two of them.
 
@@ -92,29 +97,16 @@ class AdapterEngine(AsyncLLM):
         Raises:
             EngineRefusedError: if it cannot be loaded.
         """
-        request = request_for(revision)
         try:
-            await self.collective_rpc("qaa_stage", args=(request.lora_name, revision.int_id, request.lora_path))
-            # Every call takes its turn between two steps, so few are made.
-            wait_s = _POLL_S if self.output_processor.has_unfinished_requests() else _IDLE_POLL_S
-            while None in (sizes := await self.collective_rpc("qaa_staged_bytes", args=(revision.int_id,))):
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, _MAX_POLL_S)
-            await self.add_lora(request)
-            return sum(sizes)
+            return await self._loads.load(request_for(revision))
         except EngineDeadError as error:
             raise EngineRefusedError("the engine has died") from error
         except Exception as error:
-            # The engine's process sends any failure as a plain exception in these words; it goes on serving.
-            reason = str(error).removeprefix("Call to add_lora method failed: ")
-            reason = reason.removeprefix("Worker failed with error '").removesuffix(
-                "', please check the stack trace above for the root cause"
-            )
             try:
                 await self.remove_lora(revision.int_id)  # one of several workers may have it
             except Exception:
                 logger.exception("Removing %s after a failed load", revision.revision)
-            raise EngineRefusedError(reason) from error
+            raise error if isinstance(error, EngineRefusedError) else EngineRefusedError(str(error)) from error
 
     async def unload(self, revision: Revision) -> None:
         """Have every worker forget a revision."""
