@@ -29,11 +29,14 @@ def generator() -> torch.Generator:
 
 
 class Layer:
-    """A packed layer of three slices and three slots: the first has all circuits, the second lacks a slice."""
+    """A packed layer of three slices and three slots: the first has all circuits, the second lacks a slice.
+
+    Standardised ones have offsets and scales for x and for z, zeros for a slice that lacks circuits.
+    """
 
     ends = np.array([5, 9, 26])
 
-    def __init__(self, generator: torch.Generator, heads: int = 1, n: int = 4):
+    def __init__(self, generator: torch.Generator, heads: int = 1, n: int = 4, standardised: bool = False):
         self.ansatz = Ansatz("ryrz_ring_ry", n, 2)
         self.theta = random_theta(generator, 9 * heads, self.ansatz, torch.float32)
         self.circuits = CompiledCircuits(self.ansatz, 9 * heads, CPU)
@@ -42,12 +45,22 @@ class Layer:
         self.table[1, heads : 2 * heads] = -1
         self.weights = torch.randn(3, heads * n, int(self.ends[-1]), generator=generator)
         self.heads = heads
+        self.inputs, self.readouts = torch.zeros(0, 2, 13), torch.zeros(0, 2, 3, heads * n)
+        if standardised:
+            self.inputs = torch.randn(3, 2, 13, generator=generator)
+            self.readouts = torch.randn(3, 2, 3, heads * n, generator=generator)
+            self.readouts[1, :, 1] = 0
 
     def expected(self, output: torch.Tensor, x: torch.Tensor, rows: list[int], slots: list[int]) -> torch.Tensor:
         """In float64, written out row by row."""
         output = output.double().clone()
         for row, slot in zip(rows, slots, strict=True):
-            z = reference(x[row : row + 1], self.theta, self.ansatz, self.table[slot : slot + 1]).flatten()
+            here = x[row : row + 1].double()
+            if len(self.inputs):
+                here = (here - self.inputs[slot, 0]) * self.inputs[slot, 1]
+            z = reference(here, self.theta, self.ansatz, self.table[slot : slot + 1]).flatten()
+            if len(self.readouts):
+                z = (z - self.readouts[slot, 0].flatten()) * self.readouts[slot, 1].flatten()
             begin, rank = 0, self.weights.shape[1]
             for part, end in enumerate(self.ends):
                 b = self.weights[slot, :, begin:end].double()
@@ -56,18 +69,19 @@ class Layer:
         return output
 
     def add(self, output: torch.Tensor, x: torch.Tensor, rows: list[int], slots: list[int]) -> None:
-        self.circuits.add_to(
-            output, x, np.array(rows), np.array(slots), self.table.numpy(), self.weights.numpy(), self.ends
-        )
+        tensors = self.table, self.inputs, self.readouts, self.weights
+        arrays = *(tensor.numpy() for tensor in tensors), self.ends
+        self.circuits.add_to(output, x, np.array(rows), np.array(slots), *arrays)
 
 
+@pytest.mark.parametrize("standardised", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 21, 40])
 @pytest.mark.parametrize("qubits", [4, 8])
 def test_bz_is_added_to_the_rows_that_have_an_adapter_and_to_no_other(
-    qubits: int, tokens: int, heads: int, generator: torch.Generator
+    qubits: int, tokens: int, heads: int, standardised: bool, generator: torch.Generator
 ) -> None:
-    layer = Layer(generator, heads, qubits)
+    layer = Layer(generator, heads, qubits, standardised)
     x, output = random_x(generator, 2 * tokens, 13, torch.float32), torch.full((2 * tokens, 26), torch.nan)
     rows = list(range(1, 2 * tokens, 2))
     slots = torch.randint(3, (tokens,), generator=generator).tolist()
@@ -135,7 +149,7 @@ def test_nothing_is_compiled_after_the_start(generator: torch.Generator) -> None
     before = [list(function.signatures) for function in (kernel.run, kernel.run_and_add)]
     for dtype in (torch.float32, torch.bfloat16):
         for heads, tokens in ((1, 1), (2, 3), (1, 100)):
-            layer = Layer(generator, heads)
+            layer = Layer(generator, heads, standardised=tokens == 3)
             x = random_x(generator, tokens, 13, dtype)
             with torch.inference_mode():
                 layer.add(torch.zeros(tokens, 26, dtype=dtype), x, list(range(tokens)), [tokens % 3] * tokens)

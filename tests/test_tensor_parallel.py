@@ -26,6 +26,7 @@ def make_adapters(root: Path) -> Path:
     make_qaa(root / "adapters" / "all", base, every, 1)
     make_qaa(root / "adapters" / "rows", base, ("o_proj", "down_proj"), 2, heads=2, ansatz="ry_ring", layers=3)
     make_qaa(root / "adapters" / "options", base, every, 3, readouts=12, constant=True, length=True)
+    make_qaa(root / "adapters" / "centred", base, every, 4, 3, inputs="centred-rms", whitened=True)
     make_lora(root / "adapters" / "lora", base, every, 4)
     return root
 

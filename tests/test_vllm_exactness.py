@@ -118,6 +118,11 @@ def start(root: Path, architecture: str) -> Served:
         "options": make_qaa(
             root / "options", base, attention + mlp, 5, size=0.5, constant=True, length=True, readouts=11
         ),
+        "centred": make_qaa(
+            root / "centred", base, attention + mlp, 7, size=3, inputs="centred-rms", whitened=True, heads=2
+        ),
+        "rms": make_qaa(root / "rms", base, (attention[1], mlp[-1]), 8, inputs="rms"),
+        "whitened": make_qaa(root / "whitened", base, attention[:2], 9, size=5, whitened=True, length=True),
     }  # fmt: skip
     llm = LLM(
         str(base), dtype="float32", enable_lora=True, max_loras=SLOTS, max_cpu_loras=16, max_lora_rank=16,
@@ -137,9 +142,9 @@ def served(request, tmp_path_factory):
 
 
 def test_twenty_mixed_requests_are_exact(served):
-    """Base, 4 QAA adapters of different ansatz, depth, options and modules, and 2 of LoRA, in 2 slots."""
+    """Base, 7 QAA adapters of different ansatz, depth, options and modules, and 2 of LoRA, in 2 slots."""
     names = list(served.adapters)
-    served.check([(names[i % 7], prompt(1 + (i * 17) % 60, i)) for i in range(20)])
+    served.check([(names[i % len(names)], prompt(1 + (i * 17) % 60, i)) for i in range(20)])
 
 
 def test_the_adapters_matter(served):
@@ -166,7 +171,7 @@ def test_prompts_longer_than_a_prefill_chunk(served):
 def test_prompt_log_probabilities_of_mixed_requests(served):
     """Rows that are not sampled: vLLM's own layer for output heads ends the engine here."""
     names = list(served.adapters)
-    served.check_prompts([(names[i % 7], prompt(2 + (i * 17) % 40, 1000 + i)) for i in range(20)])
+    served.check_prompts([(names[i % len(names)], prompt(2 + (i * 17) % 40, 1000 + i)) for i in range(20)])
     served.check_prompts([("some", prompt(2 * PREFILL_CHUNK + 7, 1100)), (None, prompt(9, 1101))])
 
 

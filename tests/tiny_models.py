@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,9 +100,23 @@ def make_qaa(
             n = settings.qubits(d_in)
             theta = torch.randn(settings.heads, *settings.circuit(n).theta_shape, generator=generator) * 2
             weight = torch.randn(d_out, settings.rank(n), generator=generator) * size
-            modules[name] = ModuleWeights(theta, weight.to(weight_dtype))
+            modules[name] = ModuleWeights(
+                theta,
+                weight.to(weight_dtype),
+                # Modules that read one input have one parent.
+                _standard(f"{name.rpartition('.')[0]} {d_in}", d_in) if settings.inputs != "raw" else None,
+                _standard(name, settings.rank(n)) if settings.whitened else None,
+            )
     save_adapter(directory, settings, modules, overwrite=True)
     return load_adapter(directory, linear_widths(base))
+
+
+def _standard(name: str, numbers: int) -> torch.Tensor:
+    """Random offsets and scales, (2, numbers), the same for the same name."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.stack(
+        [torch.randn(numbers, generator=generator) / 2, torch.rand(numbers, generator=generator) + 0.5]
+    )
 
 
 def make_lora(directory: Path, base: Path, targets: tuple[str, ...], seed: int, rank: int = 4) -> Path:
@@ -165,7 +180,11 @@ def _qaa_hook(config: AdapterConfig, weights: ModuleWeights) -> Any:
 
     def add_delta(_module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        if weights.inputs is not None:
+            x = (x - weights.inputs[0]) * weights.inputs[1]
         z = expectation_values(x, weights.theta, circuit, None).flatten(1)  # (tokens, heads * n)
+        if weights.readouts is not None:
+            z = (z - weights.readouts[0]) * weights.readouts[1]
         return output + (scale * z @ weights.weight.double().T).reshape(output.shape).to(output.dtype)
 
     return add_delta

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from vllm.lora.layers import (
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
+from qaa_serve.adapters import AdapterError, ModuleWeights
 from qaa_serve.circuits import Circuits
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
 from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
@@ -49,6 +50,36 @@ class PlanHolder:
         self.circuits = circuits
 
 
+class Standard(NamedTuple):
+    """What one slot's circuits in a layer standardise by: a number v becomes (v - offset) * scale.
+
+    Attributes:
+        inputs: (2, d_in), offset and scale of the channels of x; None for raw ones.
+        readouts: (2, slices, rank), those of z, zeros for slices without circuits; None unless it is whitened.
+    """
+
+    inputs: torch.Tensor | None = None
+    readouts: torch.Tensor | None = None
+
+    def with_module(self, name: str, weights: ModuleWeights, part: int | None, slices: int) -> Standard:
+        """The same with a module of the layer: one of its slices, or, if part is None, all of them.
+
+        Raises:
+            AdapterError: if modules that read one x do not embed the same.
+        """
+        inputs, readouts = weights.inputs, self.readouts
+        if self.inputs is not None and inputs is not None and not torch.equal(self.inputs, inputs):
+            raise AdapterError(
+                f"{name!r} has other qaa_inputs than another module that reads the same input: all that do need "
+                "the same ones, as qaa-serve train writes them"
+            )
+        if weights.readouts is not None:
+            rank = weights.readouts.shape[1]
+            readouts = torch.zeros(2, slices, rank) if readouts is None else readouts
+            readouts[:, slice(None) if part is None else slice(part, part + 1)] = weights.readouts[:, None]
+        return Standard(inputs, readouts)
+
+
 class SlotCircuits:
     """A layer's circuits of one form, in all slots.
 
@@ -56,17 +87,39 @@ class SlotCircuits:
         circuits: room for `slots * slices * heads` of them.
         table: (slots, slices * heads) int32, the number of each slot's circuits, slice by slice; -1 for none.
         key: the table's content.
+        inputs: (slots, 2, d_in) float32, what x is standardised by; empty for raw ones.
+        readouts: (slots, 2, slices, heads * columns) float32, what z is standardised by; empty unless whitened.
         weights: on a CPU (slots, heads * columns, d_out) float32, B transposed; else empty.
-        arrays: on a CPU table and weights as numpy sees them, and where the slices end in d_out.
+        arrays: on a CPU all of them as numpy sees them, and where the slices end in d_out.
     """
 
-    def __init__(self, circuits: Circuits, slots: int, slices: Sequence[int], heads: int, weights: torch.Tensor):
-        self.circuits = circuits
-        self.table = torch.full((slots, len(slices) * heads), -1, dtype=torch.int32, device=weights.device)
-        self.weights = weights
+    def __init__(
+        self,
+        make: type[Circuits],
+        form: CircuitForm,
+        qubits: int,
+        slots: int,
+        d_in: int,
+        slices: Sequence[int],
+        device: torch.device,
+    ):
+        ansatz = form.ansatz(qubits)
+        self.circuits = make(ansatz, slots * len(slices) * form.heads, device)
+        self.table = torch.full((slots, len(slices) * form.heads), -1, dtype=torch.int32, device=device)
         self.key = b""
-        if weights.device.type == "cpu":
-            self.arrays = self.table.numpy(), weights.numpy(), np.cumsum(slices)
+        rank = form.heads * ansatz.columns
+        self.inputs = torch.zeros((slots if form.inputs else 0, 2, d_in), device=device)
+        self.readouts = torch.zeros((slots if form.whitened else 0, 2, len(slices), rank), device=device)
+        self.weights = torch.zeros((slots, rank, sum(slices)) if device.type == "cpu" else (0,), device=device)
+        if device.type == "cpu":
+            tensors = self.table, self.inputs, self.readouts, self.weights
+            self.arrays = *(tensor.numpy() for tensor in tensors), np.cumsum(slices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        own = (self.table, self.inputs, self.readouts, self.weights)
+        return self.circuits.nbytes + sum(tensor.nbytes for tensor in own)
 
     def put(self, slot: int, angles: dict[int, torch.Tensor]) -> None:
         """Give a slot the circuits (heads, rows, n) of some slices."""
@@ -176,7 +229,7 @@ class QAALayerMixin(BaseLayerWithLoRA):
             tuple(b[index, 0, :, :rank].float().T.contiguous() for b in self.lora_b_stacked[here]),
         )
 
-    def prepare_circuits(self, index: int, form: CircuitForm) -> None:
+    def prepare_circuits(self, index: int, form: CircuitForm, standard: Standard) -> None:
         """Build the circuits of a slot from the angles that `set_lora` was given."""
         angles = self._theta[index]
         if angles is None:
@@ -187,6 +240,9 @@ class QAALayerMixin(BaseLayerWithLoRA):
         slot_circuits = self._circuits[form]
         self._forms[index], self._in_slots[index] = form, slot_circuits
         slot_circuits.put(index, {i: theta.to(self.device, torch.float32) for i, theta in angles.items()})
+        for target, source in zip((slot_circuits.inputs, slot_circuits.readouts), standard, strict=True):
+            if source is not None:
+                target[index] = source
         if slot_circuits.weights.numel():
             for i in angles:
                 b = self.lora_b_stacked[i][index, 0, :, : slot_circuits.weights.shape[1]]
@@ -194,17 +250,15 @@ class QAALayerMixin(BaseLayerWithLoRA):
 
     def _make_circuits(self, form: CircuitForm, qubits: int) -> SlotCircuits:
         assert self._plans is not None  # only bound layers are given circuits
-        ansatz, slots, readouts = form.ansatz(qubits), len(self._forms), self.n_slices * form.heads
-        circuits = self._plans.circuits(ansatz, slots * readouts, torch.device(self.device))
-        on_cpu = torch.device(self.device).type == "cpu"
-        shape = (slots, form.heads * ansatz.columns, sum(self.output_slices)) if on_cpu else (0,)
+        device, d_in = torch.device(self.device), self.full_widths()[0]
         with torch.inference_mode(False):  # tensors of a step may not be changed outside of one
-            weights = torch.zeros(shape, device=self.device)
-            return SlotCircuits(circuits, slots, self.output_slices, form.heads, weights)
+            return SlotCircuits(
+                self._plans.circuits, form, qubits, len(self._forms), d_in, self.output_slices, device
+            )
 
     def own_bytes(self) -> int:
         """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
-        circuits = sum(here.circuits.nbytes + here.weights.nbytes for here in self._circuits.values())
+        circuits = sum(here.nbytes for here in self._circuits.values())
         return circuits + sum(lora.nbytes for lora in self._lora.values())
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
@@ -309,8 +363,12 @@ class QAALayerMixin(BaseLayerWithLoRA):
 
     def _readout(self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor) -> torch.Tensor:
         """z of a group's tokens, (T, slices, heads * columns)."""
-        z = here.circuits.run(_take(x, group), group.index(here.table, here.key))
-        return z.view(len(z), self.n_slices, -1)
+        x = _take(x, group)
+        if here.inputs.numel():
+            x = _standardise(x.float(), here.inputs[group.slots])
+        z = here.circuits.run(x, group.index(here.table, here.key))
+        z = z.view(len(z), self.n_slices, -1)
+        return _standardise(z, here.readouts[group.slots]) if here.readouts.numel() else z
 
     def _input_is_sharded(self) -> bool:
         return self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear)
@@ -328,6 +386,11 @@ class QAALayerMixin(BaseLayerWithLoRA):
 def _take(x: torch.Tensor, tokens: CircuitTokens | LoRATokens) -> torch.Tensor:
     """The rows of x that are meant: (T, d_in)."""
     return x[tokens.span] if tokens.span is not None else x[tokens.rows]
+
+
+def _standardise(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """(T, ...) by their offsets and scales, (T, 2, ...)."""
+    return (values - by[:, 0]) * by[:, 1]
 
 
 def _add(columns: torch.Tensor, group: LoRATokens, update: torch.Tensor) -> None:

@@ -19,10 +19,14 @@ class CircuitForm(NamedTuple):
     Attributes:
         circuit: the circuits' form by the number of qubits, as a config gives it; of 16 here, the most there are.
         heads: circuits a module.
+        inputs: whether the layer's input is standardised before it is embedded.
+        whitened: whether the readouts are standardised.
     """
 
     circuit: Ansatz
     heads: int
+    inputs: bool = False
+    whitened: bool = False
 
     def ansatz(self, qubits: int) -> Ansatz:
         """The circuits' form in a layer that needs so many qubits."""

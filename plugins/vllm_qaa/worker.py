@@ -25,10 +25,18 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from qaa_serve.adapters import CONFIG_FILE, AdapterConfig, AdapterError, ModuleWeights, load_adapter, read_config
+from qaa_serve.adapters import (
+    CONFIG_FILE,
+    AdapterConfig,
+    AdapterError,
+    ModuleWeights,
+    load_adapter,
+    misfit,
+    read_config,
+)
 from qaa_serve.circuits import MAX_QUBITS, Ansatz, Circuits, choose_backend, circuits_of
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
-from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin
+from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin, Standard
 from vllm_qaa.memory import device_memory, host_free
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
 from vllm_qaa.timing import TIMER
@@ -48,11 +56,17 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vl
 
 
 class QAAModel(LoRAModel):
-    """A loaded QAA adapter: angles as 3-D lora_a and B, scale folded in, as lora_b."""
+    """A loaded QAA adapter: angles as 3-D lora_a and B, scale folded in, as lora_b.
+
+    Attributes:
+        form: of its circuits.
+        standards: what a layer's inputs and readouts are standardised by.
+    """
 
     def __init__(self, adapter_id: int, rank: int, loras: dict[str, LoRALayerWeights], form: CircuitForm):
         super().__init__(adapter_id, rank, loras)
         self.form = form
+        self.standards: dict[QAALayerMixin, Standard] = {}
 
 
 class Place(NamedTuple):
@@ -142,12 +156,11 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             self._last_mapping = None  # a slot has changed: the next step makes a new plan
             slot = self.lora_index_to_id.index(lora_id)
             adapter = self._registered_adapters[lora_id]
-            form = adapter.form if isinstance(adapter, QAAModel) else None
-            self._forms[slot] = form
-            if form is not None:
+            self._forms[slot] = adapter.form if isinstance(adapter, QAAModel) else None
+            if isinstance(adapter, QAAModel):
                 for layer in self.modules.values():
                     if isinstance(layer, QAALayerMixin):
-                        layer.prepare_circuits(slot, form)
+                        layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
         return activated
 
     def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
@@ -353,8 +366,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 f"{self.lora_config.max_lora_rank}: start it with a larger --max-lora-rank (vLLM's limit is 512)"
             )
         config = adapter.config
-        form = CircuitForm(config.circuit(MAX_QUBITS), config.heads)
+        form = CircuitForm(config.circuit(MAX_QUBITS), config.heads, config.inputs != "raw", config.whitened)
         loras = {}
+        standards: dict[QAALayerMixin, Standard] = {}
         runs: set[tuple[int, int, int]] = set()  # qubits, width of x, readouts of a token
         for name, weights in adapter.modules.items():
             module = self._served_name(name)
@@ -362,6 +376,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             if (place := self._adapter_manager.find(module)) is not None:
                 _check_qaa(name, config, weights, place)
                 runs.add((weights.qubits, place.widths()[0], place.layer.n_slices * form.heads))
+                standard = standards.get(place.layer, Standard())
+                standards[place.layer] = standard.with_module(name, weights, place.part, place.layer.n_slices)
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
@@ -372,7 +388,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 scaling=1.0,
             )
         self._adapter_manager.compile_circuits(form, runs)
-        return QAAModel(request.lora_int_id, adapter.rank, loras, form)
+        model = QAAModel(request.lora_int_id, adapter.rank, loras, form)
+        model.standards = standards
+        return model
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""
@@ -439,6 +457,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _host_bytes(adapter: LoRAModel) -> int:
     parts = [part for weights in adapter.loras.values() for part in (weights.lora_a, weights.lora_b)]
+    if isinstance(adapter, QAAModel):
+        parts += [part for standard in adapter.standards.values() for part in standard]
     return _distinct_bytes(tensor for part in parts for tensor in (part if isinstance(part, list) else [part]))
 
 
@@ -494,12 +514,9 @@ def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: 
             "slices; such layers cannot take QAA adapters. Leave it out of target_modules"
         )
     d_in, d_out = place.widths()
-    qubits = config.qubits(d_in)
-    if weights.qubits != qubits or weights.weight.shape[0] != d_out:
+    if problem := misfit(weights, config.qubits(d_in), d_in, d_out):
         raise AdapterError(
-            f"{name!r} is {d_in} -> {d_out} in the served model, which needs {qubits} qubits and {d_out} rows of "
-            f"qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: it was made for another "
-            "base"
+            f"{name!r} is {d_in} -> {d_out} in the served model, {problem}: it was made for another base"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -19,7 +19,10 @@ MAX_ALPHA = 1e6
 
 
 #: Fields that older readers do not know, with their defaults.
-_LATER = {"readouts": None, "constant": False, "length": False}
+_LATER = {"readouts": None, "constant": False, "length": False, "inputs": "raw", "whitened": False}
+
+#: What is done with a layer's input before it is embedded; DESIGN: x <- (x - offset) * scale, channel by channel.
+Inputs: TypeAlias = Literal["raw", "rms", "centred-rms"]
 
 
 class AdapterConfig(BaseModel):
@@ -41,6 +44,8 @@ class AdapterConfig(BaseModel):
     readouts: int | None = Field(default=None, ge=1)
     constant: bool = False
     length: bool = False
+    inputs: Inputs = "raw"
+    whitened: bool = False
 
     @field_validator("ansatz")
     @classmethod
@@ -76,9 +81,10 @@ class AdapterConfig(BaseModel):
         """Factor on B z: alpha * 2**(n/2) / (heads * m) for m readouts a circuit, n by default.
 
         The spread of z falls with the number of qubits n like 2**(-n/2); the factor keeps the update's size
-        comparable over widths.
+        comparable over widths. Whitened z has spread 1 without it: alpha / (heads * m).
         """
-        return float(self.alpha * 2 ** (qubits / 2) / self.rank(qubits))
+        spread = 1 if self.whitened else 2 ** (-qubits / 2)
+        return float(self.alpha / spread / self.rank(qubits))
 
     def rank(self, qubits: int) -> int:
         """Number of columns of B, heads * readouts: what the rank is to a LoRA adapter."""

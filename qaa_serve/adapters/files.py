@@ -41,7 +41,7 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2), **dict.fromkeys(("BOOL", "I8", "U8"), 1),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2"), 1),
 }  # fmt: skip
-_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>theta|weight)")
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>theta|weight|inputs|readouts)")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _UNADAPTABLE = re.compile(
@@ -64,15 +64,25 @@ class ModuleWeights:
     Attributes:
         theta: (heads, rows, n) float32 angles.
         weight: (d_out, heads * n), B of the formula.
+        inputs: (2, d_in) float32, offset and scale of each channel of x; None for raw ones.
+        readouts: (2, heads * n) float32, offset and scale of each of z; None unless whitened.
     """
 
     theta: torch.Tensor
     weight: torch.Tensor
+    inputs: torch.Tensor | None = None
+    readouts: torch.Tensor | None = None
 
     @property
     def qubits(self) -> int:
         """Number of qubits n of its circuits."""
         return self.theta.shape[-1]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by what follows ``qaa_`` in their names on disk."""
+        found = {"theta": self.theta, "weight": self.weight, "inputs": self.inputs, "readouts": self.readouts}
+        return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(m.theta.nbytes + m.weight.nbytes for m in self.modules.values())
+        return sum(tensor.nbytes for module in self.modules.values() for tensor in module.tensors.values())
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -203,11 +213,13 @@ def save_adapter(
                 f"{name}: theta has shape {tuple(module.theta.shape)}; (heads, rows, n) with {config.heads} "
                 "heads is needed"
             )
-        theta = module.theta if config.heads > 1 else module.theta[0]
-        prefix = f"base_model.model.{name}"
-        # Copies: safetensors refuses tensors that share memory, as modules with equal weights may.
-        tensors[f"{prefix}.qaa_theta"] = _owned(theta.float())
-        tensors[f"{prefix}.qaa_weight"] = _owned(module.weight)
+        for kind, tensor in module.tensors.items():
+            if kind != "weight":
+                tensor = tensor.float()
+            if kind == "theta" and config.heads == 1:
+                tensor = tensor[0]
+            # A copy: safetensors refuses tensors that share memory, as modules with equal weights may.
+            tensors[f"base_model.model.{name}.qaa_{kind}"] = _owned(tensor)
     _modules(config, tensors)
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -459,13 +471,13 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
         if match is None:
             raise AdapterError(
                 f"{WEIGHTS_FILE}: tensor {shown(name)} does not belong in a QAA adapter; names are "
-                "base_model.model.<module>.qaa_theta and .qaa_weight"
+                "base_model.model.<module>.qaa_theta, .qaa_weight, .qaa_inputs and .qaa_readouts"
             )
         pairs.setdefault(match["module"], {})[match["kind"]] = tensor
     for target in config.target_modules:
         if not any(matches(module, (target,)) for module in pairs):
             raise AdapterError(f"target module {shown(target)} has no tensors in {WEIGHTS_FILE}")
-    check_finite(tensors)
+    asked = {"theta": True, "weight": True, "inputs": config.inputs != "raw", "readouts": config.whitened}
     modules = {}
     circuit = cache(config.circuit)
     for module, pair in pairs.items():
@@ -479,39 +491,71 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
                 f"{WEIGHTS_FILE}: {shown(module)} cannot be adapted: embeddings, output heads and MoE experts are "
                 "not supported"
             )
-        for kind in ("theta", "weight"):
-            if kind not in pair:
+        for kind, wanted in asked.items():
+            if wanted and kind not in pair:
                 raise AdapterError(f"{WEIGHTS_FILE}: tensor base_model.model.{module:.200}.qaa_{kind} is missing")
-        modules[module] = _module(config, circuit, module, pair["theta"], pair["weight"])
+            if kind in pair and not wanted:
+                raise AdapterError(
+                    f"{WEIGHTS_FILE}: tensor base_model.model.{module:.200}.qaa_{kind} does not belong in an "
+                    f"adapter with inputs {shown(config.inputs)} and whitened {shown(config.whitened)}"
+                )
+        modules[module] = _module(config, circuit, module, pair)
+    check_finite(tensors)
     return modules
 
 
 def _module(
-    config: AdapterConfig,
-    circuit: Callable[[int], Ansatz],
-    module: str,
-    theta: torch.Tensor,
-    weight: torch.Tensor,
+    config: AdapterConfig, circuit: Callable[[int], Ansatz], module: str, tensors: Mapping[str, torch.Tensor]
 ) -> ModuleWeights:
-    angles, columns = (f"{WEIGHTS_FILE}: {module:.200}.qaa_{kind}" for kind in ("theta", "weight"))
-    if theta.dtype != torch.float32:
-        raise AdapterError(f"{angles} has dtype {theta.dtype}; torch.float32 is needed")
-    if weight.dtype not in _WEIGHT_DTYPES:
-        raise AdapterError(f"{columns} has dtype {weight.dtype}; one of {_WEIGHT_DTYPES} is needed")
+    names = {kind: f"{WEIGHTS_FILE}: {module:.200}.qaa_{kind}" for kind in tensors}
+    for kind, tensor in tensors.items():
+        dtypes = _WEIGHT_DTYPES if kind == "weight" else (torch.float32,)
+        if tensor.dtype not in dtypes:
+            needed = f"one of {dtypes}" if len(dtypes) > 1 else str(dtypes[0])
+            raise AdapterError(f"{names[kind]} has dtype {tensor.dtype}; {needed} is needed")
+    theta, weight = tensors["theta"], tensors["weight"]
     qubits = theta.shape[-1] if theta.ndim else 0
     try:
         shape = circuit(qubits).theta_shape
     except ValueError as error:
-        raise AdapterError(f"{angles} has shape {tuple(theta.shape)}: {error}") from error
+        raise AdapterError(f"{names['theta']} has shape {tuple(theta.shape)}: {error}") from error
     expected = shape if config.heads == 1 else (config.heads, *shape)
     if tuple(theta.shape) != expected:
         raise AdapterError(
-            f"{angles} has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
+            f"{names['theta']} has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
             f"{config.ansatz!r} with {config.layers} layers, {config.heads} heads and {qubits} qubits"
         )
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != config.rank(qubits):
-        raise AdapterError(f"{columns} has shape {tuple(weight.shape)}; (d_out, {config.rank(qubits)}) is needed")
-    return ModuleWeights(theta.reshape(config.heads, *shape), weight)
+    rank = config.rank(qubits)
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != rank:
+        raise AdapterError(f"{names['weight']} has shape {tuple(weight.shape)}; (d_out, {rank}) is needed")
+    inputs, readouts = tensors.get("inputs"), tensors.get("readouts")
+    if inputs is not None and not (inputs.ndim == 2 and len(inputs) == 2 and _embeds(config, inputs) == qubits):
+        raise AdapterError(
+            f"{names['inputs']} has shape {tuple(inputs.shape)}; (2, d_in) is needed, with a d_in that {qubits} "
+            "qubits are for"
+        )
+    if readouts is not None and tuple(readouts.shape) != (2, rank):
+        raise AdapterError(f"{names['readouts']} has shape {tuple(readouts.shape)}; (2, {rank}) is needed")
+    return ModuleWeights(theta.reshape(config.heads, *shape), weight, inputs, readouts)
+
+
+def _embeds(config: AdapterConfig, inputs: torch.Tensor) -> int:
+    """The qubits for as many channels as there are; 0 if none do."""
+    try:
+        return config.qubits(inputs.shape[1])
+    except ValueError:
+        return 0
+
+
+def misfit(weights: ModuleWeights, qubits: int, d_in: int, d_out: int) -> str | None:
+    """Why weights are not for a layer d_in -> d_out whose input so many qubits embed; None if they are."""
+    rows = weights.weight.shape[0]
+    if weights.qubits != qubits or rows != d_out:
+        needed = f"{qubits} qubits and {d_out} rows of qaa_weight"
+        return f"which needs {needed}; the adapter has {weights.qubits} and {rows}"
+    if weights.inputs is not None and weights.inputs.shape[1] != d_in:
+        return f"which needs {d_in} columns of qaa_inputs; the adapter has {weights.inputs.shape[1]}"
+    return None
 
 
 def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base: LinearWidths) -> None:
@@ -535,11 +579,9 @@ def check_fit(config: AdapterConfig, modules: Mapping[str, ModuleWeights], base:
             raise AdapterError(
                 f"{WEIGHTS_FILE}: {module!r} of the base model cannot be adapted: {error}"
             ) from error
-        if weights.qubits != qubits or weights.weight.shape[0] != d_out:
+        if problem := misfit(weights, qubits, d_in, d_out):
             raise AdapterError(
-                f"{WEIGHTS_FILE}: {module!r} is {d_in} -> {d_out} in the base model, which needs {qubits} qubits "
-                f"and {d_out} rows of qaa_weight; the adapter has {weights.qubits} and {weights.weight.shape[0]}: "
-                f"it was {of}"
+                f"{WEIGHTS_FILE}: {module!r} is {d_in} -> {d_out} in the base model, {problem}: it was {of}"
             )
     for module in base:
         if matches(module, config.target_modules) and module not in modules:

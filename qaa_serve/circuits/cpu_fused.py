@@ -83,10 +83,14 @@ class CompiledCircuits:
         rows: np.ndarray,
         slots: np.ndarray,
         table: np.ndarray,
+        inputs: np.ndarray,
+        readouts: np.ndarray,
         weights: np.ndarray,
         ends: np.ndarray,
     ) -> None:
         """output[row] += B z(x[row]) for the rows of a batch that have an adapter, all in one compiled call.
+
+        x and z may be standardised by each adapter's own numbers: v becomes (v - offset) * scale.
 
         Args:
             output: (tokens, d_out), changed in place; by the kernel itself if float32 or bfloat16 and contiguous.
@@ -94,21 +98,21 @@ class CompiledCircuits:
             rows: (T,) int64 row numbers.
             slots: (T,) int64, which adapter each of them has.
             table: (slots, slices * heads) int32, the circuits of each adapter, -1 for none.
+            inputs: (slots, 2, width) float32, offset and scale of x's channels; (0, 2, width) to take x as it is.
+            readouts: (slots, 2, slices, heads * columns) float32, those of z; or (0, ...) likewise.
             weights: (slots, heads * columns, d_out) float32, B transposed.
             ends: (slices,) int64, where each slice of a packed layer ends in d_out.
         """
         if output.dtype not in _DTYPES or not output.is_contiguous():
             update = torch.zeros(output.shape)
-            self.add_to(update, x.float(), rows, slots, table, weights, ends)
+            self.add_to(update, x.float(), rows, slots, table, inputs, readouts, weights, ends)
             output += update.to(output.dtype)
             return
         x_, output_ = as_array(x), as_array(output)
 
         def work(part: slice) -> None:
-            space = self._space(x_.shape[1])
-            self._kernel.run_and_add(
-                x_, rows[part], slots[part], table, self._tables, self._form, space, weights, ends, output_
-            )
+            adapters = table, self._tables, self._form, inputs, readouts, weights, ends
+            self._kernel.run_and_add(x_, rows[part], slots[part], *adapters, self._space(x_.shape[1]), output_)
 
         share(work, len(rows))
 
@@ -126,10 +130,11 @@ class CompiledCircuits:
         circuits = cls(ansatz, 1, device)
         x, one = torch.zeros(1, width, dtype=dtype), np.zeros(1, np.int64)
         table, weights = np.full((1, readouts), -1, np.int32), np.zeros((1, ansatz.columns, 1), np.float32)
+        standards = np.zeros((0, 2, width), np.float32), np.zeros((0, 2, readouts, ansatz.columns), np.float32)
         output, ends = torch.zeros(1, 1, dtype=dtype), np.ones(readouts, np.int64)
         with alone(circuits._kernel.run.stats.cache_path):
             circuits.run(x, torch.from_numpy(table))
-            circuits.add_to(output, x, one, one, table, weights, ends)
+            circuits.add_to(output, x, one, one, table, *standards, weights, ends)
 
     @property
     def nbytes(self) -> int:

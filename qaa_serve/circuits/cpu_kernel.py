@@ -248,43 +248,44 @@ def _run_one(embedded, turns, phases, before, gathers, moves, after, masks, n, s
 # ------------------------------------------------------------------------------------ batches of tokens
 
 
-@njit(nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def _copy_and_square(source, row):
-    """row[i] = source[i]; the sum of their squares."""
-    total = np.float32(0)
-    for i in range(len(source)):
-        row[i] = source[i]
-        total += row[i] * row[i]
-    return total
-
-
-@njit(nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def _widen_and_square(source, row):
-    """As _copy_and_square, of bfloat16: the upper halves of float32."""
-    total, bits = np.float32(0), row.view(np.uint32)
-    for i in range(len(source)):
-        bits[i] = np.uint32(source[i]) << np.uint32(16)
-    for i in range(len(source)):
-        total += row[i] * row[i]
-    return total
-
-
 def _read_row(source, row):
-    """Choose by the type of source: float32, or bfloat16 as uint16."""
+    """row[i] = source[i], of float32, or of bfloat16 as uint16: the upper halves of float32."""
 
 
 @overload(_read_row)
 def _(source, row):
     if source.dtype == types.uint16:
-        return lambda source, row: _widen_and_square(source, row)
-    return lambda source, row: _copy_and_square(source, row)
+        return lambda source, row: _widen(source, row)
+    return lambda source, row: _copy(source, row)
+
+
+@njit(nogil=True)
+def _copy(source, row):
+    for i in range(len(source)):
+        row[i] = source[i]
+
+
+@njit(nogil=True)
+def _widen(source, row):
+    bits = row.view(np.uint32)
+    for i in range(len(source)):
+        bits[i] = np.uint32(source[i]) << np.uint32(16)
+
+
+@njit(nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def _squares(row):
+    total = np.float32(0)
+    for i in range(len(row)):
+        total += row[i] * row[i]
+    return total
 
 
 @njit(nogil=True)
 def _read_token(source, row, constant):
     """A token to ``row``: what its amplitudes are multiplied by, and ||x|| / sqrt(width)."""
     width = len(source)
-    squares, unit = _read_row(source, row), np.float32(1)
+    _read_row(source, row)
+    squares, unit = _squares(row), np.float32(1)
     if not 1e-30 < squares < 1e30:  # they overflow or vanish, or all are 0: over the largest
         unit = np.max(np.abs(row))
         if unit == 0:
@@ -420,6 +421,13 @@ def _run_batch(x, rows_of_x, index, circuits, form, space, z):
                     row *= np.float32(length_of_one)
 
 
+@njit(nogil=True)
+def _standardise(values, offsets, scales):
+    """values <- (values - offsets) * scales."""
+    for i in range(len(values)):
+        values[i] = (values[i] - offsets[i]) * scales[i]
+
+
 @njit(nogil=True, fastmath={"contract"})
 def _add_row(z, weights, ends, total):
     """total += B z for each slice of a packed layer: z (slices, rank), weights (rank, d_out), ends of slices."""
@@ -481,18 +489,24 @@ def _entry_points(source: str) -> Any:
         len(source)
         _run_batch(x, rows_of_x, index, circuits, form, space, z)
 
-    def run_and_add(x, rows, slots, table, circuits, form, space, weights, ends, output):
+    def run_and_add(x, rows, slots, table, circuits, form, inputs, readouts, weights, ends, space, output):
         len(source)
-        count, readouts = len(rows), table.shape[1]
-        slices, rank = len(ends), weights.shape[1]
-        index = np.empty((count, readouts), np.int32)
+        count, on_part = len(rows), table.shape[1]
+        index, taken = np.empty((count, on_part), np.int32), np.empty((count, x.shape[1]), np.float32)
         for token in range(count):
-            index[token] = table[slots[token]]
-        z = np.empty((count, slices, rank), np.float32)
-        _run_batch(x, rows, index, circuits, form, space, z.reshape(count, readouts, -1))
+            slot = slots[token]
+            index[token] = table[slot]
+            _read_row(x[rows[token]], taken[token])
+            if len(inputs) > 0:
+                _standardise(taken[token], inputs[slot, 0], inputs[slot, 1])
+        z = np.empty((count, len(ends), weights.shape[1]), np.float32)
+        _run_batch(taken, np.arange(count), index, circuits, form, space, z.reshape(count, on_part, -1))
         total = np.empty(output.shape[1], np.float32)
         for token in range(count):
-            _add_to(z[token], weights[slots[token]], ends, total, output[rows[token]])
+            slot = slots[token]
+            if len(readouts) > 0:
+                _standardise(z[token].reshape(-1), readouts[slot, 0].reshape(-1), readouts[slot, 1].reshape(-1))
+            _add_to(z[token], weights[slot], ends, total, output[rows[token]])
 
     try:
         return njit(nogil=True, cache=True)(run), njit(nogil=True, cache=True)(run_and_add)
