@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ class TestChat:
             ([{"role": "user", "content": 3}], "'content' of message 1 must be a string"),
             ([{"role": "user", "content": [{"type": "image_url"}]}], "or a list of parts of the type 'text'"),
             ([{"from": "someone", "value": "x"}], "message 1 is from 'someone'; known are human"),
+            ([{"from": ["human"], "value": "x"}], r"message 1 is from \['human'\]; known are human"),
             ([{"role": "assistant", "content": "x", "weight": 0}], "'assistant' with a weight above 0"),
             ([{"role": "assistant", "content": "x", "weight": 2}], "'weight' of message 1 must be 0 .* found 2"),
             ([{"role": "assistant", "tool_calls": [{"type": "function"}]}], "message 1 has no 'function' with a"),
@@ -187,6 +189,11 @@ class TestChat:
             assert labels[start - 1] == labels[start + len(answer)] == IGNORED
         prompt = tok("<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
         assert ids[: len(prompt)] == prompt
+
+    @pytest.mark.parametrize("template", ["{% for", {"tool_use": TEMPLATE}])
+    def test_template_that_cannot_be_read(self, template: Any) -> None:
+        with pytest.raises(RowError, match="the chat template cannot be read: "):
+            encode_row(chat("a", "b"), tokenizer(template))
 
     def test_needs_a_template(self) -> None:
         with pytest.raises(RowError, match="no chat template"):
@@ -321,7 +328,7 @@ class TestFile:
         given = [
             {"prompt": "a", "references": ["b", "c", "b"]},
             {"prompt": "a", "completion": "d", "references": ["b", "d"]},
-            {"instruction": "a", "references": ["b"]},
+            {"instruction": "a", "references": ["b"], "output": None},
             {**chat("a"), "references": ["b", "c"]},
             {
                 "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "d"}],

@@ -91,7 +91,10 @@ def conversation(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         RowError: if it is none, or none of its answers is to be learnt.
     """
     tools = _tools(row.get("tools"))
-    in_parts = wants_parts(tokenizer.get_chat_template(tools=tools))
+    try:
+        in_parts = wants_parts(tokenizer.get_chat_template(tools=tools))
+    except Exception as error:  # a template that is no Jinja, or several of which none is the default
+        raise RowError(f"the chat template cannot be read: {error}") from error
     given = messages_of(row)
     if row.get("system"):
         given = [{"role": "system", "content": row["system"]}, *given]
@@ -123,7 +126,7 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _with_role(message: object, number: int) -> dict[str, Any]:
     if isinstance(message, dict) and "role" not in message and "from" in message:
-        if message["from"] not in _ROLES:
+        if not isinstance(message["from"], str) or message["from"] not in _ROLES:
             raise RowError(f"message {number} is from {message['from']!r}; known are {', '.join(_ROLES)}")
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": _ROLES[message["from"]], "content": message.get("value"), **rest}

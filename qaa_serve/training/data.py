@@ -218,10 +218,11 @@ def with_references(row: object) -> list[Any]:
     if (key := _conversation_key(row)) is None:
         key = "output" if "instruction" in row else "completion"
         own = [row[key]] if row.get(key) is not None else []
-        return [{**rest, key: answer} for answer in dict.fromkeys([*own, *references])]
+        others = [text for text in dict.fromkeys(references) if text not in own]
+        return [{**rest, key: answer} for answer in [*own, *others]]
     messages = messages_of(row)
     own = [messages.pop()] if messages[-1]["role"] == "assistant" else []
-    said = {message.get("content") if isinstance(message.get("content"), str) else None for message in own}
+    said = [message.get("content") for message in own]
     others = [{"role": "assistant", "content": text} for text in dict.fromkeys(references) if text not in said]
     return [{**rest, key: [*messages, answer]} for answer in [*own, *others]]
 

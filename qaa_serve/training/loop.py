@@ -252,7 +252,8 @@ def _check_output(options: TrainOptions) -> None:
 def _check_saveable(base: PreTrainedModel) -> None:
     """transformers reads a generation_config.json with contradictions, and refuses to write it."""
     try:
-        base.generation_config.validate(strict=True)
+        if base.generation_config is not None:
+            base.generation_config.validate(strict=True)
     except ValueError as error:
         raise TrainingError(
             f"the generation_config.json of {base.name_or_path} could not be saved with the trained model: "
