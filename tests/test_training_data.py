@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qaa_serve.training import TrainingError
+from qaa_serve.training.compare.rows import read_rows
 from qaa_serve.training.data import IGNORED, Examples, RowError, collate, encode_row, read_examples
 
 TEMPLATE = """\
@@ -348,6 +350,52 @@ class TestFile:
     def test_unreadable(self, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=r"none\.jsonl cannot be read: No such file"):
             read_examples(tmp_path / "none.jsonl", tokenizer(), max_length=4)
+
+
+CALLS = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"},
+            {"role": "assistant", "content": "b", "tool_calls": [CALLS], "reasoning": "r", "weight": 1},
+            {"role": "tool", "tool_call_id": "c", "content": "d"},
+            {"role": "developer", "content": "e"},
+            {"role": "assistant", "content": "f"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {}}}],
+        "chat_template_kwargs": {"shout": "h"},
+        "references": ["i"],
+    },
+    {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"prompt": "a", "completion": "b", "references": ["c"]},
+    {"instruction": "a", "input": "b", "output": "c", "references": ["d"]},
+]
+
+
+def distorted(value: Any) -> Iterator[Any]:
+    """The value with each of its parts, and itself, replaced by something that does not belong there."""
+    yield from (None, 0, 1.5, "", "\ud800", [], {}, [None], [[]], [{}], {"a": None}, True)
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: item for name, item in value.items() if name != key}
+            yield from ({**value, key: item} for item in distorted(value[key]))
+    elif isinstance(value, list):
+        for place in range(len(value)):
+            yield from ([*value[:place], item, *value[place + 1 :]] for item in distorted(value[place]))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("template", ["TOOLS", "PARTS"])
+def test_no_row_ends_in_a_traceback(row: Any, template: str, tmp_path: Path) -> None:
+    import training_support
+
+    tok = training_support.chatml_tokenizer(getattr(training_support, template))
+    path = tmp_path / "rows.jsonl"
+    rows = [row, *distorted(row)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    examples = read_examples(path, tok, max_length=4096, skip_bad_rows=True)
+    assert len(rows) / 10 < len(examples.problems) < len(rows)
+    assert len(read_rows(str(path), tok, skip_bad_rows=True).rows) == len(examples)
 
 
 def test_batch_is_padded_to_its_longest_row() -> None:
