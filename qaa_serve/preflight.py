@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 _CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 #: Files of rows; a name without one may be a data set's on the hub.
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 #: What a name on the Hugging Face hub looks like.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

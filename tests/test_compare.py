@@ -19,13 +19,14 @@ pytest.importorskip("sacrebleu")
 
 from qaa_serve.training import TrainingError, TrainOptions, train
 from qaa_serve.training.compare import cli
-from qaa_serve.training.compare.evaluate import generate, mean_loss
+from qaa_serve.training.compare.evaluate import generate
 from qaa_serve.training.compare.files import model_digest, owned
 from qaa_serve.training.compare.metrics import BertScore, bleu, exact_match, rouge, unseen_by_rouge
 from qaa_serve.training.compare.plan import Variant, make_plan, read_config
 from qaa_serve.training.compare.rows import as_test_set, read_rows, split
 from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
 from qaa_serve.training.compare.study import best_point, smoothed, summarise
+from qaa_serve.training.loss import summed_loss
 from qaa_serve.training.methods import METHODS
 from qaa_serve.training.trained import load_trained
 
@@ -136,7 +137,38 @@ class TestRows:
             (["t10 t11"], "t9"),
         ]
         assert len(test["rows"]) == 4
-        assert test["prompts"][0]["ids"] == test["rows"][0]["ids"][:-2]  # less the answer and the end token
+        assert test["prompts"][0]["ids"] == test["rows"][0]["input_ids"][:-2]  # less the answer and the end token
+
+    def test_references_of_a_row_are_as_good_as_repeated_prompts(self, base: Path, tmp_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        talk = {"messages": [{"role": "user", "content": "t5"}]}
+
+        def test_set(*rows: Any) -> Any:
+            return as_test_set(read_rows(str(write_rows(tmp_path / "rows.jsonl", list(rows))), tokenizer))
+
+        said = [
+            {"messages": [*talk["messages"], {"role": "assistant", "content": f"t3 {t}"}]} for t in ("t6", "t7")
+        ]
+        assert test_set(
+            {"prompt": "t5", "references": ["t6", "t7"]}, {**talk, "references": ["t3 t6", "t3 t7"]}
+        ) == (test_set(pair("t5", "t6"), pair("t5", "t7"), *said))
+
+    def test_what_is_shown_of_a_conversation(self, base: Path, tmp_path: Path) -> None:
+        """Of parts their texts; of a call of tools without words the call; the last answer that is learnt."""
+        call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+        asks = {"role": "user", "content": [{"type": "text", "text": "t5"}, {"type": "text", "text": "t6"}]}
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = (
+            "{% for m in messages %} {{ m.content }}{% for call in m.tool_calls %} t9{% endfor %}{% endfor %}"
+        )
+        rows = [
+            {"messages": [asks, {"role": "assistant", "tool_calls": [call]}]},
+            {"messages": [asks, {"role": "assistant", "content": "t7"}, asks,
+                          {"role": "assistant", "content": "t8", "weight": 0}]},
+        ]  # fmt: skip
+        called, spoken = read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer).rows
+        assert (called.shown, called.reference) == ("t5\nt6", "t9")
+        assert (spoken.shown, spoken.reference) == ("t5\nt6", "t7")
 
     def test_last_answer_of_a_conversation_is_asked_for(self, base: Path, tmp_path: Path) -> None:
         turns = [("user", "t5"), ("assistant", "t3 t6"), ("user", "t7"), ("assistant", "t3 t8 t9")]
@@ -163,7 +195,8 @@ class TestRows:
         tokenizer = AutoTokenizer.from_pretrained(base)
         with pytest.raises(TrainingError, match=r"2 of 3 rows cannot be used:\n  line 2: no known.*\n  line 3"):
             read_rows(str(path), tokenizer)
-        assert read_rows(str(path), tokenizer, skip_bad_rows=True).left_out == 2
+        (note,) = read_rows(str(path), tokenizer, skip_bad_rows=True).notes
+        assert note == f"{path}: 2 unusable rows were left out"
 
 
 class TestScores:
@@ -281,9 +314,9 @@ class TestAnswers:
         )
         model, tokenizer = load_trained(tmp_path / "made")
         test = as_test_set(read_rows(str(rows), tokenizer))
-        loss, tokens = mean_loss(model, test["rows"], batch_size=4)
+        total, tokens = summed_loss(model, test["rows"], 4)
         assert tokens == 9 * 3
-        assert loss == pytest.approx(result.eval_loss, abs=1e-4)
+        assert total / tokens == pytest.approx(result.eval_loss, abs=1e-4)
         asked = [prompt["ids"] for prompt in test["prompts"]]
         together = dict(generate(model, tokenizer, asked, batch_size=4, max_new_tokens=6))
         alone = {
@@ -291,8 +324,8 @@ class TestAnswers:
             for place, ids in enumerate(asked)
         }
         assert together == alone
-        untrained, _ = mean_loss(load_trained(base)[0], test["rows"], batch_size=4)
-        assert loss != pytest.approx(untrained, abs=1e-4)
+        untrained, _ = summed_loss(load_trained(base)[0], test["rows"], 4)
+        assert total != pytest.approx(untrained, abs=1e-3)
 
     def test_greedy_whatever_the_base_prefers_and_up_to_its_end_tokens(self, base: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -305,6 +338,13 @@ class TestAnswers:
         model.generation_config.eos_token_id = [2, third]
         ended = dict(generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8))
         assert ended[0] == plain[0][: plain[0].index(third)]
+
+    def test_padding_token_without_an_embedding(self, base: Path) -> None:
+        model, tokenizer = load_trained(base)
+        expected = dict(generate(model, tokenizer, [[1, 5, 6], [1]], batch_size=2, max_new_tokens=4))
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        assert tokenizer.pad_token_id >= model.config.vocab_size
+        assert dict(generate(model, tokenizer, [[1, 5, 6], [1]], batch_size=2, max_new_tokens=4)) == expected
 
     def test_nothing_to_load(self, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="holds neither an adapter"):
@@ -409,12 +449,12 @@ class TestCommand:
 
     def test_dry_run_writes_nothing(self, base: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = rows.parent / "grid.toml"
-        config.write_text("[methods]\nlora = {rank = [2, 4]}\nqaa = {}\n")
+        config.write_text("common = {grad_accum = 2}\n[methods]\nlora = {rank = [2, 4]}\nqaa = {}\n")
         arguments = ("--config", str(config), "--epochs", "2", "--batch-size", "3", "--dry-run")
         assert self.run(base, rows, *arguments) == 0
         out = capsys.readouterr()
         assert "9 rows to train on, 1 to validate on, 10 prompts to test on; seeds 0, 1, 2" in out.out
-        assert "  rank 2: 6 steps, 2,560 parameters\n  rank 4: 6 steps, 5,120 parameters" in out.out
+        assert "  rank 2: 4 steps, 2,560 parameters\n  rank 4: 4 steps, 5,120 parameters" in out.out
         assert "7 trainings in all, 7 evaluations" in out.out
         assert "10 of the 10 test prompts are training prompts too" in out.err
         assert not (rows.parent / "report").exists()

@@ -24,6 +24,7 @@ from qaa_serve.adapters import linear_widths, load_adapter, resolve_base
 from qaa_serve.adapters.staging import staged
 from qaa_serve.training import TrainingError, train
 from qaa_serve.training import cli as training_cli
+from qaa_serve.training.data import encode_row
 from qaa_serve.training.loop import base_reference
 from qaa_serve.training.methods import METHODS, get_method
 
@@ -62,6 +63,47 @@ class TestTrain:
         assert files(output) == first
         train(options(base, data, method=method, seed=4, overwrite=True))
         assert method == "full" or weights(output) != next(first[name] for name in first if "safetensors" in name)
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_evaluation_is_a_mean_over_tokens_whatever_the_batches(
+        self, base: Path, tmp_path: Path, packing: bool
+    ) -> None:
+        """Rows of unlike length and loss, of which a mean of batches' means would depend on the batches."""
+        data = tmp_path / "rows.jsonl"
+        rows = [{"prompt": "x", "completion": "abc~"[n % 4] * (1 + 5 * n)} for n in range(9)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model, total, tokens = AutoModelForCausalLM.from_pretrained(base), 0.0, 0
+        for row in rows:
+            ids, labels = encode_row(row, tokenizer())
+            answer = sum(label != -100 for label in labels)
+            total += answer * model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+            tokens += answer
+        for batch in (1, 4, 9):
+            given = {"batch_size": batch, "packing": packing, "max_steps": 1, "overwrite": True}
+            result = train(options(base, data, eval_data=data, **given))
+            assert result.base_eval_loss == pytest.approx(total / tokens, abs=1e-5)
+
+    def test_padding_token_without_an_embedding(self, base: Path, data: Path, tmp_path: Path) -> None:
+        odd = shutil.copytree(base, tmp_path / "odd")
+        words = tokenizer()
+        words.add_special_tokens({"pad_token": "<pad>"})
+        words.save_pretrained(odd)
+        data.write_text(data.read_text() + '{"prompt": "a", "completion": "a longer one"}\n')
+        expected = train(options(base, data, eval_data=data))
+        assert train(options(odd, data, eval_data=data, overwrite=True)).evaluations == expected.evaluations
+
+    def test_link_is_followed(self, base: Path, data: Path, tmp_path: Path) -> None:
+        """An adapter that was put elsewhere is replaced there, and the link stays one."""
+        output = options(base, data).output
+        output.parent.mkdir()
+        output.symlink_to(tmp_path / "elsewhere" / "real")
+        first = weights(train(options(base, data)).output)
+        again = train(options(base, data, seed=5, overwrite=True)).output
+        assert output.readlink() == tmp_path / "elsewhere" / "real"
+        assert weights(again) == weights(tmp_path / "elsewhere" / "real") != first
+        left = [path.name for folder in (output.parent, tmp_path / "elsewhere") for path in folder.iterdir()]
+        assert left == ["new", "real"]
+        assert resolve_base(output, load_adapter(output).config.base_model_name_or_path) == str(base)
 
     def test_lora_is_an_ordinary_peft_adapter(self, base: Path, data: Path) -> None:
         result = train(options(base, data, method="lora", method_options={"rank": 3}, max_steps=10))
@@ -259,6 +301,14 @@ class TestCommand:
             (["--method", "lora", "--layers", "2"], "--layers is no option of the method 'lora'"),
             (["--rank", "2"], "--rank is no option of the method 'qaa'"),
             (["--lr", "0"], "--lr must be above 0, found 0.0"),
+            (["--theta-lr", "-1"], "--theta-lr must be above 0, found -1.0"),
+            (["--alpha", "0"], "--alpha must be above 0, found 0.0"),
+            (["--method", "lora", "--alpha", "nan"], "--alpha must be above 0, found nan"),
+            (["--method", "lora", "--rank", "0"], "--rank must be above 0, found 0"),
+            (["--method", "prefix", "--prefix-tokens", "0"], "--prefix-tokens must be above 0, found 0"),
+            (["--max-grad-norm", "nan"], "--max-grad-norm must not be below 0, found nan"),
+            (["--output", "."], "output . is the current directory or one above it"),
+            (["--output", "../.."], "output ../.. is the current directory or one above it"),
             (["--warmup-ratio", "1"], "--warmup-ratio must be at least 0 and below 1"),
             (["--heads", "0"], "heads: Input should be greater than or equal to 1"),
             (["--max-length", "65"], "--max-length is 65, but the base model takes 64 tokens"),
@@ -284,6 +334,32 @@ class TestCommand:
         assert self.run(base, data, "--overwrite") == 2
         assert "is no adapter" in capsys.readouterr().err
         assert (output / "precious.txt").exists()
+
+    def test_model_that_could_not_be_saved_is_not_trained(
+        self, base: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """transformers reads a contradictory generation_config.json, and refuses to write it."""
+        odd = shutil.copytree(base, data.parent / "odd")
+        (odd / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+        assert self.run(odd, data) == 0  # an adapter has none
+        shutil.rmtree(data.parent / "out")
+        monkeypatch.setattr("transformers.Trainer.train", lambda *_, **__: pytest.fail("it was trained"))
+        assert self.run(odd, data, "--method", "full") == 2
+        err = capsys.readouterr().err
+        assert f"the generation_config.json of {odd} could not be saved" in err
+        assert "temperature" in err
+
+    def test_dry_run_counts_steps_as_training_does(
+        self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data.write_text((data.read_text() * 3)[: -7 * len(data.read_text()) // 8])  # 17 rows
+        course = ["--batch-size", "4", "--grad-accum", "2", "--epochs", "3"]
+        arguments = ["--model", str(base), "--data", str(data), "--output", str(data.parent / "out"), *course]
+        assert training_cli.run(training_cli.parse(parser(), [*arguments, "--dry-run"])) == 0
+        assert "17 rows" in (out := capsys.readouterr().out)
+        assert "steps: 9 of 4 x 2 rows" in out
+        assert training_cli.run(training_cli.parse(parser(), arguments)) == 0
+        assert "17 rows: 9 steps" in capsys.readouterr().out
 
     def test_output_that_cannot_be_made(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(base, data, "--output", str(data / "out")) == 2

@@ -15,8 +15,10 @@ def staged(directory: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``directory``, and of what is there, when all went well.
 
     It lies beside its place, so that moving it is one rename. Its files are made readable for everybody the
-    umask lets: safetensors writes them for their owner alone, and a server is often another user.
+    umask lets: safetensors writes them for their owner alone, and a server is often another user. A link is
+    followed: what it points to is replaced.
     """
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     old = staging.with_name(f"{staging.name}.old")

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from qaa_serve.adapters import CONFIG_FILE
 from qaa_serve.adapters.staging import staged
 from qaa_serve.training.card import model_card
-from qaa_serve.training.data import Examples, collator, read_examples
+from qaa_serve.training.data import Examples, collate, read_examples
 from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError
 from qaa_serve.training.methods import Method, get_method
 from qaa_serve.training.options import SCHEDULES, TrainOptions
@@ -44,6 +44,7 @@ from qaa_serve.training.trainer import (
     drop_incomplete,
     is_main_process,
     last_checkpoint,
+    planned_steps,
     world_size,
 )
 
@@ -147,7 +148,7 @@ def plan(options: TrainOptions) -> Plan:
         rows=(run.rows.source_rows, len(run.rows)),
         tokens=run.rows.tokens,
         answer_tokens=run.rows.answer_tokens,
-        steps=_steps(run),
+        steps=planned_steps(options, len(run.rows), world_size()),
         memory={
             "weights": sum(p.nbytes for p in run.model.parameters()),
             "gradients": 4 * run.trainable,
@@ -169,6 +170,8 @@ def _prepare(options: TrainOptions) -> _Run:
         torch.set_num_threads(options.threads)
     set_seed(options.seed)
     base, tokenizer = _load_base(options, method)
+    if method.trains_base:
+        _check_saveable(base)
     total = base.num_parameters()
     max_length = _max_length(options, base)
 
@@ -177,6 +180,7 @@ def _prepare(options: TrainOptions) -> _Run:
             source,
             tokenizer,
             max_length=max_length,
+            vocabulary=getattr(base.config.get_text_config(), "vocab_size", None),
             answers=options.answers,
             skip_bad_rows=options.skip_bad_rows,
         )
@@ -223,19 +227,38 @@ def _check_output(options: TrainOptions) -> None:
     output = options.output
     if not is_main_process():
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    place = output.resolve()  # a link is followed: what it points to is replaced
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise TrainingError(
+            f"output {output} is the current directory or one above it, which cannot be replaced: give one of its "
+            f"own, such as {output / 'adapter'}"
+        )
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         if not options.overwrite:
             raise TrainingError(f"output {output} exists; choose another --output, or replace it with --overwrite")
-        if not any((output / name).is_file() for name in (CONFIG_FILE, RECORD_FILE)):
+        if not any((place / name).is_file() for name in (CONFIG_FILE, RECORD_FILE)):
             raise TrainingError(
                 f"output {output} is no adapter (it has no {CONFIG_FILE}) and --overwrite would delete it: "
                 "choose another --output"
             )
-    parent = output.absolute().parent
+    parent = place.parent
     while not parent.exists():
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise TrainingError(f"output {output} cannot be made: {parent} is not a directory that may be written to")
+
+
+def _check_saveable(base: PreTrainedModel) -> None:
+    """transformers reads a generation_config.json with contradictions, and refuses to write it."""
+    try:
+        if base.generation_config is not None:
+            base.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise TrainingError(
+            f"the generation_config.json of {base.name_or_path} could not be saved with the trained model: "
+            f"{' '.join(str(error).split())}. Correct it there first"
+        ) from error
 
 
 def _check_devices() -> None:
@@ -294,7 +317,8 @@ def _check_packing(base: PreTrainedModel) -> None:
 
 def _checkpoints(output: Path) -> Path:
     """Where checkpoints go: beside the output, hidden from servers that watch the directory."""
-    return output.absolute().parent / f".{output.name}.checkpoints"
+    place = output.resolve()
+    return place.parent / f".{place.name}.checkpoints"
 
 
 def _resume_point(run: _Run, checkpoints: Path) -> Path | None:
@@ -368,7 +392,6 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
             eval_strategy=interval["strategy"] if evaluates else "no",
             eval_steps=interval["steps"],
             eval_on_start=evaluates and resume_from is None,
-            prediction_loss_only=True,
             save_strategy=interval["strategy"],
             save_steps=interval["steps"],
             save_total_limit=1,
@@ -391,7 +414,7 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
         ),
         train_dataset=run.rows,
         eval_dataset=run.eval_rows,
-        data_collator=collator(run.tokenizer.pad_token_id or 0),
+        data_collator=collate,
         optimizers=(
             torch.optim.AdamW(
                 run.method.groups(run.model, run.learning_rate, run.method_options),
@@ -473,22 +496,12 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
     )
 
 
-def _steps(run: _Run) -> int:
-    options = run.options
-    if options.max_steps is not None:
-        return options.max_steps
-    batches = -(-len(run.rows) // (options.batch_size * world_size()))
-    return max(1, int(-(-(batches * options.epochs) // options.grad_accum)))
-
-
 def _measure_saved(run: _Run) -> int:
     """Bytes that a forward pass over the longest batch keeps for the backward pass."""
     model: Any = run.model
     longest = sorted(run.rows.rows, key=lambda row: -len(row["input_ids"]))[: run.options.batch_size]
     device = next(run.model.parameters()).device
-    batch = {
-        name: tensor.to(device) for name, tensor in collator(run.tokenizer.pad_token_id or 0)(longest).items()
-    }
+    batch = {name: tensor.to(device) for name, tensor in collate(longest).items()}
     if run.options.gradient_checkpointing:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -513,6 +526,8 @@ def _notes(run: _Run) -> list[str]:
     for read in (run.rows, run.eval_rows):
         if read is not None:
             notes += [f"{read.name}: left out {problem}" for problem in read.problems]
+            if read.unused:
+                notes.append(f"{read.name}: not used: {', '.join(read.unused)}")
             if read.shortened:
                 notes.append(
                     f"{read.name}: {read.shortened} of {read.source_rows} rows were cut to {run.max_length} tokens"

@@ -94,8 +94,12 @@ class TrainOptions:
                 raise TrainingError(f"{flag(name)} must be above 0, found {value}")
         if not 0 <= self.warmup_ratio < 1:
             raise TrainingError(f"--warmup-ratio must be at least 0 and below 1, found {self.warmup_ratio}")
+        for name in ("rank", "prefix_tokens", "theta_lr", "alpha"):
+            value = self.method_options.get(name)
+            if value is not None and not value > 0:
+                raise TrainingError(f"{flag(name)} must be above 0, found {value}")
         for name in ("max_grad_norm", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise TrainingError(f"{flag(name)} must not be below 0, found {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"--schedule must be one of {', '.join(SCHEDULES)}, found {self.schedule!r}")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import hashlib
 import io
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,8 @@ from typing import Any
 
 from qaa_serve.training.errors import TrainingError
 
-#: What the names of files that can be read end in.
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+#: What the names of files that can be read end in; texts may be compressed, with ``.gz`` after it.
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 class RowError(ValueError):
@@ -53,8 +55,9 @@ def read_source(name: str) -> Source:
     """Read all rows of a file or of a data set.
 
     Args:
-        name: a file (.jsonl, .json, .csv, .parquet), or a directory or a name on the hub as ``datasets`` takes
-            them, where ``:`` and a split may follow: ``owner/name:train[:1000]``. Without, the split is ``train``.
+        name: a file (.jsonl, .json, .csv, .parquet; all but the last also with .gz), or a directory or a name on
+            the hub as ``datasets`` takes them, where ``:`` and a split may follow: ``owner/name:train[:1000]``.
+            Without, the split is ``train``.
 
     Raises:
         TrainingError: if there is no such source, or it cannot be read as a whole.
@@ -73,12 +76,21 @@ def _read_file(name: str, path: Path) -> Source:
     if path.suffix == ".parquet":
         rows = _data_set_rows(name, "parquet", data_files=str(path), split="train")
     else:
-        reader = {".json": _json, ".csv": _csv}.get(path.suffix, _json_lines)
+        packed = path.suffix == ".gz"
+        reader = {".json": _json, ".csv": _csv}.get(path.with_suffix("").suffix if packed else path.suffix)
         try:
-            rows = list(reader(content.removeprefix(codecs.BOM_UTF8)))
-        except TrainingError as error:
+            text = gzip.decompress(content) if packed else content
+            rows = list((reader or _json_lines)(_as_utf8(text)))
+        except (TrainingError, csv.Error, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
             raise TrainingError(f"data file {name} cannot be read: {error}") from error
     return Source(name, hashlib.sha256(content).hexdigest(), rows)
+
+
+def _as_utf8(content: bytes) -> bytes:
+    """Text as UTF-8, if its byte order mark says that it is UTF-16, and in any case without the mark."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16").encode()
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _json_lines(content: bytes) -> Iterator[SourceRow]:
@@ -95,8 +107,11 @@ def _parsed(text: bytes) -> object:
 
 
 def _json(content: bytes) -> Iterator[SourceRow]:
-    """One JSON array of rows; anything else is taken for JSON lines."""
+    """An array of rows, also as ``data`` of an object, or one row; anything else is taken for JSON lines."""
     whole = _parsed(content)
+    if isinstance(whole, dict):
+        data = whole.get("data")
+        whole = data if isinstance(data, list) else [whole]
     if not isinstance(whole, list):
         yield from _json_lines(content)
         return
@@ -111,6 +126,7 @@ def _csv(content: bytes) -> Iterator[SourceRow]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise TrainingError(f"it is not UTF-8: see line {line}") from error
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # its default is shorter than a long document
     reader = csv.DictReader(io.StringIO(text, newline=""))
     line = 2
     for values in reader:
@@ -136,7 +152,7 @@ def _read_data_set(name: str) -> Source:
 
 
 def _data_set_rows(name: str, path: str, **options: Any) -> list[SourceRow]:
-    """Rows as ``datasets`` reads them; it fills in None for what a row lacks, which is left out again."""
+    """Rows as ``datasets`` reads them, without the None that it fills in, at any depth, for what a row lacks."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -149,9 +165,10 @@ def _data_set_rows(name: str, path: str, **options: Any) -> list[SourceRow]:
         except Exception as error:  # it raises what its many readers raise
             causes = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise TrainingError(f"data {name!r} cannot be read: {causes[0]}") from error
-    rows = []
-    for number, value in enumerate(values, start=1):
-        if isinstance(value, dict):
-            value = {key: item for key, item in value.items() if item is not None}
-        rows.append(SourceRow(f"row {number}", value))
-    return rows
+    return [SourceRow(f"row {number}", _without_nulls(value)) for number, value in enumerate(values, start=1)]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -263,9 +263,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _planned(settings: Settings, material: Material) -> str:
-    from qaa_serve.training.compare.plan import options_text
+    from qaa_serve.training.compare.plan import check_options, options_text
     from qaa_serve.training.compare.runner import training_of
-    from qaa_serve.training.compare.study import Study, planned_parameters, planned_steps
+    from qaa_serve.training.compare.study import Study, planned_parameters
+    from qaa_serve.training.trainer import planned_steps
 
     plan, rows = settings.plan, len(material.train)
     study = Study(settings, material)
@@ -277,7 +278,7 @@ def _planned(settings: Settings, material: Material) -> str:
     for variant in plan.variants:
         lines.append(f"{variant.name} ({variant.method})")
         for point, run in zip(variant.points, study.point_runs(variant), strict=True):
-            steps = planned_steps(point, rows)
+            steps = planned_steps(check_options(variant.name, variant.method, point), rows)
             parameters = planned_parameters(settings.model, variant, point)
             size = "?" if parameters is None else f"{parameters:,}"
             own = {key: value for key, value in point.items() if key not in plan.common}

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from qaa_serve.training.compare.files import write_json
-from qaa_serve.training.data import IGNORED, collator
 from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.loss import summed_loss
 from qaa_serve.training.trained import load_trained
 
 
@@ -64,7 +64,8 @@ def _evaluate(job: dict[str, Any], directory: str | None, test: dict[str, Any], 
         trust_remote_code=job["trust_remote_code"],
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    loss, tokens = mean_loss(model, test["rows"], batch_size=job["batch_size"])
+    total, tokens = summed_loss(model, test["rows"], job["batch_size"])
+    loss = total / tokens
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the test set is {loss}")
     texts: list[str] = [""] * len(test["prompts"])
@@ -93,36 +94,6 @@ def _evaluate(job: dict[str, Any], directory: str | None, test: dict[str, Any], 
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: Sequence[dict[str, list[int]]], *, batch_size: int) -> tuple[float, int]:
-    """The loss over all answer tokens of the rows, every token with the same weight.
-
-    Args:
-        model: a causal language model; its device is used.
-        rows: ``ids`` and ``labels`` of each.
-        batch_size: rows at once.
-
-    Returns:
-        Nats a token (float64 sum), and the number of tokens.
-    """
-    collate = collator(0)  # padding is masked, so any token does
-    total, tokens = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row["ids"]))
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(
-            [{"input_ids": row["ids"], "labels": row["labels"]} for row in ordered[start : start + batch_size]]
-        )
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
-        total += losses.double().sum().item()
-        tokens += int((labels != IGNORED).sum())
-    return total / tokens, tokens
-
-
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, batch_size: int, max_new_tokens: int
 ) -> Iterator[tuple[int, list[int]]]:
@@ -140,13 +111,12 @@ def generate(
     """
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    padding = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=padding,
+        pad_token_id=0,  # what is padded is masked or cut off; a tokenizer's own may have no embedding
     )
     # The model's own settings (temperature, repetition penalty, ...) would come back for what is not set here.
     for owner in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
@@ -156,7 +126,7 @@ def generate(
         places = order[start : start + batch_size]
         longest = len(prompts[places[0]])
         gaps = [longest - len(prompts[place]) for place in places]
-        ids = torch.tensor([[padding] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)])
+        ids = torch.tensor([[0] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)])
         mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
         out = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config

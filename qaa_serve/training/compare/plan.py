@@ -180,8 +180,11 @@ def _variant(name: str, options: object, shared: Mapping[str, Any]) -> Variant:
     return Variant(name, str(method), points)
 
 
-def check_options(name: str, method: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, method: str, options: Mapping[str, Any]) -> TrainOptions:
     """Find out before the first training what would stop the last one.
+
+    Returns:
+        The options, without those of the comparison.
 
     Raises:
         TrainingError: for a value out of range or of the wrong type.
@@ -191,12 +194,13 @@ def check_options(name: str, method: str, options: Mapping[str, Any]) -> None:
     config_file.use_as_defaults(parser, options, repr(name))  # types and choices are the command line's
     of_method = get_method(method).options
     try:
-        TrainOptions(
+        return TrainOptions(
             model="",
             data="",
             output=Path(),
             method=method,
             eval_data="",  # what needs one is make_plan's business
+            method_options={key: value for key, value in options.items() if key in of_method},
             **{key: value for key, value in options.items() if key not in of_method},
         )
     except (TrainingError, TypeError) as error:

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qaa_serve.training.data import IGNORED, encode_row
+from qaa_serve.training.chat import conversation, text_of
+from qaa_serve.training.data import IGNORED, check_vocabulary, encode_row, is_conversation, read_usable
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.options import Answers
-from qaa_serve.training.sources import RowError, read_source
+from qaa_serve.training.sources import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Rows:
     Attributes:
         rows: the usable ones.
         digest: SHA-256 of the source, in hex.
-        left_out: number of unusable rows.
+        notes: what the reader of the report should know about them.
     """
 
     rows: Sequence[Row]
     digest: str
-    left_out: int
+    notes: Sequence[str]
 
     @property
     def prompts(self) -> dict[tuple[int, ...], list[Row]]:
@@ -63,39 +62,37 @@ class Rows:
 
 
 def read_rows(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, answers: Answers = "all", skip_bad_rows: bool = False
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary: int | None = None,
+    answers: Answers = "all",
+    skip_bad_rows: bool = False,
 ) -> Rows:
     """Read rows in the forms that training takes.
 
     Args:
         source: a file or a data set, as ``sources.read_source`` takes them.
         tokenizer: the base model's.
+        vocabulary: number of the base's embeddings, which no token may be beyond; None: is not looked at.
         answers: which assistant messages of a conversation the loss is on.
         skip_bad_rows: leave unusable rows out; otherwise they are an error.
 
     Raises:
         TrainingError: if the source cannot be read, has unusable rows, or no usable one.
     """
-    found = read_source(source)
-    rows: list[Row] = []
-    problems: list[str] = []
-    for row in found.rows:
-        try:
-            if isinstance(row.value, RowError):
-                raise row.value
-            rows.append(_row(row.value, tokenizer, answers))
-        except RowError as error:
-            problems.append(f"{row.place}: {error}")
-    if problems and not skip_bad_rows:
-        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        more = f"\n  ... and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise TrainingError(
-            f"{source}: {len(problems)} of {len(problems) + len(rows)} rows cannot be used:{listed}{more}\n"
-            "Correct them, or leave them out with skip_bad_rows: true among the common options"
-        )
-    if not rows:
-        raise TrainingError(f"data {source} has no usable row")
-    return Rows(rows, found.digest, len(problems))
+
+    def use(row: dict[str, Any]) -> Row:
+        made = _row(row, tokenizer, answers)
+        check_vocabulary(made.ids, vocabulary, tokenizer)
+        return made
+
+    read = read_usable(
+        source, use, skip_bad_rows=skip_bad_rows, remedy="skip_bad_rows: true among the common options"
+    )
+    notes = [f"{source}: {len(read.problems)} unusable rows were left out"] if read.problems else []
+    notes += [f"{source}: not used: {', '.join(read.unused)}"] if read.unused else []
+    return Rows(read.rows, read.digest, notes)
 
 
 def _row(row: Any, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Row:
@@ -105,17 +102,18 @@ def _row(row: Any, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Row:
     start = next((place for place, label in enumerate(last) if label != IGNORED), None)
     if start is None:
         raise RowError("the tokenizer leaves nothing of the answer")
-    answer = tokenizer.decode([label for label in last if label != IGNORED], skip_special_tokens=True)
-    shown, reference = _texts(row, answer)
+    shown, reference = _texts(row, tokenizer)
+    if not reference:  # tools are called without a word
+        reference = tokenizer.decode([label for label in last if label != IGNORED], skip_special_tokens=True)
     return Row(row, tuple(whole[:start]), ids, labels, reference.strip(), shown)
 
 
-def _texts(row: dict[str, Any], decoded: str) -> tuple[str, str]:
-    if "messages" in row:
-        messages = row["messages"]
-        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        before = messages[last - 1].get("content") if last else ""
-        return str(before or ""), str(messages[last].get("content") or decoded)  # no content: a call of tools
+def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What is shown of the prompt, and the answer."""
+    if is_conversation(row):
+        chat = conversation(row, tokenizer)
+        place = chat.learnt[-1]
+        return text_of(chat.messages[place - 1]) if place else "", text_of(chat.messages[place])
     if "prompt" in row and "completion" in row:
         return row["prompt"], row["completion"]
     extra = row.get("input")
@@ -149,7 +147,8 @@ def as_test_set(rows: Rows) -> dict[str, Any]:
     """What the evaluating process reads.
 
     Returns:
-        ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``ids`` and ``labels``.
+        ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``input_ids`` and
+        ``labels``.
     """
     return {
         "prompts": [
@@ -160,5 +159,5 @@ def as_test_set(rows: Rows) -> dict[str, Any]:
             }
             for prompt, group in rows.prompts.items()
         ],
-        "rows": [{"ids": row.ids, "labels": row.labels} for row in rows.rows],
+        "rows": [{"input_ids": row.ids, "labels": row.labels} for row in rows.rows],
     }

@@ -135,16 +135,13 @@ def prepare(settings: Settings) -> Material:
         return read_rows(
             source,
             tokenizer,
+            vocabulary=getattr(config.get_text_config(), "vocab_size", None),
             answers=common.get("answers", "all"),
             skip_bad_rows=bool(common.get("skip_bad_rows", False)),
         )
 
     rows, test = read(settings.data), read(settings.test)
-    notes = [
-        f"{name}: {read.left_out} unusable rows were left out"
-        for name, read in ((settings.data, rows), (settings.test, test))
-        if read.left_out
-    ]
+    notes = list(dict.fromkeys([*rows.notes, *test.notes]))
     train: Sequence[Row] = rows.rows
     held: Sequence[Row] | None = None
     digests: dict[str, str | None] = {"data": rows.digest, "eval_data": None}
@@ -193,16 +190,8 @@ def _fitting(test_set: dict[str, Any], config: Any, settings: Settings) -> dict[
             "or lower --max-new-tokens"
         )
     for row in test_set["rows"]:
-        row["ids"], row["labels"] = row["ids"][:limit], row["labels"][:limit]
+        row["input_ids"], row["labels"] = row["input_ids"][:limit], row["labels"][:limit]
     return test_set
-
-
-def planned_steps(options: Mapping[str, Any], rows: int) -> int:
-    """Optimiser steps of a training over so many rows; rows that are packed are counted as they are."""
-    if options.get("max_steps"):
-        return int(options["max_steps"])
-    batches = math.ceil(rows / int(options.get("batch_size", 8)))
-    return math.ceil(float(options.get("epochs", 3.0)) * max(1, batches // int(options.get("grad_accum", 1))))
 
 
 def planned_parameters(model: str, variant: Variant, options: Mapping[str, Any]) -> int | None:
@@ -320,7 +309,7 @@ class Study:
         write_json(folder / "test.json", self.material.test_set)
         if self.material.split:
             for name, rows in (("train", self.material.train), ("validation", self.material.validation or ())):
-                lines = "".join(json.dumps(row.value, ensure_ascii=False, default=str) + "\n" for row in rows)
+                lines = "".join(json.dumps(row.value, default=str) + "\n" for row in rows)
                 write_bytes(folder / f"{name}.jsonl", lines.encode())
 
     def _evaluations(self, runs: Sequence[Run]) -> dict[str, Evaluation]:
