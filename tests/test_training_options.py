@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import graphlib
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from training_support import ROWS, files, options, weights
 
+import qaa_serve.training
 from qaa_serve.adapters import AdapterConfig, load_adapter
 from qaa_serve.training import QAAConfig, TrainingError, TrainOptions, cli, train
 from qaa_serve.training.circuit_options import CircuitOptions
@@ -35,6 +37,18 @@ class TestOnePlace:
         served = {name: field.default for name, field in AdapterConfig.model_fields.items()}
         assert described == {name: value for name, value in served.items() if name not in format_alone}
         assert described.keys() <= {field.name for field in fields(QAAConfig)}
+
+    def test_modules_import_in_one_direction(self) -> None:
+        """Imports inside functions count too; the package itself hands its names out lazily and does not."""
+        root = Path(qaa_serve.training.__file__).parent
+        graph: dict[str, set[str]] = {}
+        for path in root.rglob("*.py"):
+            name = ".".join(("qaa_serve", "training", *path.relative_to(root).with_suffix("").parts))
+            if name != "qaa_serve.training.__init__":
+                found = re.findall(r"(?:from|import) (qaa_serve\.training\.[\w.]+)", path.read_text())
+                graph[name.removesuffix(".__init__")] = set(found)
+        assert len(graph) > 30
+        tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
     def test_every_option_is_on_the_command_line_and_in_the_record(self, base: Path, data: Path) -> None:
         parser = argparse.ArgumentParser()

@@ -74,7 +74,7 @@ def make_run(
         digests: of the contents behind those three; where they lie does not count.
     """
     complete = {**options, "seed": seed}
-    digest = digest_of({"format": 1, "options": {**complete, **digests}})
+    digest = digest_of({"format": 2, "options": {**complete, **digests}})
     return Run(variant, label, seed, complete, digest, runs / f"{slug(variant)}-seed{seed}-{digest[:10]}")
 
 

@@ -48,8 +48,8 @@ SMOOTHING = 0.9
 _SCORES = ("bleu", "rouge1", "rouge2", "rouge_l", "exact_match", "bertscore", "perplexity", "test_loss")
 
 _RECORDED = (
-    *("trainable", "total", "steps", "train_loss", "eval_loss", "seconds", "seconds_per_step", "adapter_bytes"),
-)
+    "trainable", "total", "steps", "train_loss", "eval_loss", "seconds", "seconds_per_step", "adapter_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -555,17 +555,8 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in _SCORES:
             add(name, (entry["scores"] or {}).get(name))
         record = entry["training"]
-        for name in (
-            "trainable",
-            "total",
-            "train_loss",
-            "eval_loss",
-            "seconds",
-            "seconds_per_step",
-            "adapter_bytes",
-        ):
+        for name in _RECORDED:
             add(name, record[name])
-        add("steps", record["steps"])
         for name, value in record["memory"].items():
             add(name, value)
         add("steps_to_loss", entry["steps_to_loss"])

@@ -38,6 +38,11 @@ class PeftMethod(Method):
         """The keys of PEFT's config, but for what depends on the base."""
         return {**self.config, **(self.peft or {})}
 
+    @property
+    def is_adalora(self) -> bool:
+        """Whether this is the one method that has to be told of each step."""
+        return bool(self.values().get("peft_type") == "ADALORA")
+
     def _class(self) -> type[PeftConfig]:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -67,10 +72,14 @@ class PeftMethod(Method):
         values = {**_fitting(base, setting, keys), **values, "task_type": "CAUSAL_LM"}
         values.pop("peft_type")
         try:
-            return get_peft_model(base, cls(**values))
+            model = get_peft_model(base, cls(**values))
         except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(f"PEFT cannot put {cls.__name__} on this base: {line}") from error
+        if self.is_adalora:  # adds a penalty to every loss, which an evaluation must not see
+            tuner, penalised = model.base_model, model.base_model.forward
+            tuner.forward = lambda *args, **kwargs: (penalised if tuner.training else tuner.model)(*args, **kwargs)
+        return model
 
     def save(self, model: PeftModel, directory: Path, base: str) -> None:
         """Write the adapter, with a config whose bytes do not depend on the order of a set."""
@@ -87,7 +96,7 @@ class PeftMethod(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         """AdaLoRA is told of each step, in which it moves ranks from layer to layer."""
-        if self.values().get("peft_type") != "ADALORA":
+        if not self.is_adalora:
             return []
         from transformers import TrainerCallback
 
