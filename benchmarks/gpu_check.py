@@ -524,7 +524,7 @@ def training_step(name: str, setting: Setting) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from qaa_serve.training import register
-    from qaa_serve.training.methods import get_method
+    from qaa_serve.training.methods import Setting, get_method
     from qaa_serve.training.targets import resolve_targets
 
     register()
@@ -533,16 +533,15 @@ def training_step(name: str, setting: Setting) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    method = get_method(name)
+    method = get_method(name)()
     config = LlamaConfig(**setting.sizes.model, max_position_embeddings=2 * length, use_cache=False)
     # A frozen base is kept in bfloat16, one that is trained in float32: as `qaa-serve train --bf16` has it.
     dtype = torch.float32 if method.trains_base else torch.bfloat16
     with device:
         base = LlamaForCausalLM(config).to(dtype)
-    targets = [] if "target_modules" in method.refuses else resolve_targets(base, None)
-    options = method.with_defaults({})
-    model = method.build(base, targets, options).to(device).train()
-    optimiser = torch.optim.AdamW(method.groups(model, method.learning_rate, options))
+    targets = resolve_targets(base, None) if method.adapts_layers else []
+    model = method.build(base, Setting(targets)).to(device).train()
+    optimiser = torch.optim.AdamW(method.groups(model, method.learning_rate))
     ids = torch.randint(config.vocab_size, (rows, length), device=device)
 
     def step() -> torch.Tensor:

@@ -27,7 +27,7 @@ from qaa_serve.training.compare.rows import as_test_set, read_rows, split
 from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
 from qaa_serve.training.compare.study import best_point, smoothed, summarise
 from qaa_serve.training.loss import summed_loss
-from qaa_serve.training.methods import METHODS
+from qaa_serve.training.methods import COMPARED
 from qaa_serve.training.trained import load_trained
 
 
@@ -53,10 +53,13 @@ class TestPlan:
 
     def test_all_methods_by_default_without_validation(self) -> None:
         plan = make_plan({})
-        assert [variant.name for variant in plan.variants] == list(METHODS)
+        assert [variant.name for variant in plan.variants] == [*COMPARED, "qaa frozen", "bias"]
         assert plan.seeds == (0, 1, 2)
         assert plan.validation is None
-        assert all(variant.points == ({},) for variant in plan.variants)
+        assert {variant.name: variant.points for variant in plan.variants} == {
+            **dict.fromkeys([*COMPARED, "bias"], ({},)),
+            "qaa frozen": ({"freeze_angles": True},),
+        }
 
     def test_grid_is_the_product_of_its_lists_over_the_common_options(self, tmp_path: Path) -> None:
         config = self.config(
@@ -64,6 +67,7 @@ class TestPlan:
             """
             common: {epochs: 2, target_modules: [q_proj, v_proj]}
             seeds: [4, 9]
+            controls: false
             methods:
               qaa: {lr: [1e-3, 0.1], layers: [2, 4]}
               lora r=4: {method: lora, rank: 4}
@@ -86,13 +90,34 @@ class TestPlan:
             validation="held.jsonl",
             common={"epochs": 1},
         )
-        assert [(variant.name, variant.method) for variant in plan.variants] == [("lora", "lora"), ("mine", "qaa")]
+        assert [(variant.name, variant.method) for variant in plan.variants] == [
+            ("lora", "lora"),
+            ("mine", "qaa"),
+            ("qaa frozen", "qaa"),
+            ("bias", "bias"),
+        ]
         assert plan.variants[0].points == ({"epochs": 1},)
         assert (plan.seeds, plan.validation) == ((7,), Path("held.jsonl"))
 
     def test_common_option_that_a_method_cannot_have_is_not_asked_of_it(self) -> None:
         plan = make_plan({}, methods=["full", "lora"], common={"target_modules": ["q_proj"]})
         assert [variant.points for variant in plan.variants] == [({},), ({"target_modules": ["q_proj"]},)]
+
+    def test_controls_stand_beside_qaa_unless_they_are_there_or_not_wanted(self) -> None:
+        def names(config: dict[str, Any], **given: Any) -> list[str]:
+            return [variant.name for variant in make_plan(config, **given).variants]
+
+        grid = {"methods": {"qaa": {"lr": [0.1, 0.2], "theta_lr": [0.3, 0.4]}}}
+        *_, frozen, _ = make_plan(grid).variants
+        assert frozen.points == ({"lr": 0.1, "freeze_angles": True}, {"lr": 0.2, "freeze_angles": True})
+        assert names({}, methods=["lora"]) == ["lora"]
+        assert names(grid, controls=False) == names({**grid, "controls": False}) == ["qaa"]
+        own = {"methods": {"qaa": {}, "still": {"method": "qaa", "freeze_angles": True}, "bias": {"lr": 0.1}}}
+        assert names(own) == ["qaa", "still", "bias"]
+
+    def test_configs_of_peft_are_a_grid(self) -> None:
+        (vera,) = make_plan({"methods": {"vera": {"peft": [{"r": 4}, {"r": 8}]}}}).variants
+        assert vera.points == ({"peft": {"r": 4}}, {"peft": {"r": 8}})
 
     @pytest.mark.parametrize(
         ("config", "message"),
@@ -101,9 +126,9 @@ class TestPlan:
             ({"methods": {"qaa": {"rank": 3}}}, r"'qaa' \(method qaa\): unknown key 'rank'; known are: .*layers"),
             ({"common": {"lear": 1}}, "the common options: unknown key 'lear'; known are: .*epochs"),
             ({"common": {"lr": [1, 2]}}, "common option 'lr' must be one value"),
-            ({"methods": {"qaa": {"lr": "fast"}}}, "'qaa': lr cannot be 'fast'"),
-            ({"methods": {"qaa": {"lr": -1}}}, "'qaa': --lr must be above 0, found -1"),
-            ({"methods": {"qaa": {"ansatz": "flat"}}}, "'qaa': ansatz must be one of ryrz_ring_ry"),
+            ({"methods": {"qaa": {"lr": "fast"}}}, "'qaa': --lr: invalid float value: 'fast'"),
+            ({"methods": {"qaa": {"lr": -1}}}, "'qaa': --lr must be above 0, found -1.0"),
+            ({"methods": {"qaa": {"ansatz": "flat"}}}, "'qaa': --ansatz: invalid choice: 'flat'"),
             ({"methods": {"qaa": {"lr": []}}}, "the list of 'lr' is empty"),
             ({"methods": {"qaa": 3}}, "'qaa' must be a table"),
             ({"methods": {"base": {"method": "qaa"}}}, "'base' is the name of the untrained model's row"),
@@ -123,7 +148,7 @@ class TestPlan:
             make_plan({"methods": {"mine": {"method": "qaa"}}}, methods=["qlora"])
 
     def test_unknown_table_in_the_config(self, tmp_path: Path) -> None:
-        with pytest.raises(TrainingError, match="unknown key 'method'; known are: common, methods, seeds"):
+        with pytest.raises(TrainingError, match="unknown key 'method'; known are: common, methods, seeds, valid"):
             self.config(tmp_path, "method: {qaa: {}}")
 
 
@@ -295,7 +320,7 @@ def tiny_bert(directory: Path) -> Path:
 class TestAnswers:
     """Every method's result, read back: in batches padded on the left it must say what it says alone."""
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", COMPARED)
     def test_batch_and_loss(self, base: Path, tmp_path: Path, method: str) -> None:
         prompts = [" ".join(f"t{i + k}" for k in range(i % 5 + 1)) for i in range(3, 12)]
         given = [pair(prompt, f"t{i} t{i + 1}") for i, prompt in enumerate(prompts, start=40)]
@@ -455,7 +480,7 @@ class TestCommand:
         out = capsys.readouterr()
         assert "9 rows to train on, 1 to validate on, 10 prompts to test on; seeds 0, 1, 2" in out.out
         assert "  rank 2: 4 steps, 2,560 parameters\n  rank 4: 4 steps, 5,120 parameters" in out.out
-        assert "7 trainings in all, 7 evaluations" in out.out
+        assert "13 trainings in all, 13 evaluations" in out.out
         assert "10 of the 10 test prompts are training prompts too" in out.err
         assert not (rows.parent / "report").exists()
 

@@ -27,6 +27,7 @@ CONFIG = """
 common: {max_steps: 4, batch_size: 4, threads: 1}
 seeds: 2
 validation: 0.25
+controls: false
 methods:
   qaa: {lr: [1e-9, 3e-2]}
   lora wild: {method: lora, lr: 1e30}
@@ -153,7 +154,7 @@ def test_report_stands_alone(comparison: Comparison) -> None:
     assert not re.findall(r"//[a-z]|@import|<script|<link", bare)
     sources = re.findall(r'(?:src|srcset)="([^"]{0,30})', html)
     figures = {path.stem for path in (comparison.report / "figures").iterdir()}
-    assert figures == {"loss", "parameters", "quality", "memory", "seconds"}
+    assert figures == {"loss", "course", "parameters", "quality", "memory", "seconds"}
     assert len(sources) == 2 * len(figures)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     markdown = (comparison.report / "report.md").read_text()
@@ -163,6 +164,24 @@ def test_report_stands_alone(comparison: Comparison) -> None:
         assert "test loss" in text
         assert comparison.runs("qaa")[0]["texts"][0] in text
         assert "the one with the lowest validation loss" in text
+
+
+def test_trainings_in_the_form_of_pefts_own_comparison(comparison: Comparison) -> None:
+    """What its ``processing.preprocess`` reads of each file is there."""
+    made = sorted((comparison.report / "peft").iterdir())
+    assert [path.name for path in made] == ["qaa--qaa-seed0.json", "qaa--qaa-seed1.json"]
+    row, run = json.loads(made[0].read_bytes()), comparison.runs("qaa")[0]
+    assert row["train_info"]["status"] == "success"
+    assert row["run_info"]["peft_config"]["peft_type"] == "QAA"
+    assert {"experiment_name", "total_time", "peft_branch", "created_at", "train_config"} <= row["run_info"].keys()
+    assert row["run_info"]["train_config"]["model_id"] == run["training"]["options"]["model"]
+    metrics = row["train_info"]["metrics"][-1]
+    assert metrics["test accuracy"] == run["scores"]["exact_match"] / 100
+    assert metrics["train samples"] == 4 * 4
+    assert metrics["train total tokens"] > 4 * 4 * 3
+    assert {f"{name}-version" for name in ("peft", "transformers", "torch", "datasets", "bitsandbytes")} <= row[
+        "meta_info"
+    ]["package_info"].keys()
 
 
 def test_documented_keys_are_those_of_results_json(comparison: Comparison) -> None:

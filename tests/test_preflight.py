@@ -86,6 +86,18 @@ def test_serving_is_explained_without_importing_anything_heavy(here):
         assert option in done.stdout
 
 
+@pytest.mark.parametrize(("command", "option"), [("train", "--push-to-hub"), ("compare", "--bertscore-model")])
+def test_training_is_explained_without_importing_anything_heavy(here, command, option):
+    program = PROGRAM.replace(
+        "status = main(sys.argv[1:])", "try: main(sys.argv[1:])\nexcept SystemExit: status = 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, command, "--help"], capture_output=True, text=True, timeout=60, cwd=here
+    )
+    assert done.returncode == 0, done.stderr
+    assert option in done.stdout
+
+
 def test_a_port_that_is_taken_is_said(here):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

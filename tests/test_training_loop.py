@@ -26,7 +26,7 @@ from qaa_serve.training import TrainingError, train
 from qaa_serve.training import cli as training_cli
 from qaa_serve.training.data import encode_row
 from qaa_serve.training.loop import base_reference
-from qaa_serve.training.methods import METHODS, get_method
+from qaa_serve.training.methods import COMPARED, METHODS, get_method, own_options
 
 
 class TestTrain:
@@ -54,7 +54,7 @@ class TestTrain:
             loss, tokens = loss + mean.item() * len(ids[3:-1]), tokens + len(ids[3:-1])
         assert loss / tokens == pytest.approx(result.eval_loss, abs=1e-4)
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", COMPARED)
     def test_same_seed_same_bytes(self, base: Path, data: Path, method: str) -> None:
         output = train(options(base, data, method=method, seed=3)).output
         first = files(output)
@@ -251,15 +251,15 @@ class TestMethods:
         with pytest.raises(TrainingError, match="unknown method 'nope'; known are: qaa, lora"):
             get_method("nope")
 
-    def test_defaults_in_the_help_are_the_methods(self) -> None:
+    def test_every_option_and_rate_is_in_the_help(self) -> None:
         text = re.sub(r"\s+", " ", parser().format_help())
-        for method in map(get_method, METHODS):
-            assert f"{method.learning_rate:g} for {method.name}" in text
-            for name, value in method.options.items():
-                special = {"theta_lr": "as --lr", "readouts": "one a qubit", "constant": "no", "length": "no"}
-                default = special[name] if name in special else f"{value:g}" if isinstance(value, float) else value
-                flag = f"--{name.replace('_', '-')} "
-                assert f"(default: {default})" in text[text.rindex(flag) :][:150], name
+        for method in METHODS.values():
+            assert f" {method.name} {method.learning_rate:g} {method.summary}" in text
+            for name, value in own_options(method).items():
+                about = text[text.rindex(f" --{name.replace('_', '-')} ") :][:330]
+                assert method.name in about or "..." in about or set(METHODS) == {method.name}, name
+                if isinstance(value, int | float) and value and name != "rank":
+                    assert f"(default: {value:g})" in about, name
 
 
 def parser() -> Any:
@@ -382,20 +382,22 @@ class TestCommand:
     def test_missing_extra(
         self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        given = ["--model", str(base), "--data", str(data), "--output", str(data.parent / "out")]
+        args = training_cli.parse(parser(), given)
         monkeypatch.setitem(sys.modules, "peft", None)
         for name in [name for name in sys.modules if name.startswith("qaa_serve.training.")]:
             monkeypatch.delitem(sys.modules, name)
-        assert self.run(base, data) == 2
+        assert training_cli.run(args) == 2
         assert 'peft is not installed; training needs the extra: pip install "qaa-serve[train]"' in (
             capsys.readouterr().err
         )
 
-    def test_help_needs_neither_transformers_nor_peft(self) -> None:
+    def test_help_needs_neither_torch_nor_transformers(self) -> None:
         code = (
             "import sys; from qaa_serve.training import cli; "
             "sys.argv[1:] = ['--help']\n"
             "try: cli.main()\nexcept SystemExit: pass\n"
-            "print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+            "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "example:" in done.stdout

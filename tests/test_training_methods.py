@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qaa_serve.training import TrainingError, train
 from qaa_serve.training.loop import _fit, _prepare
-from qaa_serve.training.methods import METHODS
-from qaa_serve.training.methods.sora import TRAVEL, Gated
+from qaa_serve.training.methods import COMPARED
 from qaa_serve.training.trained import load_trained
 
 
@@ -35,7 +34,7 @@ def loss_of(model: torch.nn.Module) -> float:
     return total / tokens
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPARED)
 def test_what_is_saved_is_what_was_trained(base: Path, data: Path, method: str) -> None:
     result = train(options(base, data, method=method, max_steps=12, eval_data=data))
     assert result.train_loss < result.first_loss
@@ -44,7 +43,7 @@ def test_what_is_saved_is_what_was_trained(base: Path, data: Path, method: str) 
     assert result.eval_loss < result.base_eval_loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMPARED)
 def test_record(base: Path, data: Path, method: str) -> None:
     result = train(options(base, data, method=method, max_steps=5, eval_data=data, eval_steps=2))
     record = json.loads((result.output / "training.json").read_text())
@@ -64,51 +63,46 @@ def test_record(base: Path, data: Path, method: str) -> None:
     assert record["seconds_per_step"] > 0
 
 
+def gates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gates of SoRA by the name of their layer."""
+    return {
+        name.removesuffix(".lora_A.default.lora_gate").removeprefix(
+            "base_model.model."
+        ): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name.endswith(".lora_gate")
+    }
+
+
 class TestSoRA:
-    def gates(self, base: Path, data: Path, **changed: Any) -> list[torch.Tensor]:
-        run = _prepare(options(base, data, method="sora", **changed))
-        _fit(run, data.parent / f"checkpoints-{run.method_options['sparsity']}", None)
-        return [m.gate.detach() for m in run.model.modules() if isinstance(m, Gated)]
+    def trained(self, base: Path, data: Path, xi: float, **changed: Any) -> Any:
+        run = _prepare(options(base, data, method="sora", method_options={"xi": xi, "rank": 6}, **changed))
+        self.before = gates(run.model)
+        _fit(run, data.parent / f"checkpoints-{xi}", None)
+        return run
 
-    def test_without_sparsity_and_gates_it_is_lora(self, base: Path, data: Path) -> None:
-        """At the first step gates are 1, so that loss and gradients are LoRA's."""
-        results = {
-            name: train(options(base, data, method=name, max_steps=1, output=data.parent / name)).losses
-            for name in ("lora", "sora")
-        }
-        assert results["sora"] == results["lora"]
+    def test_a_step_takes_xi_off_every_gate(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With no rate, gates move by the proximal step alone, the same in each step, and stay at 0."""
+        run = self.trained(base, data, 0.2, max_steps=3, lr=1e-30)
+        for name, gate in gates(run.model).items():
+            before = self.before[name]
+            expected = before.sign() * (before.abs() - 3 * 0.2).clamp(min=0)
+            assert torch.allclose(gate, expected, atol=1e-6)
 
-    def test_threshold_follows_the_formula(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With gradients of zero gates only fade: by the sum of lr * lambda over the steps, and never below 0."""
-        monkeypatch.setattr(Gated, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight))
-        rate = {"schedule": "constant", "warmup_ratio": 0.0, "max_steps": 8}
-        rises = [min(1.0, (step + 1) / 4) for step in range(8)]
-        for sparsity in (0.25, 0.9):
-            gates = self.gates(base, data, method_options={"sparsity": sparsity}, **rate)
-            expected = max(0.0, 1 - sum(TRAVEL / 8 * sparsity * rise for rise in rises))
-            assert all(torch.allclose(gate, torch.full_like(gate, expected), atol=1e-6) for gate in gates)
-
-    def test_prunes_more_the_sparser(self, base: Path, data: Path) -> None:
-        def open_gates(sparsity: float) -> int:
-            gates = self.gates(base, data, max_steps=30, method_options={"sparsity": sparsity})
-            return sum(int((gate != 0).sum()) for gate in gates)
-
-        none, some, most = map(open_gates, (0.0, 0.5, 0.95))
-        assert none == 8 * 8
-        assert none > some > most
+    def test_prunes_more_the_larger_xi(self, base: Path, data: Path) -> None:
+        counts = [
+            sum(int((gate != 0).sum()) for gate in gates(self.trained(base, data, xi, max_steps=8).model).values())
+            for xi in (0.0, 0.03, 0.1)
+        ]
+        assert counts[0] == 8 * 6
+        assert counts[0] > counts[1] > counts[2]
 
     def test_export_is_an_ordinary_lora_of_the_surviving_ranks(self, base: Path, data: Path) -> None:
-        given = {"rank": 6, "sparsity": 0.7}
-        run = _prepare(options(base, data, method="sora", method_options=given, max_steps=30))
-        _fit(run, data.parent / "checkpoints", None)
+        run = self.trained(base, data, 0.1, max_steps=8)
         ids = torch.randint(3, 90, (2, 9))
         with torch.no_grad():
             trained = run.model(input_ids=ids).logits
-        alive = {
-            name.removesuffix(".lora_A.default"): max(1, int((m.gate != 0).sum()))
-            for name, m in run.model.get_base_model().named_modules()
-            if isinstance(m, Gated)
-        }
+        alive = {name: max(1, int((gate != 0).sum())) for name, gate in gates(run.model).items()}
         assert len(set(alive.values())) > 1, "the ranks should differ for this test"
         directory = data.parent / "exported"
         directory.mkdir()
@@ -125,10 +119,9 @@ class TestSoRA:
         with torch.no_grad():
             assert torch.allclose(loaded(input_ids=ids).logits, trained, atol=1e-5)
 
-    @pytest.mark.parametrize("sparsity", [-0.1, 1.0])
-    def test_sparsity_out_of_range(self, base: Path, data: Path, sparsity: float) -> None:
-        with pytest.raises(TrainingError, match="--sparsity must be at least 0"):
-            train(options(base, data, method="sora", method_options={"sparsity": sparsity}))
+    def test_xi_out_of_range(self, base: Path, data: Path) -> None:
+        with pytest.raises(TrainingError, match=r"--xi must be at least 0, found -0\.1"):
+            train(options(base, data, method="sora", method_options={"xi": -0.1}))
 
 
 class TestPrefix:
@@ -140,7 +133,7 @@ class TestPrefix:
     def test_says_that_it_cannot_be_served(self, base: Path, data: Path) -> None:
         card = (train(options(base, data, method="prefix", max_steps=1)).output / "README.md").read_text()
         assert "PeftModel.from_pretrained" in card
-        assert "do not serve prefix tuning" in card
+        assert "do not serve this kind of adapter" in card
 
     @pytest.mark.parametrize(
         "given", [{"packing": True}, {"gradient_checkpointing": True}, {"target_modules": ("q_proj",)}]
@@ -164,7 +157,7 @@ class TestFull:
 
     def test_decay_spares_norms(self, base: Path, data: Path) -> None:
         run = _prepare(options(base, data, method="full", weight_decay=0.5))
-        decayed, spared = run.method.groups(run.model, 1e-3, {})
+        decayed, spared = run.method.groups(run.model, 1e-3)
         assert all(p.ndim == 2 for p in decayed["params"])
         assert "weight_decay" not in decayed
         assert spared["weight_decay"] == 0.0
@@ -173,7 +166,7 @@ class TestFull:
 
 def test_angles_are_not_decayed(base: Path, data: Path) -> None:
     run = _prepare(options(base, data, weight_decay=0.5))
-    groups = run.method.groups(run.model, 1e-3, run.method_options)
+    groups = run.method.groups(run.model, 1e-3)
     assert [group.get("weight_decay") for group in groups] == [None, 0.0]
     assert {p.shape for p in groups[1]["params"]} == {(5, 4)}
 

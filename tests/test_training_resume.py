@@ -18,7 +18,7 @@ from training_support import ROWS, files, options, weights
 from transformers import Trainer
 
 from qaa_serve.training import TrainingError, TrainOptions, train
-from qaa_serve.training.methods import METHODS
+from qaa_serve.training.methods import COMPARED
 
 
 class KilledError(RuntimeError):
@@ -45,7 +45,7 @@ def record(output: Path) -> dict[str, Any]:
     return json.loads((output / "training.json").read_text())
 
 
-@pytest.mark.parametrize(("method", "evaluates"), [("qaa", False), *((method, True) for method in METHODS)])
+@pytest.mark.parametrize(("method", "evaluates"), [("qaa", False), *((method, True) for method in COMPARED)])
 def test_resumed_training_ends_as_an_unbroken_one(
     base: Path, data: Path, method: str, evaluates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,3 +20,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, step: int, of: int, signal: int) -> None:
         super().__init__(f"interrupted at step {step} of {of}")
         self.step, self.signal = step, signal
+
+
+class WorseError(TrainingError):
+    """The loss is higher than before the training; nothing was saved."""

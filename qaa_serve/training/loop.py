@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+import random
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -28,9 +33,10 @@ from qaa_serve.adapters import CONFIG_FILE
 from qaa_serve.adapters.staging import staged
 from qaa_serve.training.card import model_card
 from qaa_serve.training.data import Examples, collate, read_examples
-from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError
-from qaa_serve.training.methods import Method, get_method
-from qaa_serve.training.options import SCHEDULES, TrainOptions
+from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError, WorseError
+from qaa_serve.training.loss import summed_loss
+from qaa_serve.training.methods import Method, Setting, check_shared, configured, get_method
+from qaa_serve.training.options import TrainOptions, names
 from qaa_serve.training.progress import Progress
 from qaa_serve.training.record import RECORD_FILE, training_record
 from qaa_serve.training.result import TrainResult
@@ -50,8 +56,11 @@ from qaa_serve.training.trainer import (
 
 _DEFAULT_MAX_LENGTH = 1024
 
-#: Options that may differ between a training and its resumption, since the result does not depend on them.
-_FREE_ON_RESUME = ("overwrite", "resume", "threads")
+#: Schedules that transformers calls otherwise.
+_SCHEDULES = {"constant": "constant_with_warmup"}
+
+#: Rows of the training data whose loss before and after says whether it helped, where there is no evaluation data.
+_PROBED_ROWS = 16
 
 
 @dataclass
@@ -60,7 +69,6 @@ class _Run:
 
     options: TrainOptions
     method: Method
-    method_options: dict[str, Any]
     learning_rate: float
     max_length: int
     total: int
@@ -73,7 +81,7 @@ class _Run:
     @property
     def used(self) -> dict[str, Any]:
         """Options with the values that stood for None or were the method's defaults."""
-        return {"lr": self.learning_rate, "max_length": self.max_length, **self.method_options}
+        return {"lr": self.learning_rate, "max_length": self.max_length, **dataclasses.asdict(self.method)}
 
     @property
     def trainable(self) -> int:
@@ -87,6 +95,7 @@ def train(options: TrainOptions) -> TrainResult:
 
     Raises:
         TrainingError: for anything wrong with the options, the base or the data, and if the loss diverges.
+        WorseError: if the loss ends higher than it began, unless ``options.accept_worse``.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = _prepare(options)
@@ -94,6 +103,13 @@ def train(options: TrainOptions) -> TrainResult:
     resume_from = _resume_point(run, checkpoints)
     try:
         result = _fit(run, checkpoints, resume_from)
+        if result.is_worse and not options.accept_worse:
+            before, after = result.compared
+            raise WorseError(
+                f"the training made it worse: loss {before:.3f} before, {after:.3f} after, on the "
+                f"{'evaluation data' if result.evaluations else 'training data'}. Nothing was saved: try a lower "
+                "--lr with --overwrite, or keep it with --resume --accept-worse"
+            )
         if is_main_process():
             _save(run, result)
     except BaseException as error:
@@ -161,11 +177,11 @@ def plan(options: TrainOptions) -> Plan:
 
 
 def _prepare(options: TrainOptions) -> _Run:
-    method = get_method(options.method)
-    method_options = method.with_defaults(options.method_options)
-    method.check(options)
+    method = configured(get_method(options.method), options.method_options)
+    check_shared(method, options)
     _check_output(options)
-    _check_devices()
+    _check_devices(options)
+    _check_hub(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     set_seed(options.seed)
@@ -176,7 +192,7 @@ def _prepare(options: TrainOptions) -> _Run:
     max_length = _max_length(options, base)
 
     def read(source: str | Path) -> Examples:
-        rows = read_examples(
+        return read_examples(
             source,
             tokenizer,
             max_length=max_length,
@@ -184,31 +200,53 @@ def _prepare(options: TrainOptions) -> _Run:
             answers=options.answers,
             skip_bad_rows=options.skip_bad_rows,
         )
-        return rows.packed(max_length) if options.packing else rows
 
-    rows = read(options.data)
+    rows = combined([read(source) for source in options.sources], options.data_weights, options.seed)
     eval_rows = None if options.eval_data is None else read(options.eval_data)
     if options.packing:
+        rows = rows.packed(max_length)
+        eval_rows = eval_rows and eval_rows.packed(max_length)
         _check_packing(base)
-    adapts = "target_modules" not in method.refuses
-    targets = resolve_targets(base, options.target_modules) if adapts else []
+    targets: list[str] = []
+    if method.adapts_layers:
+        targets = resolve_targets(
+            base, options.target_modules, exclude=options.exclude_modules, blocks=options.layers_to_transform
+        )
+    elif options.target_modules or options.exclude_modules or options.layers_to_transform:
+        raise TrainingError(f"--method {options.method} adapts no layers: leave --target-modules and its kin out")
     try:
-        model = method.build(base, targets, method_options)
+        model = method.build(base, Setting(targets, tokenizer, planned_steps(options, len(rows), world_size())))
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(error) from error
-    learning_rate = method.learning_rate if options.lr is None else options.lr
-    return _Run(
-        options,
-        method,
-        method_options,
-        learning_rate,
-        max_length,
-        total,
-        tokenizer,
-        rows,
-        eval_rows,
-        targets,
-        model,
+    rate = method.learning_rate if options.lr is None else options.lr
+    return _Run(options, method, rate, max_length, total, tokenizer, rows, eval_rows, targets, model)
+
+
+def combined(parts: list[Examples], weights: tuple[float, ...], seed: int) -> Examples:
+    """The rows of several sources as those of one.
+
+    Args:
+        parts: the sources.
+        weights: how often the rows of each come; of 2.5 all come twice and half of them, by the seed, once more.
+        seed: chooses the rows of a part.
+    """
+    if len(parts) == 1 and not weights:
+        return parts[0]
+    chosen = random.Random(seed)
+    rows: list[dict[str, list[int]]] = []
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        rows += [*part.rows] * int(weight)
+        rows += chosen.sample(list(part.rows), round(len(part.rows) * (weight % 1)))
+    if not rows:
+        raise TrainingError("--data-weights leave no row: give larger ones")
+    return dataclasses.replace(
+        parts[0],
+        name=" + ".join(part.name for part in parts),
+        rows=rows,
+        digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        problems=tuple(f"{part.name}: {problem}" for part in parts for problem in part.problems),
+        shortened=sum(part.shortened for part in parts),
+        source_rows=len(rows),
     )
 
 
@@ -261,7 +299,11 @@ def _check_saveable(base: PreTrainedModel) -> None:
         ) from error
 
 
-def _check_devices() -> None:
+def _check_devices(options: TrainOptions) -> None:
+    if options.load_in_4bit and not torch.cuda.is_available():
+        raise TrainingError(
+            "--load-in-4bit needs a GPU, and there is none: --bf16 halves the base's memory on a CPU"
+        )
     count = torch.cuda.device_count()
     if count > 1 and world_size() == 1:
         raise TrainingError(
@@ -270,19 +312,45 @@ def _check_devices() -> None:
         )
 
 
+def _check_hub(options: TrainOptions) -> None:
+    """Fail now on what would make the upload fail after hours."""
+    if options.push_to_hub is None or not is_main_process():
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network
+        raise TrainingError(
+            f"--push-to-hub {options.push_to_hub}: the hub does not take uploads ({error}): "
+            "log in with `hf auth login`"
+        ) from error
+
+
 def _load_base(options: TrainOptions, method: Method) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name, trust = options.model, options.trust_remote_code
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise TrainingError(f"model {name!r}: there is no such directory")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise TrainingError(f"model {name!r} has no config.json: it is no directory of a transformers model")
-    dtype = torch.bfloat16 if options.bf16 and not method.trains_base else torch.float32
+    more: dict[str, Any] = {"dtype": torch.bfloat16 if options.bf16 and not method.trains_base else torch.float32}
+    if options.attn_implementation is not None:
+        more["attn_implementation"] = options.attn_implementation
+    if options.load_in_4bit:
+        more["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=trust, **more)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TrainingError(f"model {name!r} cannot be loaded: {error}") from error
+    if options.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     return model, tokenizer
 
 
@@ -324,8 +392,8 @@ def _checkpoints(output: Path) -> Path:
 def _resume_point(run: _Run, checkpoints: Path) -> Path | None:
     """The checkpoint to go on from; makes the directory and notes there what it belongs to."""
     options = run.options
-    used = options.to_json() | run.used
-    identity = {name: value for name, value in used.items() if name not in _FREE_ON_RESUME}
+    used, free = options.to_json() | run.used, names(free=True)
+    identity: dict[str, Any] = {name: value for name, value in used.items() if name not in free}
     identity |= {"data SHA-256": run.rows.digest, "processes": world_size()}
     if run.eval_rows is not None:
         identity["eval data SHA-256"] = run.eval_rows.digest
@@ -374,10 +442,8 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
     interval = {"strategy": "epoch" if every is None else "steps", "steps": every or 500}
     cache = _without_cache(run.model)  # before Trainer, which sets the same option
     progress = Progress(quiet=not is_main_process(), patience=options.patience)
-    trainer = AdapterTrainer(
-        lengths=[len(row["input_ids"]) for row in run.rows.rows],
-        model=run.model,
-        args=TrainingArguments(
+    try:
+        arguments = TrainingArguments(
             output_dir=str(checkpoints),
             num_train_epochs=options.epochs,
             max_steps=options.max_steps or -1,
@@ -386,7 +452,7 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
             gradient_accumulation_steps=options.grad_accum,
             gradient_checkpointing=options.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            lr_scheduler_type=SCHEDULES[options.schedule],
+            lr_scheduler_type=_SCHEDULES.get(options.schedule, options.schedule),
             warmup_steps=options.warmup_ratio,
             max_grad_norm=options.max_grad_norm,
             eval_strategy=interval["strategy"] if evaluates else "no",
@@ -399,9 +465,11 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
             metric_for_best_model="eval_loss" if evaluates else None,
             greater_is_better=False if evaluates else None,
             logging_strategy="steps",
-            logging_steps=1,
+            logging_steps=options.logging_steps,
+            logging_first_step=True,
             logging_nan_inf_filter=False,
-            report_to="none",
+            report_to=list(options.report_to) or "none",
+            optim=options.optim,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -411,24 +479,31 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
             ddp_find_unused_parameters=False,
             bf16=options.bf16 and run.method.trains_base,
             seed=options.seed,
-        ),
-        train_dataset=run.rows,
-        eval_dataset=run.eval_rows,
-        data_collator=collate,
-        optimizers=(
-            torch.optim.AdamW(
-                run.method.groups(run.model, run.learning_rate, run.method_options),
-                weight_decay=options.weight_decay,
+        )
+        groups = run.method.groups(run.model, run.learning_rate)
+        kind, more = AdapterTrainer.get_optimizer_cls_and_kwargs(arguments, run.model)
+        trainer = AdapterTrainer(
+            lengths=[len(row["input_ids"]) for row in run.rows.rows],
+            model=run.model,
+            args=arguments,
+            train_dataset=run.rows,
+            eval_dataset=run.eval_rows,
+            data_collator=collate,
+            optimizer_cls_and_kwargs=(
+                kind,
+                {**more, "params": [{"weight_decay": options.weight_decay, **group} for group in groups]},
             ),
-            None,
-        ),
-        callbacks=[progress, *run.method.callbacks(run.method_options)],
-    )
+            callbacks=[progress, *run.method.callbacks()],
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"transformers cannot train so: {error}") from error
     trainer.remove_callback(PrinterCallback)
     flow = Flow(trainer, evaluates, handles_signals=world_size() == 1)
     trainer.add_callback(flow)
     with progress.waiting(f"preparing {run.method.name}"):
         run.method.prepare(torch.device("cuda" if on_gpu else "cpu"))
+    probed = () if evaluates else run.rows.rows[:: -(-len(run.rows) // _PROBED_ROWS)]
+    before = _mean_loss(run.model, probed)
     memory = PeakMemory()
     started = time.perf_counter()
     with progress, flow, cache:
@@ -436,6 +511,7 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error) from error
+    seconds = time.perf_counter() - started
     state = trainer.state
     if flow.stopped_by is not None and state.global_step < state.max_steps and not progress.stopped_early:
         raise Interrupted(state.global_step, state.max_steps, flow.stopped_by)
@@ -448,14 +524,26 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
         total=run.total,
         rows=run.rows.source_rows,
         steps=state.global_step,
+        tokens=round(state.global_step * options.batch_size * run.rows.tokens / len(run.rows))
+        * options.grad_accum
+        * world_size(),
         best_step=state.best_global_step if evaluates else None,
         losses=tuple(entry["loss"] for entry in history if "loss" in entry),
+        grad_norms=tuple(entry["grad_norm"] for entry in history if "grad_norm" in entry),
+        learning_rates=tuple(entry["learning_rate"] for entry in history if "learning_rate" in entry),
         evaluations=evaluations,
-        seconds=time.perf_counter() - started,
+        probe=(before, _mean_loss(run.model, probed)) if probed else None,
+        seconds=seconds,
         seconds_per_step=flow.seconds_per_step,
         memory=Memory(memory.start, memory.peak(), trainer.saved_for_backward or 0, memory.cuda()),
         notes=tuple(_notes(run)),
     )
+
+
+def _mean_loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
+    """The loss over all answer tokens of the rows, in nats a token."""
+    loss, tokens = summed_loss(model, rows, 1)
+    return loss / max(tokens, 1)
 
 
 class _without_cache:  # noqa: N801 - reads as a verb where it is used
@@ -487,6 +575,18 @@ def _save(run: _Run, result: TrainResult) -> None:
             f"{options.output} cannot be written: {error}. What was trained is in the checkpoints: "
             "make room and go on with --resume"
         ) from error
+    if options.push_to_hub is not None:
+        _upload(options.output, options.push_to_hub)
+
+
+def _upload(directory: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=directory)
+    except Exception as error:  # the hub's client raises what its transports raise
+        raise TrainingError(f"{directory} is saved, but not uploaded to {repository}: {error}") from error
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:

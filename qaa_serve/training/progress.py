@@ -49,6 +49,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         )
         self._task = self._bar.add_task("loss -", total=None)
         self._smooth = math.nan
+        self._taken = self._told = 0  # entries of the history; the step of the last line
 
     def waiting(self, what: str) -> AbstractContextManager[object]:
         """Shows on a terminal what is being waited for."""
@@ -71,20 +72,25 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes the loss of a step."""
+        """Takes the losses of the steps since the last log."""
         if not logs or "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss) or not math.isfinite(float(logs.get("grad_norm", 0.0))):
-            raise DivergedError(
-                f"training diverged at step {state.global_step} of {state.max_steps} (loss {loss}): "
-                "try a lower --lr or --alpha. Nothing was saved"
-            )
-        before = loss if math.isnan(self._smooth) else self._smooth
-        self._smooth = _SMOOTHING * before + (1 - _SMOOTHING) * loss
-        text = f"loss {self._smooth:.3f}"
+        for entry in [entry for entry in state.log_history if "loss" in entry][self._taken :]:
+            self._taken += 1
+            loss = float(entry["loss"])
+            if not math.isfinite(loss) or not math.isfinite(float(entry.get("grad_norm", 0.0))):
+                raise DivergedError(
+                    f"training diverged at step {entry['step']} of {state.max_steps} (loss {loss}): "
+                    "try a lower --lr or --alpha. Nothing was saved"
+                )
+            before = loss if math.isnan(self._smooth) else self._smooth
+            self._smooth = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        text = f"loss {self._smooth:.3f}, rate {logs['learning_rate']:.2g}"
+        if "grad_norm" in logs:
+            text += f", gradient norm {logs['grad_norm']:.2g}"
         self._bar.update(self._task, completed=state.global_step, total=state.max_steps, description=text)
         if not self._console.is_terminal and self._is_line_due(state):
+            self._told = state.global_step
             self._console.print(f"step {state.global_step}/{state.max_steps}, {text}", highlight=False)
 
     def on_evaluate(
@@ -103,7 +109,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             f"step {state.global_step}, evaluation loss {metrics['eval_loss']:.3f}", highlight=False
         )
 
-    @staticmethod
-    def _is_line_due(state: TrainerState) -> bool:
-        every = max(1, state.max_steps // _LINES)
-        return bool(state.global_step % every == 0 or state.global_step == state.max_steps)
+    def _is_line_due(self, state: TrainerState) -> bool:
+        step: int = state.global_step
+        return step - self._told >= max(1, state.max_steps // _LINES) or step == int(state.max_steps)

@@ -19,9 +19,13 @@ class TrainResult:
         total: number of parameters of the base.
         rows: number of rows trained on.
         steps: optimiser steps.
+        tokens: gone through in all of them, as an average over the rows.
         best_step: step whose state was kept, the one with the lowest evaluation loss; None without evaluation.
         losses: loss of every step, in nats a token.
+        grad_norms: norm of every step's gradient before clipping; empty without clipping.
+        learning_rates: of every step.
         evaluations: (step, loss) of every evaluation, the first one before training.
+        probe: loss on a few of the training rows before and after; None with evaluation data.
         seconds: duration of the training loop; after a resumption that of its last part.
         seconds_per_step: median duration of a step, evaluation left out.
         memory: bytes.
@@ -34,9 +38,13 @@ class TrainResult:
     total: int
     rows: int
     steps: int
+    tokens: int
     best_step: int | None
     losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    learning_rates: tuple[float, ...]
     evaluations: tuple[tuple[int, float], ...]
+    probe: tuple[float, float] | None
     seconds: float
     seconds_per_step: float
     memory: Memory
@@ -61,6 +69,19 @@ class TrainResult:
     def eval_loss(self) -> float | None:
         """Loss on them of the state that was kept."""
         return dict(self.evaluations)[self.best_step] if self.best_step is not None else None
+
+    @property
+    def compared(self) -> tuple[float, float]:
+        """Loss before and after, on the evaluation rows or else on some of those trained on."""
+        if self.base_eval_loss is not None and self.eval_loss is not None:
+            return self.base_eval_loss, self.eval_loss
+        return self.probe or (0.0, 0.0)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the training did more harm than good. The few rows of the probe may be a hundredth off."""
+        before, after = self.compared
+        return not after <= before * (1.0 if self.evaluations else 1.01)
 
 
 def _mean(values: tuple[float, ...]) -> float:

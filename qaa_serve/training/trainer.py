@@ -44,6 +44,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, lengths: list[int], **options: Any) -> None:
         super().__init__(**options)
         self._lengths = lengths
+        self._unread: list[tuple[int, float | None, float | None, torch.Tensor, Any]] = []
         self.saved_for_backward: int | None = None
         self.order: LengthGrouped | None = None
 
@@ -72,6 +73,35 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Keeps the figures of each step where they are, and reads them together where a log or checkpoint is due.
+
+        A training on a GPU so waits for none of its steps, and the history has every one.
+        """
+        step, control = self.state.global_step, self.control
+        if step > self._globalstep_last_logged + len(self._unread):
+            self._unread.append((step, self.state.epoch, kwargs.get("learning_rate"), tr_loss.clone(), grad_norm))
+            tr_loss -= tr_loss
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._read()
+        control.should_log = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        losses = self.accelerator.reduce(torch.stack([loss for *_, loss, _ in self._unread]), "mean").tolist()
+        for (step, epoch, rate, _, norm), loss in zip(self._unread, losses, strict=True):
+            logs = {"loss": loss, "learning_rate": rate}
+            if norm is not None:
+                logs["grad_norm"] = float(norm)
+            if step < self.state.global_step:
+                self.state.log_history.append({**logs, "epoch": epoch, "step": step})
+        self._total_loss_scalar += sum(losses)
+        self._globalstep_last_logged = self.state.global_step
+        self._unread = []
+        self.log(logs)
 
     def _trained(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -163,6 +193,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         self._before: dict[int, Any] = {}
         self._begun = 0.0
         self.step_seconds: list[float] = []
+        self._events: list[tuple[Any, Any]] = []  # of CUDA, which the host runs ahead of
         self.stopped_by: int | None = None
 
     def __enter__(self) -> Flow:
@@ -196,12 +227,18 @@ class Flow(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Starts the clock."""
         self._begun = time.perf_counter()
+        if torch.cuda.is_available():
+            event: Any = torch.cuda.Event
+            self._events.append((event(enable_timing=True), event(enable_timing=True)))
+            self._events[-1][0].record()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stops the clock; the last step is always evaluated and saved, so that it can be the best."""
         self.step_seconds.append(time.perf_counter() - self._begun)
+        if self._events:
+            self._events[-1][1].record()
         if state.global_step >= state.max_steps:
             control.should_evaluate = self._evaluates
             control.should_save = True
@@ -220,6 +257,9 @@ class Flow(TrainerCallback):  # type: ignore[misc]
     @property
     def seconds_per_step(self) -> float:
         """Median over the steps but the first, which warms up."""
+        if self._events:
+            torch.cuda.synchronize()
+            self.step_seconds = [begin.elapsed_time(end) / 1e3 for begin, end in self._events]
         return statistics.median(self.step_seconds[1:] or self.step_seconds or [0.0])
 
 
@@ -236,11 +276,12 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self.total = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in kept:
-                kept.add(storage.data_ptr())
-                alive.append(tensor.detach())
-                self.total += storage.nbytes()
+            for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in kept:
+                    kept.add(storage.data_ptr())
+                    alive.append(part.detach())
+                    self.total += storage.nbytes()
             return tensor
 
         super().__init__(pack, lambda tensor: tensor)

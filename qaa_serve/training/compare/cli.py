@@ -12,12 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from qaa_serve.training import options
+from qaa_serve.training.compare.settings import AGAIN, WHAT, Settings
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.methods import METHODS
-from qaa_serve.training.options import SCHEDULES
+from qaa_serve.training.fields import add_fields, flag
+from qaa_serve.training.methods import COMPARED, METHODS
 
 if TYPE_CHECKING:
-    from qaa_serve.training.compare.study import Material, Settings
+    from qaa_serve.training.compare.study import Material
 
 DESCRIPTION = """\
 Train several ways on the same rows, under the same budget and with several seeds, and write a report: quality on a
@@ -43,19 +45,8 @@ several variants of one method:
 #: Packages, besides those of training, that only the extra `compare` brings.
 _EXTRA = ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "yaml", "peft", "transformers", "accelerate")
 
-#: Arguments that are options of every training.
-_COMMON = (
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "grad_accum",
-    "schedule",
-    "target_modules",
-    "max_length",
-    "bf16",
-    "threads",
-    "trust_remote_code",
-)
+#: Options of a training that the command line has for all: those that make no method look better than another.
+_COMMON = sorted(options.names(shared=True) - {"lr"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,29 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    main = parser.add_argument_group("what to compare, on what")
-    main.add_argument(
-        "--model",
-        required=True,
-        metavar="BASE",
-        help="base model: a directory, or a name on the Hugging Face hub",
-    )
-    main.add_argument("--data", required=True, metavar="FILE", help="training rows, as qaa-serve train takes them")
-    main.add_argument(
-        "--eval-data",
-        required=True,
-        metavar="FILE",
-        help="the test set: rows to score on, and used for nothing else; rows with the same prompt are several "
-        "references",
-    )
-    main.add_argument("--output", required=True, type=Path, metavar="DIR", help="where report and trainings go")
+    add_fields(parser, Settings, only=("model", "data", "eval_data", "output"))
+    main = next(group for group in parser._action_groups if group.title == WHAT)
     main.add_argument(
         "--methods",
         type=_names,
         default=(),
         metavar="NAME,NAME",
-        help=f"methods, or variants of the config (default: the config's, else {','.join(METHODS)})",
+        help=f"methods, or variants of the config (default: the config's, else {','.join(COMPARED)}); there are "
+        + ", ".join(METHODS),
     )
     main.add_argument(
         "--seeds",
@@ -101,53 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of the training prompts, or a file of rows, to choose options and stop early by (default: 0.1 "
         "where a grid or early stopping needs it, else none)",
     )
-
-    course = parser.add_argument_group("the course of every training (over the config's common options)")
-    course.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 3)")
-    course.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps, in place of --epochs")
-    course.add_argument("--batch-size", type=int, metavar="N", help="rows a batch (default: 8)")
-    course.add_argument("--grad-accum", type=int, metavar="N", help="batches an optimiser step (default: 1)")
-    course.add_argument("--schedule", choices=tuple(SCHEDULES), help="of the learning rate (default: cosine)")
-    course.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: those of attention)"
+    main.add_argument(
+        "--no-controls",
+        action="store_true",
+        default=None,
+        help="leave out the two rows that stand beside QAA: its angles frozen at random, and a bias alone",
     )
-    course.add_argument("--max-length", type=int, metavar="N", help="tokens a row, longer ones are cut")
-    course.add_argument("--bf16", action="store_true", default=None, help="keep the base in bfloat16")
-    course.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    course.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model"
-    )
-
-    test = parser.add_argument_group("the test")
-    test.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens of an answer at most (default: 128)"
-    )
-    test.add_argument(
-        "--eval-batch-size", type=int, default=16, metavar="N", help="prompts or rows at once (default: 16)"
-    )
-    test.add_argument(
-        "--bertscore-model",
-        type=Path,
-        metavar="DIR",
-        help="an encoder in a directory, for BERTScore (needs the extra bertscore)",
-    )
-    test.add_argument(
-        "--bertscore-layers",
-        type=int,
-        metavar="N",
-        help="its layer to compare (default: bert_score's choice for a directory of that name, else the last)",
-    )
-    test.add_argument(
-        "--loss-target",
-        type=float,
-        metavar="X",
-        help='for "steps to loss" (default: the lowest smoothed loss that every training reached)',
-    )
-    test.add_argument("--examples", type=int, default=5, metavar="N", help="prompts shown in full (default: 5)")
-
-    again = parser.add_argument_group("going on")
-    again.add_argument("--retry-failed", action="store_true", help="train again what failed before")
+    add_fields(parser, Settings)
+    again = next(group for group in parser._action_groups if group.title == AGAIN)
     again.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
+    add_fields(parser, options.TrainOptions, only=_COMMON)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -177,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _missing(args: argparse.Namespace) -> str | None:
-    for extra, names in (("compare", _EXTRA), ("bertscore", ("bert_score",) if args.bertscore_model else ())):
+    for extra, names in (("compare", _EXTRA), ("bertscore", ("bert_score",) if "bertscore_model" in args else ())):
         for name in names:
             try:
                 import_module(name)
@@ -211,32 +151,25 @@ def _compare(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from qaa_serve.training.compare.display import Display
+    from qaa_serve.training.compare.peft_results import write_peft_results
     from qaa_serve.training.compare.plan import make_plan, read_config
     from qaa_serve.training.compare.report import write_report
-    from qaa_serve.training.compare.study import Settings, Study, prepare
+    from qaa_serve.training.compare.study import Study, prepare
 
     logging.disable_progress_bar()
+    given = vars(args)
     plan = make_plan(
         read_config(args.config) if args.config else {},
         methods=args.methods,
         seeds=args.seeds,
         validation=args.validation,
-        common={name: getattr(args, name) for name in _COMMON if getattr(args, name) is not None},
+        controls=None if args.no_controls is None else False,
+        common={name: given[name] for name in _COMMON if name in given},
     )
     settings = Settings(
-        model=args.model,
-        data=args.data,
-        test=args.eval_data,
-        output=args.output,
         plan=plan,
-        max_new_tokens=args.max_new_tokens,
-        eval_batch_size=args.eval_batch_size,
-        bertscore_model=args.bertscore_model,
-        bertscore_layers=args.bertscore_layers,
-        loss_target=args.loss_target,
-        examples=args.examples,
-        retry_failed=args.retry_failed,
         command=["qaa-serve", "compare", *_command_line(args)],
+        **{name: given[name] for name in Settings.__dataclass_fields__ if name in given},
     )
     material = prepare(settings)
     for note in material.notes:
@@ -249,6 +182,7 @@ def _compare(args: argparse.Namespace) -> int:
     with Display(points + 2 * finals + 1) as display:
         results = Study(settings, material).execute(display)
     reports = write_report(results, settings.output)
+    write_peft_results(results, settings.output)
     failed = [failure for variant in results["variants"] for failure in variant["failures"]]
     for failure in failed:
         log = settings.output / failure["log"]
@@ -258,7 +192,7 @@ def _compare(args: argparse.Namespace) -> int:
     if failed:
         print("the same command with --retry-failed trains these again", file=sys.stderr)
     print(_short_table(results))
-    print(f"report: {reports[1]} (also {reports[0].name}, results.json, figures/)")
+    print(f"report: {reports[1]} (also {reports[0].name}, results.json, figures/, peft/)")
     return 1 if failed or results["base"]["reason"] else 0
 
 
@@ -313,21 +247,16 @@ def _short_table(results: dict[str, Any]) -> str:
 
 
 def _command_line(args: argparse.Namespace) -> list[str]:
-    """The arguments again, those that were given or are not their default."""
+    """The arguments again, those that were given."""
     line: list[str] = []
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in ("help", "dry_run", "retry_failed") or value is None or value == action.default:
+    for name, value in vars(args).items():
+        if name in ("dry_run", "retry_failed") or value in (None, ()):
             continue
-        line.append(action.option_strings[0])
-        if action.dest in ("methods", "seeds"):
+        line.append(flag(name))
+        if name in ("methods", "seeds"):
             line.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-        elif action.nargs == "+":
-            line += map(str, value)
         elif value is not True:
-            line.append(str(value))
+            line += map(str, value if isinstance(value, list) else [value])
     return line
 
 

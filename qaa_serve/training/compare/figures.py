@@ -40,12 +40,13 @@ def draw(results: Mapping[str, Any], paper: str = "light") -> dict[str, bytes]:
         paper: ``light`` or ``dark``.
 
     Returns:
-        PNG files by name: ``loss``, ``parameters``, ``quality``, ``memory``, ``seconds``.
+        PNG files by name: ``loss``, ``course``, ``parameters``, ``quality``, ``memory``, ``seconds``.
     """
     look = _PAPER[paper]
     drawn = {}
     makers: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
         "loss": _loss,
+        "course": _course,
         "parameters": _parameters,
         "quality": _quality,
         "memory": _memory,
@@ -127,6 +128,28 @@ def _loss(results: Mapping[str, Any]) -> Figure | None:
     axes.set(xlabel="step", ylabel="training loss (nats a token)")
     axes.set_xlim(left=1)
     axes.legend(ncols=2)
+    return figure
+
+
+def _course(results: Mapping[str, Any]) -> Figure | None:
+    """Gradient norm and learning rate of every step, of each variant's first seed."""
+    figure, axes = _new(8, 3.2, 2)
+    first: dict[str, Any] = {}
+    for run in results["runs"]:
+        if run["role"] == "final" and run["training"]:
+            first.setdefault(run["variant"], run["training"])
+    if not any(record.get("grad_norms") for record in first.values()):
+        return None
+    colours = _colours(results)
+    for place, key, text in zip(
+        axes, ("grad_norms", "learning_rates"), ("gradient norm before clipping", "learning rate"), strict=True
+    ):
+        for name, record in first.items():
+            values = record.get(key) or ()
+            place.plot(range(1, len(values) + 1), values, color=colours[name], lw=1, label=name)
+        place.set_yscale("log", nonpositive="mask")
+        place.set(xlabel="step", ylabel=text)
+    axes[0].legend()
     return figure
 
 

@@ -7,40 +7,24 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qaa_serve.training import cli as train_cli
-from qaa_serve.training import config_file
+from qaa_serve.training import fields
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.methods import METHODS, get_method
-from qaa_serve.training.options import TrainOptions
-
-#: Options of a training that the comparison sets itself.
-_RESERVED = frozenset(
-    (
-        "model",
-        "data",
-        "output",
-        "method",
-        "method_options",
-        "eval_data",
-        "seed",
-        "overwrite",
-        "resume",
-        "save_steps",
-    )
-)
+from qaa_serve.training.methods import COMPARED, METHODS, get_method, own_options
+from qaa_serve.training.options import TrainOptions, names
 
 #: Options whose single value is a list already.
-_LISTS = frozenset({"target_modules"})
+_LISTS = frozenset({"target_modules", "exclude_modules", "layers_to_transform"})
 
 #: Options that have a training stop or evaluate by validation rows.
 _NEED_VALIDATION = frozenset({"patience", "eval_steps"})
 
-_TOP_KEYS = ("common", "methods", "seeds", "validation")
+_TOP_KEYS = ("common", "methods", "seeds", "validation", "controls")
 
 #: The row of the untrained model in every table.
 BASE = "base"
@@ -95,7 +79,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: if it cannot be read or has unknown keys.
     """
-    config = config_file.read_config(path)
+    config = fields.read_config(path)
     _known(config, _TOP_KEYS, f"--config {path}")
     for key in ("common", "methods"):
         if not isinstance(config.get(key) or {}, dict):
@@ -110,15 +94,17 @@ def make_plan(
     methods: Sequence[str] = (),
     seeds: object = None,
     validation: object = None,
+    controls: bool | None = None,
     common: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a config, in which what is given besides takes precedence.
 
     Args:
         config: as ``read_config`` returns it.
-        methods: names to compare: the config's, or methods as such; empty: all of the config's, or all there are.
+        methods: names to compare: the config's, or methods as such; empty: all of the config's, or the usual ones.
         seeds: a number of seeds or a list of them; None: the config's, or 3.
         validation: a part from 0 to 1 or a file; None: the config's, or as much as is needed.
+        controls: whether two controls stand beside QAA; None: as the config says, which by default they do.
         common: options over those of the config's ``common``.
 
     Raises:
@@ -130,7 +116,7 @@ def make_plan(
     for key, value in shared.items():
         if isinstance(value, list) and key not in _LISTS:
             raise TrainingError(f"common option {key!r} must be one value, not a list: grids belong to methods")
-    chosen = list(methods) or list(named) or list(METHODS)
+    chosen = list(methods) or list(named) or list(COMPARED)
     variants = []
     for name in chosen:
         if name not in named and name not in METHODS:
@@ -140,6 +126,8 @@ def make_plan(
         if chosen.count(name) > 1:
             raise TrainingError(f"method {name!r} is named twice; give variants names of their own in a config")
         variants.append(_variant(name, named.get(name), shared))
+    if config.get("controls", True) if controls is None else controls:
+        variants += _controls(variants, named, shared)
     selects = any(len(variant.points) > 1 for variant in variants)
     needed = selects or any(_NEED_VALIDATION & point.keys() for v in variants for point in v.points)
     return Plan(
@@ -148,6 +136,21 @@ def make_plan(
         validation=_validation(config.get("validation") if validation is None else validation, needed),
         common=shared,
     )
+
+
+def _controls(
+    variants: Sequence[Variant], named: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Iterator[Variant]:
+    """What shows how much of QAA's result is the circuit's: QAA with frozen angles, and a bias alone."""
+    trained = [variant for variant in variants if variant.method == "qaa"]
+    if trained and not any(point.get("freeze_angles") for variant in trained for point in variant.points):
+        points: list[Mapping[str, Any]] = []
+        for point in trained[0].points:
+            frozen = {key: value for key, value in point.items() if key != "theta_lr"} | {"freeze_angles": True}
+            points += [frozen] if frozen not in points else []
+        yield Variant("qaa frozen", "qaa", tuple(points))
+    if trained and not any(variant.method == "bias" for variant in variants):
+        yield _variant("bias", named.get("bias"), shared)
 
 
 def _variant(name: str, options: object, shared: Mapping[str, Any]) -> Variant:
@@ -163,7 +166,7 @@ def _variant(name: str, options: object, shared: Mapping[str, Any]) -> Variant:
             "with a name of its own says which method it is with 'method'"
         )
     refused = get_method(method).refuses
-    known = [key for key in (*_common_options(), *get_method(method).options) if key not in refused]
+    known = [key for key in (*_common_options(), *own_options(get_method(method))) if key not in refused]
     _known(given, known, f"{name!r} (method {method})")
     axes = []
     for key, value in given.items():
@@ -191,24 +194,19 @@ def check_options(name: str, method: str, options: Mapping[str, Any]) -> TrainOp
     """
     parser = argparse.ArgumentParser()
     train_cli.add_arguments(parser)
-    config_file.use_as_defaults(parser, options, repr(name))  # types and choices are the command line's
-    of_method = get_method(method).options
+    given, _ = fields.parse_values(parser, {**options, "method": method}, repr(name))
+    # What needs evaluation data is make_plan's business.
+    whole = {**vars(given), "model": "", "data": "", "output": Path(), "eval_data": ""}
+    for key in ("config", "dry_run"):
+        del whole[key]
     try:
-        return TrainOptions(
-            model="",
-            data="",
-            output=Path(),
-            method=method,
-            eval_data="",  # what needs one is make_plan's business
-            method_options={key: value for key, value in options.items() if key in of_method},
-            **{key: value for key, value in options.items() if key not in of_method},
-        )
-    except (TrainingError, TypeError) as error:
+        return train_cli.options_of(whole)
+    except TrainingError as error:
         raise TrainingError(f"{name!r}: {error}") from error
 
 
 def _common_options() -> tuple[str, ...]:
-    return tuple(sorted(set(TrainOptions.__dataclass_fields__) - _RESERVED))
+    return tuple(sorted(names(shared=True)))
 
 
 def _known(given: Iterable[object], known: Iterable[str], where: str) -> None:

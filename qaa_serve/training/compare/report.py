@@ -20,6 +20,7 @@ CAPTIONS = {
     "parameters": "Trained parameters against the loss on the test set; large: mean over seeds, small: each.",
     "loss": "Smoothed training loss; band: smallest to largest over seeds; dashed: the loss of 'steps to loss'. "
     "Curves that rise far above the start are cut.",
+    "course": "Gradient norm and learning rate of each variant's first seed.",
     "memory": "Memory of a training; lines: standard deviation over seeds.",
     "seconds": "Time of an optimiser step; lines: standard deviation over seeds.",
 }

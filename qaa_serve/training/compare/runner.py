@@ -74,7 +74,7 @@ def make_run(
         digests: of the contents behind those three; where they lie does not count.
     """
     complete = {**options, "seed": seed}
-    digest = digest_of({"format": 1, "options": {**complete, **digests}})
+    digest = digest_of({"format": 2, "options": {**complete, **digests}})
     return Run(variant, label, seed, complete, digest, runs / f"{slug(variant)}-seed{seed}-{digest[:10]}")
 
 
@@ -130,7 +130,7 @@ def train_all(runs: Iterable[Run], reporter: Reporter, *, lock: int, retry_faile
 
 def _train(run: Run, reporter: Reporter, lock: int) -> str:
     config = run.directory / "config.json"
-    options = {**run.options, "output": str(run.model), "resume": True}  # if there is a checkpoint
+    options = {**run.options, "output": str(run.model), "resume": True, "accept_worse": True}
     # What is there was interrupted and can go on, unless it failed, or its files were moved meanwhile.
     resumes = read_json(config) == options and failure_of(run) is None
     if run.directory.exists() and not resumes:

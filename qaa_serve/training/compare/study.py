@@ -23,7 +23,7 @@ from qaa_serve.training.compare.files import (
     write_json,
 )
 from qaa_serve.training.compare.metrics import BertScore, text_scores, unseen_by_rouge
-from qaa_serve.training.compare.plan import BASE, Plan, Variant, digest_of, options_text
+from qaa_serve.training.compare.plan import BASE, Variant, check_options, digest_of, options_text
 from qaa_serve.training.compare.rows import Row, Rows, as_test_set, read_rows, split
 from qaa_serve.training.compare.runner import (
     Evaluation,
@@ -35,8 +35,9 @@ from qaa_serve.training.compare.runner import (
     train_all,
     training_of,
 )
+from qaa_serve.training.compare.settings import Settings
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.methods import get_method
+from qaa_serve.training.methods import Setting, configured, get_method, own_options
 
 #: Of results.json; raised when a key changes its meaning or goes away.
 RESULTS_FORMAT = 1
@@ -47,50 +48,8 @@ SMOOTHING = 0.9
 _SCORES = ("bleu", "rouge1", "rouge2", "rouge_l", "exact_match", "bertscore", "perplexity", "test_loss")
 
 _RECORDED = (
-    *("trainable", "total", "steps", "train_loss", "eval_loss", "seconds", "seconds_per_step", "adapter_bytes"),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare, on what.
-
-    Attributes:
-        model: the base: a directory, or a name on the Hugging Face hub.
-        data: rows to train on.
-        test: rows to test on; used for nothing else.
-        output: directory of the report.
-        plan: the variants, seeds and validation.
-        max_new_tokens: after which a generated answer is cut.
-        eval_batch_size: rows or prompts at once in the evaluation.
-        bertscore_model: an encoder in a directory; None: no BERTScore.
-        bertscore_layers: see ``metrics.BertScore``.
-        loss_target: loss for "steps to loss"; None: the lowest one that every training reached.
-        examples: prompts whose answers are shown in the report.
-        retry_failed: train and evaluate again what failed in an earlier comparison.
-        command: the command line, for the report.
-    """
-
-    model: str
-    data: str
-    test: str
-    output: Path
-    plan: Plan
-    max_new_tokens: int = 128
-    eval_batch_size: int = 16
-    bertscore_model: Path | None = None
-    bertscore_layers: int | None = None
-    loss_target: float | None = None
-    examples: int = 5
-    retry_failed: bool = False
-    command: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
-        if self.examples < 0:
-            raise TrainingError(f"--examples must not be below 0, found {self.examples}")
+    "trainable", "total", "steps", "train_loss", "eval_loss", "seconds", "seconds_per_step", "adapter_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +99,7 @@ def prepare(settings: Settings) -> Material:
             skip_bad_rows=bool(common.get("skip_bad_rows", False)),
         )
 
-    rows, test = read(settings.data), read(settings.test)
+    rows, test = read(settings.data), read(settings.eval_data)
     notes = list(dict.fromkeys([*rows.notes, *test.notes]))
     train: Sequence[Row] = rows.rows
     held: Sequence[Row] | None = None
@@ -185,7 +144,7 @@ def _fitting(test_set: dict[str, Any], config: Any, settings: Settings) -> dict[
     longest = max(len(prompt["ids"]) for prompt in test_set["prompts"])
     if longest + settings.max_new_tokens > limit:
         raise TrainingError(
-            f"{settings.test}: the longest prompt has {longest} tokens, which with --max-new-tokens "
+            f"{settings.eval_data}: the longest prompt has {longest} tokens, which with --max-new-tokens "
             f"{settings.max_new_tokens} is more than the {limit} that the base model takes: leave out such rows "
             "or lower --max-new-tokens"
         )
@@ -200,6 +159,7 @@ def planned_parameters(model: str, variant: Variant, options: Mapping[str, Any])
     from transformers import AutoModelForCausalLM
 
     from qaa_serve.training.targets import resolve_targets
+    from qaa_serve.training.trainer import planned_steps
 
     method = get_method(variant.method)
     try:
@@ -207,9 +167,17 @@ def planned_parameters(model: str, variant: Variant, options: Mapping[str, Any])
             trust = bool(options.get("trust_remote_code", False))
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-            own = {key: options[key] for key in method.options if key in options}
-            targets = resolve_targets(base, options.get("target_modules"))
-            trained = method.build(base, targets, method.with_defaults(own))
+            configured_method = configured(
+                method, {key: options[key] for key in own_options(method) if key in options}
+            )
+            targets = resolve_targets(
+                base,
+                options.get("target_modules"),
+                exclude=options.get("exclude_modules", ()),
+                blocks=options.get("layers_to_transform", ()),
+            )
+            steps = planned_steps(check_options(variant.name, variant.method, options), 1)
+            trained = configured_method.build(base, Setting(targets, None, steps))
         return sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     except Exception:  # an estimate: no reason to stop a dry run
         return None
@@ -401,7 +369,7 @@ class Study:
                     "sha256": material.digests["eval_data"],
                 },
                 "test": {
-                    "source": settings.test,
+                    "source": settings.eval_data,
                     "rows": len(material.test.rows),
                     "prompts": len(prompts),
                     "references": sum(map(len, references)),
@@ -519,7 +487,7 @@ def _options_of(
 ) -> dict[str, Any]:
     """The method's own options and the learning rate as they were used, and whatever else the point sets."""
     used = finished[0]["training"]["options"] if finished else {}
-    own = {key: used[key] for key in ("lr", *get_method(variant.method).options) if used.get(key) is not None}
+    own = {key: used[key] for key in ("lr", *own_options(get_method(variant.method))) if used.get(key) is not None}
     return own | dict(point)
 
 
@@ -578,17 +546,8 @@ def summarise(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in _SCORES:
             add(name, (entry["scores"] or {}).get(name))
         record = entry["training"]
-        for name in (
-            "trainable",
-            "total",
-            "train_loss",
-            "eval_loss",
-            "seconds",
-            "seconds_per_step",
-            "adapter_bytes",
-        ):
+        for name in _RECORDED:
             add(name, record[name])
-        add("steps", record["steps"])
         for name, value in record["memory"].items():
             add(name, value)
         add("steps_to_loss", entry["steps_to_loss"])

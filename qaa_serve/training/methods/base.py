@@ -1,126 +1,144 @@
-"""What a method is, and the table of them. Nothing heavy is imported before a method is asked for."""
+"""What a method is: a dataclass whose fields are its own options. Nothing heavy is imported before it builds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from qaa_serve.training.errors import TrainingError
+from qaa_serve.training.fields import check_ranges, flag
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, TrainerCallback
-
-#: name -> (module, one line for --help)
-METHODS = {
-    "qaa": ("qaa_serve.training.methods.qaa", "a quantum circuit and a linear map back"),
-    "lora": ("qaa_serve.training.methods.lora", "two low-rank matrices"),
-    "sora": ("qaa_serve.training.methods.sora", "LoRA that prunes the ranks it does not need"),
-    "prefix": ("qaa_serve.training.methods.prefix", "keys and values before each layer's own"),
-    "full": ("qaa_serve.training.methods.full", "every weight of the base"),
-}
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 #: Parameters with the learning rate of each, as torch's optimisers take them. A group that says nothing about
 #: ``weight_decay`` gets the run's.
 ParameterGroups: TypeAlias = list[dict[str, Any]]
 
-_SERVED = 'serve it with: qaa-serve {model} --adapters {parent}\nand ask for "model": "{name}"'
+#: Heading of the methods' own options in ``--help``.
+GROUP = "the adapter"
 
-
-def _no_callbacks(options: Mapping[str, Any]) -> list[TrainerCallback]:
-    return []
-
-
-def _nothing_to_prepare(device: torch.device) -> None:
-    pass
+SERVED = 'serve it with: qaa-serve {model} --adapters {parent}\nand ask for "model": "{name}"'
+FROM_PYTHON = (
+    "use it from Python: PeftModel.from_pretrained(base, {output!r})\n"
+    "(vLLM and qaa-serve do not serve this kind of adapter)"
+)
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a model is built for.
+
+    Attributes:
+        targets: names of the layers to adapt; empty: the method adapts none.
+        tokenizer: the base's; None where only sizes are asked for.
+        steps: optimiser steps of the training.
+    """
+
+    targets: list[str] = field(default_factory=list)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    steps: int = 1
+
+
+@dataclass
 class Method:
-    """One way to train.
+    """One way to train. The fields of a subclass are the options that it takes besides those all methods share.
 
     Attributes:
         name: as given to --method.
+        summary: one line for --help.
         learning_rate: the default.
-        options: the options it takes besides those all methods share, with their defaults.
-        build: (base model, target modules, options) -> the model to train, only its own part trainable.
-        groups: (model, learning rate, options) -> the trainable parameters by learning rate.
-        save: (model, empty directory, base): writes what was trained; an adapter's config is to name that base.
-        callbacks: (options) -> what else happens during the training.
-        prepare: (device) -> None: what takes its time once, before the first step.
         refuses: option that all methods share -> why this one cannot do with it.
         trains_base: the base's own weights are trained, so that the result is a model and no adapter.
         usage: what to do with the result; may name ``{model}``, ``{output}``, ``{parent}`` and ``{name}``.
+        undecayed: part of the names of parameters with a rate of their own, which are never decayed.
     """
 
-    name: str
-    learning_rate: float
-    options: Mapping[str, Any]
-    build: Callable[[PreTrainedModel, list[str], Mapping[str, Any]], nn.Module]
-    groups: Callable[[nn.Module, float, Mapping[str, Any]], ParameterGroups]
-    save: Callable[[Any, Path, str], None]
-    callbacks: Callable[[Mapping[str, Any]], list[TrainerCallback]] = _no_callbacks
-    prepare: Callable[[torch.device], None] = _nothing_to_prepare
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    trains_base: bool = False
-    usage: str = _SERVED
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    learning_rate: ClassVar[float]
+    refuses: ClassVar[Mapping[str, str]] = {}
+    trains_base: ClassVar[bool] = False
+    usage: ClassVar[str] = SERVED
+    undecayed: ClassVar[str] = " "  # no name has one
 
-    def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options to use: those given over the defaults.
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
-        Raises:
-            TrainingError: for an option this method does not have.
-        """
-        for name in given:
-            if name not in self.options:
-                own = ", ".join(f"--{option.replace('_', '-')}" for option in self.options) or "none of its own"
-                raise TrainingError(
-                    f"--{name.replace('_', '-')} is no option of the method {self.name!r}, which has {own}"
-                )
-        return {**self.options, **given}
+    @property
+    def adapts_layers(self) -> bool:
+        """Whether layers of the base are to be chosen for it."""
+        return "target_modules" not in self.refuses
 
-    def check(self, options: object) -> None:
-        """Refuse what this method cannot do with.
+    def build(self, base: PreTrainedModel, setting: Setting) -> nn.Module:
+        """The model to train, only the method's own part of it trainable.
 
         Raises:
-            TrainingError: names the option and the reason.
+            TrainingError: if the base cannot be adapted so.
         """
-        for name, reason in self.refuses.items():
-            if getattr(options, name):
-                raise TrainingError(
-                    f"--{name.replace('_', '-')} is not possible with --method {self.name}: {reason}"
-                )
+        raise NotImplementedError
+
+    def groups(self, model: nn.Module, learning_rate: float, own_rate: float | None = None) -> ParameterGroups:
+        """The trainable parameters by learning rate; what has no direction to keep short is not decayed.
+
+        Args:
+            model: as ``build`` made it.
+            learning_rate: of all but those with a rate of their own.
+            own_rate: of those named by ``undecayed``; None: the same.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "own": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = "own" if self.undecayed in name else "plain" if parameter.ndim < 2 else "decayed"
+                groups[kind].append(parameter)
+        found: ParameterGroups = [
+            {"params": groups["decayed"], "lr": learning_rate},
+            {"params": groups["plain"], "lr": learning_rate, "weight_decay": 0.0},
+            {"params": groups["own"], "lr": own_rate or learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in found if group["params"]]
+
+    def save(self, model: Any, directory: Path, base: str) -> None:
+        """Write what was trained to an empty directory; an adapter's config is to name that base."""
+        raise NotImplementedError
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What else happens during the training."""
+        return []
+
+    def prepare(self, device: torch.device) -> None:
+        """What takes its time once, before the first step."""
 
 
-def get_method(name: str) -> Method:
-    """The method of a name.
+def own_options(method: type[Method]) -> dict[str, Any]:
+    """A method's own options with their defaults."""
+    return {field.name: field.default for field in fields(method)}
+
+
+def configured(method: type[Method], given: Mapping[str, Any]) -> Method:
+    """A method with the options given over its defaults.
 
     Raises:
-        TrainingError: for an unknown name; the message lists the known ones.
+        TrainingError: for an option this method does not have, or a value out of range.
     """
-    if name not in METHODS:
-        raise TrainingError(f"unknown method {name!r}; known are: {', '.join(METHODS)}")
-    method: Method = import_module(METHODS[name][0]).METHOD
-    return method
+    own = own_options(method)
+    for name in given:
+        if name not in own:
+            listed = ", ".join(map(flag, own)) or "none of its own"
+            raise TrainingError(f"{flag(name)} is no option of the method {method.name!r}, which has {listed}")
+    return method(**given)
 
 
-def one_group(model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> ParameterGroups:
-    """All trainable parameters at one learning rate."""
-    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": learning_rate}]
+def check_shared(method: Method, options: object) -> None:
+    """Refuse what a method cannot do with.
 
-
-def two_groups(
-    model: nn.Module, learning_rate: float, special: str, special_rate: float | None
-) -> ParameterGroups:
-    """The trainable parameters, those with ``special`` in their name at a rate of their own and never decayed."""
-    apart: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (apart if special in name else others).append(parameter)
-    rate = learning_rate if special_rate is None else special_rate
-    return [{"params": others, "lr": learning_rate}, {"params": apart, "lr": rate, "weight_decay": 0.0}]
+    Raises:
+        TrainingError: names the option and the reason.
+    """
+    for name, reason in method.refuses.items():
+        if getattr(options, name):
+            raise TrainingError(f"{flag(name)} is not possible with --method {method.name}: {reason}")

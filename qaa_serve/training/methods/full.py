@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-from transformers import PreTrainedModel
+from qaa_serve.training.methods.base import Method, Setting
 
-from qaa_serve.training.methods.base import Method, ParameterGroups
-
-
-def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any]) -> PreTrainedModel:
-    return model
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def _groups(model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> ParameterGroups:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # Biases and the gains of norms have no direction that decay could keep short.
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "lr": learning_rate},
-        {"params": [p for p in parameters if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},
-    ]
+@dataclass
+class Full(Method):
+    """Trains the base itself."""
 
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = "every weight of the base"
+    learning_rate: ClassVar[float] = 5e-5
+    refuses: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform"), "it trains the whole base"),
+        "load_in_4bit": "weights of 4 bits cannot be trained",
+    }
+    trains_base: ClassVar[bool] = True
+    usage: ClassVar[str] = "serve it as a base of its own: qaa-serve {output}"
 
-def _save(model: PreTrainedModel, directory: Path, base: str) -> None:
-    model.save_pretrained(directory)
+    def build(self, base: PreTrainedModel, setting: Setting) -> PreTrainedModel:
+        """The base as it is."""
+        return base
 
-
-METHOD = Method(
-    name="full",
-    learning_rate=5e-5,
-    options={},
-    build=_build,
-    groups=_groups,
-    save=_save,
-    refuses={"target_modules": "it trains the whole base"},
-    trains_base=True,
-    usage="serve it as a base of its own: qaa-serve {output}",
-)
+    def save(self, model: PreTrainedModel, directory: Path, base: str) -> None:
+        """Write the model."""
+        model.save_pretrained(directory)

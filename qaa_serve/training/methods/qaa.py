@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel
-
-from qaa_serve.adapters import AdapterConfig, ModuleWeights, save_adapter
-from qaa_serve.circuits.adjoint import prepare
-from qaa_serve.training.config import CIRCUIT_OPTIONS, QAAConfig
+from qaa_serve.training.circuit_options import CircuitOptions
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.layer import QAALinear
-from qaa_serve.training.methods.base import Method, ParameterGroups, two_groups
+from qaa_serve.training.fields import option
+from qaa_serve.training.methods.base import GROUP, Method, ParameterGroups, Setting
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
 
 _ADAPTER = "default"
 
 
-def _build(model: PreTrainedModel, targets: list[str], options: Mapping[str, Any]) -> PeftModel:
-    config = QAAConfig(
-        task_type="CAUSAL_LM",
-        target_modules=targets,
-        **{name: value for name, value in options.items() if name != "theta_lr"},
+@dataclass
+class QAA(CircuitOptions, Method):
+    """A circuit for each layer, and B."""
+
+    name: ClassVar[str] = "qaa"
+    summary: ClassVar[str] = "a quantum circuit and a linear map back"
+    learning_rate: ClassVar[float] = 5e-3
+    undecayed: ClassVar[str] = ".qaa_theta."
+
+    theta_lr: float | None = option(
+        None, "learning rate of the circuit's angles (default: as --lr)", group=GROUP, above=0
     )
-    try:
-        return get_peft_model(model, config, adapter_name=_ADAPTER)
-    except ValueError as error:  # more readouts than a layer's qubits have
-        raise TrainingError(f"the base model cannot be adapted so: {error}") from error
+    freeze_angles: bool = option(False, "leave the angles at random and train B alone", group=GROUP)
 
+    def build(self, base: PreTrainedModel, setting: Setting) -> PeftModel:
+        """The base with QAA layers."""
+        from peft import get_peft_model
 
-def _groups(model: nn.Module, learning_rate: float, options: Mapping[str, Any]) -> ParameterGroups:
-    return two_groups(model, learning_rate, ".qaa_theta.", options["theta_lr"])
+        from qaa_serve.training import QAAConfig
 
+        circuit = {field.name: getattr(self, field.name) for field in fields(CircuitOptions)}
+        config = QAAConfig(task_type="CAUSAL_LM", target_modules=setting.targets, **circuit)
+        try:
+            model = get_peft_model(base, config, adapter_name=_ADAPTER)
+        except ValueError as error:  # more readouts than a layer's qubits have
+            raise TrainingError(f"the base model cannot be adapted so: {error}") from error
+        if self.freeze_angles:
+            for name, parameter in model.named_parameters():
+                if self.undecayed in name:
+                    parameter.requires_grad_(False)
+        return model
 
-def _save(model: PeftModel, directory: Path, base: str) -> None:
-    config = model.peft_config[_ADAPTER].checked(base)
-    modules = {
-        name: ModuleWeights(
-            layer.qaa_theta[_ADAPTER].view(config.heads, *layer.qaa_form[_ADAPTER].ansatz.theta_shape),
-            layer.qaa_weight[_ADAPTER],
-        )
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, QAALinear)
-    }
-    save_adapter(directory, config, modules)
+    def groups(self, model: nn.Module, learning_rate: float, own_rate: float | None = None) -> ParameterGroups:
+        """Angles at a rate of their own."""
+        return super().groups(model, learning_rate, own_rate or self.theta_lr)
 
+    def save(self, model: Any, directory: Path, base: str) -> None:
+        """Write the adapter as the server reads it."""
+        from qaa_serve.adapters import ModuleWeights, save_adapter
+        from qaa_serve.training.layer import QAALinear
 
-_FIELDS = AdapterConfig.model_fields
+        config = model.peft_config[_ADAPTER].checked(base)
+        modules = {
+            name: ModuleWeights(
+                layer.qaa_theta[_ADAPTER].view(config.heads, *layer.qaa_form[_ADAPTER].ansatz.theta_shape),
+                layer.qaa_weight[_ADAPTER],
+            )
+            for name, layer in model.get_base_model().named_modules()
+            if isinstance(layer, QAALinear)
+        }
+        save_adapter(directory, config, modules)
 
-METHOD = Method(
-    name="qaa",
-    learning_rate=5e-3,
-    options={name: _FIELDS[name].default for name in CIRCUIT_OPTIONS} | {"theta_lr": None},
-    build=_build,
-    groups=_groups,
-    save=_save,
-    prepare=prepare,
-)
+    def prepare(self, device: torch.device) -> None:
+        """Compile the circuits' kernels."""
+        from qaa_serve.circuits.adjoint import prepare
+
+        prepare(device)
