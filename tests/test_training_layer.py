@@ -15,6 +15,7 @@ from qaa_serve.adapters import AdapterConfig, AdapterError, load_adapter
 from qaa_serve.circuits import ANSATZ_NAMES
 from qaa_serve.circuits.reference import expectation_values
 from qaa_serve.training import QAAConfig, QAALinear, TrainingError, register
+from qaa_serve.training.model import standardise
 from qaa_serve.training.targets import resolve_targets
 
 IDS = torch.tensor([[1, 5, 9, 2, 7], [3, 3, 8, 1, 0]])
@@ -148,6 +149,103 @@ class TestLayer:
     def test_other_modules_are_refused(self) -> None:
         with pytest.raises(TypeError, match="Embedding"):
             QAALinear(torch.nn.Embedding(4, 12), "default", config())
+
+
+def outliers(*shape: int) -> torch.Tensor:
+    """Inputs as real models have them: one channel large and nearly constant, one of zeros, the others small."""
+    x = torch.randn(*shape) * torch.linspace(0.5, 2, shape[-1])
+    x[..., 0] += 40
+    x[..., 1] = 0
+    return x
+
+
+class TestStandardised:
+    """x and z by fixed offsets and scales."""
+
+    @pytest.mark.parametrize("heads", [1, 2])
+    @pytest.mark.parametrize("whitened", [False, True])
+    @pytest.mark.parametrize("inputs", ["raw", "rms", "centred-rms"])
+    def test_the_first_training_batch_is_measured_and_the_definition_holds(
+        self, inputs: str, whitened: bool, heads: int
+    ) -> None:
+        torch.manual_seed(0)
+        form = config(inputs=inputs, whitened=whitened, heads=heads, alpha=3.0)
+        layer = QAALinear(torch.nn.Linear(12, 7), "default", form)
+        set_weights(layer)
+        x = outliers(2, 30, 12)
+        layer.eval()(outliers(1, 3, 12))  # nothing is measured here
+        layer.train()(x)
+        seen = x.reshape(-1, 12).double()
+        if inputs == "centred-rms":
+            seen = seen - seen.mean(0)
+        if inputs != "raw":
+            power = (seen * seen).mean(0).sqrt()
+            seen = seen / power.clamp_min(0.01 * power.median())
+        angles = layer.qaa_form["default"].ansatz
+        theta = layer.qaa_theta["default"].detach().reshape(heads, *angles.theta_shape)
+        z = expectation_values(seen, theta, angles).reshape(len(seen), -1)
+        if whitened:
+            z = (z - z.mean(0)) / z.std(0, correction=0)
+        scale = 3.0 * (1 if whitened else 4) / (4 * heads)
+        expected = layer.base_layer(x).double() + (scale * z @ layer.qaa_weight["default"].double().T).view(
+            2, 30, 7
+        )
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+        layer.train()(outliers(4, 5, 12) * 7)  # nor is it measured again
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_all_layers_are_measured_beforehand_on_the_base_alone(self) -> None:
+        model = get_peft_model(llama(), QAAConfig(target_modules="all-linear"))
+        set_weights(model)
+        batches = [{"input_ids": IDS[:1, :4]}, {"input_ids": IDS[1:]}]
+        seen: dict[str, list[torch.Tensor]] = {}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QAALinear)}
+        plain = llama()
+        for name, layer in plain.named_modules():
+            if f"base_model.model.{name}" in layers:
+                layer.register_forward_pre_hook(
+                    lambda _, x, name=name: seen.setdefault(f"base_model.model.{name}", []).append(x[0][0])
+                )
+        with torch.no_grad():
+            for batch in batches:
+                plain(**batch)
+        standardise(model, batches, "default")
+        for name, layer in layers.items():
+            x = torch.cat(seen[name])
+            offset, scale = layer.qaa_inputs["default"]
+            torch.testing.assert_close(offset, x.mean(0), rtol=1e-4, atol=1e-6)
+            here = (x - offset) * scale
+            z = expectation_values(
+                here, layer.qaa_theta["default"].detach()[None], layer.qaa_form["default"].ansatz
+            )
+            torch.testing.assert_close(
+                layer.qaa_readouts["default"][0].double(), z.mean(0)[0], rtol=1e-3, atol=1e-5
+            )
+        before = {name: layer.qaa_readouts["default"].clone() for name, layer in layers.items()}
+        model.train()(**batches[0])
+        assert all(torch.equal(before[name], layer.qaa_readouts["default"]) for name, layer in layers.items())
+
+    def test_saved_and_loaded_nothing_is_measured_again(self, tmp_path: Path) -> None:
+        model = get_peft_model(llama(), QAAConfig())
+        set_weights(model)
+        model.train()(IDS)
+        expected = model.eval()(IDS).logits
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+        again.train()(IDS.flip(0) + 3)
+        torch.testing.assert_close(again.eval()(IDS).logits, expected)
+
+    def test_a_file_that_says_nothing_of_it_is_older_than_it(self, tmp_path: Path) -> None:
+        model = get_peft_model(llama(), QAAConfig(inputs="raw", whitened=False))
+        set_weights(model)
+        model.save_pretrained(tmp_path)
+        said = json.loads((tmp_path / "adapter_config.json").read_text())
+        del said["inputs"], said["whitened"]
+        (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+        again = PeftModel.from_pretrained(llama(), tmp_path)
+        assert (again.peft_config["default"].inputs, again.peft_config["default"].whitened) == ("raw", False)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+        assert (QAAConfig().inputs, QAAConfig().whitened) == ("centred-rms", True)
 
 
 class TestModel:

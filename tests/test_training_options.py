@@ -35,6 +35,8 @@ class TestOnePlace:
         described = {field.name: field.default for field in fields(CircuitOptions)}
         format_alone = {"peft_type", "qaa_format", "task_type", "base_model_name_or_path", "target_modules"}
         served = {name: field.default for name, field in AdapterConfig.model_fields.items()}
+        assert (described.pop("inputs"), described.pop("whitened")) == ("centred-rms", True)
+        assert (served.pop("inputs"), served.pop("whitened")) == ("raw", False)  # what an older file means
         assert described == {name: value for name, value in served.items() if name not in format_alone}
         assert described.keys() <= {field.name for field in fields(QAAConfig)}
 

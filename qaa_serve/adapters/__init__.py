@@ -1,7 +1,7 @@
 """QAA adapters on disk: load, save, validate, digest."""
 
 from qaa_serve.adapters.base import LinearWidths, linear_widths
-from qaa_serve.adapters.config import QAA_FORMAT, AdapterConfig
+from qaa_serve.adapters.config import QAA_FORMAT, AdapterConfig, Inputs
 from qaa_serve.adapters.errors import AdapterError, Kind, only_refusals, shown
 from qaa_serve.adapters.files import (
     CONFIG_FILE,
@@ -33,6 +33,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterError",
+    "Inputs",
     "Kind",
     "LinearWidths",
     "Lora",

@@ -15,6 +15,7 @@ class CircuitOptions:
     """What the circuits are, as adapter_config.json says it.
 
     ``qaa_serve.adapters.AdapterConfig`` checks the values; a test holds the two to the same names and defaults.
+    But an adapter whose file says nothing of ``inputs`` and ``whitened`` is older than both, and has neither.
     """
 
     ansatz: Literal["ryrz_ring_ry", "ry_ring", "strongly_entangling"] = option(
@@ -32,3 +33,10 @@ class CircuitOptions:
         False, "embed a constant beside the input, so that the circuit sees the input's sign", group=_GROUP
     )
     length: bool = option(False, "multiply what is read out by the input's length", group=_GROUP)
+    inputs: Literal["raw", "rms", "centred-rms"] = option(
+        "centred-rms",
+        "what is done to a layer's input, channel by channel, before it is embedded: nothing, divided by its root "
+        "mean square, or to mean 0 and spread 1",
+        group=_GROUP,
+    )
+    whitened: bool = option(True, "bring each readout to mean 0 and spread 1", group=_GROUP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import PeftConfig
 
@@ -27,11 +28,20 @@ class QAAConfig(CircuitOptions, PeftConfig):  # type: ignore[misc]
         AdapterError: for a value that adapter_config.json may not hold.
     """
 
+    inputs: str | None = field(default=None)  # type: ignore[assignment]
+    whitened: bool | None = field(default=None)  # type: ignore[assignment]
     target_modules: list[str] | set[str] | str | None = field(default=None)
     qaa_format: int = field(default=QAA_FORMAT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PEFT hands over what a file says, its peft_type among it; without one, somebody makes a new adapter.
+        unsaid: Any = (
+            AdapterConfig.model_fields if self.__dict__["peft_type"] else CircuitOptions.__dataclass_fields__
+        )
+        for name in ("inputs", "whitened"):
+            if getattr(self, name) is None:
+                setattr(self, name, unsaid[name].default)
         self.peft_type = qaa_type()
         self.checked(self.base_model_name_or_path or "unknown")
 

@@ -500,9 +500,12 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
     trainer.remove_callback(PrinterCallback)
     flow = Flow(trainer, evaluates, handles_signals=world_size() == 1)
     trainer.add_callback(flow)
+    some = run.rows.rows[:: -(-len(run.rows) // _PROBED_ROWS)]
     with progress.waiting(f"preparing {run.method.name}"):
-        run.method.prepare(torch.device("cuda" if on_gpu else "cpu"))
-    probed = () if evaluates else run.rows.rows[:: -(-len(run.rows) // _PROBED_ROWS)]
+        device = trainer.args.device
+        batches = [{name: tensor.to(device) for name, tensor in collate([row]).items()} for row in some]
+        run.method.prepare(run.model, batches)
+    probed = () if evaluates else some
     before = _mean_loss(run.model, probed)
     memory = PeakMemory()
     started = time.perf_counter()

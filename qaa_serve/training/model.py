@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from qaa_serve.training.config import QAAConfig
-from qaa_serve.training.layer import QAALinear
+from qaa_serve.training.layer import Moments, QAALinear
 from qaa_serve.training.targets import resolve_targets
 
 
@@ -38,3 +40,37 @@ class QAAModel(BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, config, inference_mode=peft_config.inference_mode)
         else:
             self._replace_module(parent, target_name, QAALinear(target, adapter_name, config), target)
+
+
+@torch.no_grad()
+def standardise(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], adapter_name: str) -> None:
+    """Measure, once for a new adapter, what its layers standardise inputs and readouts by.
+
+    The base runs over the batches alone, once for each of the two.
+
+    Args:
+        model: with QAA layers whose B is zero.
+        batches: what the model is called with; every token counts, so that there should be no padding.
+        adapter_name: the adapter's.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, QAALinear)]
+    training = model.training
+    model.eval()
+    for stage in layers[0].stages(adapter_name) if layers else ():
+        hooks, moments = [], {layer: Moments() for layer in layers}
+        for layer in layers:
+
+            def add(
+                layer: QAALinear, inputs: tuple[torch.Tensor, ...], stage: str = stage, seen: Any = moments
+            ) -> None:
+                seen[layer].add(layer.seen(adapter_name, stage, inputs[0]))
+
+            layer.enable_adapters(False)
+            hooks.append(layer.register_forward_pre_hook(add))
+        for batch in batches:
+            model(**batch)
+        for layer, hook in zip(layers, hooks, strict=True):
+            hook.remove()
+            layer.enable_adapters(True)
+            layer.standardise(adapter_name, stage, moments[layer])
+    model.train(training)

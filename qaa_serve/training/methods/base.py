@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -110,8 +110,13 @@ class Method:
         """What else happens during the training."""
         return []
 
-    def prepare(self, device: torch.device) -> None:
-        """What takes its time once, before the first step."""
+    def prepare(self, model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """What takes its time once, before the first step.
+
+        Args:
+            model: as ``build`` made it, where it is trained.
+            batches: some of the rows it is trained on, one each, as it is called with them.
+        """
 
 
 def own_options(method: type[Method]) -> dict[str, Any]:

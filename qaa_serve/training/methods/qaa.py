@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,11 +27,11 @@ class QAA(CircuitOptions, Method):
 
     name: ClassVar[str] = "qaa"
     summary: ClassVar[str] = "a quantum circuit and a linear map back"
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 3e-3
     undecayed: ClassVar[str] = ".qaa_theta."
 
     theta_lr: float | None = option(
-        None, "learning rate of the circuit's angles (default: as --lr)", group=GROUP, above=0
+        None, "learning rate of the circuit's angles (default: 5 times --lr)", group=GROUP, above=0
     )
     freeze_angles: bool = option(False, "leave the angles at random and train B alone", group=GROUP)
 
@@ -54,7 +55,7 @@ class QAA(CircuitOptions, Method):
 
     def groups(self, model: nn.Module, learning_rate: float, own_rate: float | None = None) -> ParameterGroups:
         """Angles at a rate of their own."""
-        return super().groups(model, learning_rate, own_rate or self.theta_lr)
+        return super().groups(model, learning_rate, own_rate or self.theta_lr or 5 * learning_rate)
 
     def save(self, model: Any, directory: Path, base: str) -> None:
         """Write the adapter as the server reads it."""
@@ -66,14 +67,18 @@ class QAA(CircuitOptions, Method):
             name: ModuleWeights(
                 layer.qaa_theta[_ADAPTER].view(config.heads, *layer.qaa_form[_ADAPTER].ansatz.theta_shape),
                 layer.qaa_weight[_ADAPTER],
+                dict(layer.qaa_inputs.items()).get(_ADAPTER),
+                dict(layer.qaa_readouts.items()).get(_ADAPTER),
             )
             for name, layer in model.get_base_model().named_modules()
             if isinstance(layer, QAALinear)
         }
         save_adapter(directory, config, modules)
 
-    def prepare(self, device: torch.device) -> None:
-        """Compile the circuits' kernels."""
+    def prepare(self, model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Compile the circuits' kernels, and measure what inputs and readouts are standardised by."""
         from qaa_serve.circuits.adjoint import prepare
+        from qaa_serve.training.model import standardise
 
-        prepare(device)
+        prepare(next(model.parameters()).device)
+        standardise(model, batches, _ADAPTER)
