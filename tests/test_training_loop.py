@@ -256,9 +256,10 @@ class TestMethods:
         for method in METHODS.values():
             assert f" {method.name} {method.learning_rate:g} {method.summary}" in text
             for name, value in own_options(method).items():
-                about = text[text.rindex(f" --{name.replace('_', '-')} ") :][:330]
+                *_, place = re.finditer(f" --{name.replace('_', '-')}[ ,]", text)
+                about = text[place.start() :][:330]
                 assert method.name in about or "..." in about or set(METHODS) == {method.name}, name
-                if isinstance(value, int | float) and value and name != "rank":
+                if isinstance(value, int | float) and value and name not in ("rank", "whitened"):
                     assert f"(default: {value:g})" in about, name
 
 
@@ -306,7 +307,7 @@ class TestCommand:
             (["--method", "lora", "--alpha", "nan"], "--alpha must be above 0, found nan"),
             (["--method", "lora", "--rank", "0"], "--rank must be above 0, found 0"),
             (["--method", "prefix", "--prefix-tokens", "0"], "--prefix-tokens must be above 0, found 0"),
-            (["--max-grad-norm", "nan"], "--max-grad-norm must not be below 0, found nan"),
+            (["--max-grad-norm", "nan"], "--max-grad-norm must be at least 0, found nan"),
             (["--output", "."], "output . is the current directory or one above it"),
             (["--output", "../.."], "output ../.. is the current directory or one above it"),
             (["--warmup-ratio", "1"], "--warmup-ratio must be at least 0 and below 1"),

@@ -192,13 +192,13 @@ def test_two_processes_train_as_one(base: Path, data: Path) -> None:
     held.write_text(
         "".join(f'{{"prompt": "x", "completion": "{"ab~"[n % 3] * (1 + 5 * n)}"}}\n' for n in range(7))
     )
-    given = {"max_steps": 6, "batch_size": 4, "lr": 1e-2, "eval_data": held, "eval_steps": 2}
+    given = {"max_steps": 6, "batch_size": 4, "lr": 1e-3, "accept_worse": True, "eval_data": held, "eval_steps": 2}
     one = train(options(base, data, output=data.parent / "one", **given))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "qaa_serve.cli", "train",
         "--model", base, "--data", data, "--output", data.parent / "two", "--batch-size", "2", "--max-steps", "6",
-        "--lr", "0.01", "--eval-data", held, "--eval-steps", "2",
+        "--lr", "0.001", "--eval-data", held, "--eval-steps", "2", "--accept-worse",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)

@@ -105,6 +105,8 @@ def add_fields(parser: argparse.ArgumentParser, *classes: type, only: Iterable[s
             about = _kind(hints[field.name], field.metadata["metavar"])
             if field.default is dataclasses.MISSING:
                 about["required"] = True
+            if field.default is True:
+                about["action"] = argparse.BooleanOptionalAction
             about["help"] = _owned(owners[field.name], len(classes)) + _help(field).replace("%", "%%")
             groups[title].add_argument(flag(field.name), default=argparse.SUPPRESS, **about)
 
@@ -119,6 +121,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
     text, default = str(field.metadata["help"]), field.default
     if "(default" in text or default in ((), None) or default is False or default is dataclasses.MISSING:
         return text
+    default = "yes" if default is True else default
     return f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})"
 
 
@@ -180,7 +183,7 @@ def parse_values(
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise TrainingError(f"{origin}: {name} must be true or false, found {value!r}")
-            arguments += [flag(name)] * value
+            arguments += action.option_strings[:1] if value else action.option_strings[1:]
         elif action.type is _table and isinstance(value, dict):
             arguments.append(f"{flag(name)}={json.dumps(value)}")
         elif action.nargs == "+":

@@ -65,12 +65,12 @@ def standardise(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]],
             ) -> None:
                 seen[layer].add(layer.seen(adapter_name, stage, inputs[0]))
 
-            layer.enable_adapters(False)
+            layer._disable_adapters = True  # PEFT's own switch has a say in what is trained, too
             hooks.append(layer.register_forward_pre_hook(add))
         for batch in batches:
             model(**batch)
         for layer, hook in zip(layers, hooks, strict=True):
             hook.remove()
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
             layer.standardise(adapter_name, stage, moments[layer])
     model.train(training)
