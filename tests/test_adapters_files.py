@@ -46,7 +46,10 @@ def make_config(**changes: Any) -> AdapterConfig:
 def make_module(config: AdapterConfig, qubits: int = 4, d_out: int = 8, **dtype: Any) -> ModuleWeights:
     rows = config.circuit(qubits).rows
     return ModuleWeights(
-        torch.randn(config.heads, rows, qubits), torch.randn(d_out, config.rank(qubits)).to(**dtype)
+        torch.randn(config.heads, rows, qubits),
+        torch.randn(d_out, config.rank(qubits)).to(**dtype),
+        torch.randn(2, 12) if config.inputs != "raw" else None,
+        torch.randn(2, config.rank(qubits)) if config.whitened else None,
     )
 
 
@@ -342,6 +345,53 @@ BAD_TENSORS = {
     "theta without numbers": (put(THETA, torch.zeros(0, 2**40)), ["qaa_theta", "(0, 1099511627776)"]),
     "nothing": (lambda tensors: tensors.clear(), ["target module 'q_proj' has no tensors", WEIGHTS_FILE]),
 }
+
+
+INPUTS, READOUTS = f"{PREFIX}{Q0}.qaa_inputs", f"{PREFIX}{Q0}.qaa_readouts"
+
+BAD_STANDARDS = {
+    "inputs missing": (lambda tensors: tensors.pop(INPUTS), [INPUTS, "is missing"]),
+    "readouts missing": (lambda tensors: tensors.pop(READOUTS), [READOUTS, "is missing"]),
+    "inputs of other qubits": (
+        put(INPUTS, torch.zeros(2, 17)),
+        ["qaa_inputs", "(2, 17)", "(2, d_in)", "4 qubits"],
+    ),
+    "inputs, one row": (put(INPUTS, torch.zeros(1, 12)), ["qaa_inputs", "(1, 12)"]),
+    "inputs flat": (put(INPUTS, torch.zeros(24)), ["qaa_inputs", "(24,)"]),
+    "inputs of another width": (
+        put(INPUTS, torch.zeros(2, 11)),
+        ["12 -> 8", "12 columns", "has 11", "another base"],
+    ),
+    "inputs bf16": (put(INPUTS, torch.zeros(2, 12).bfloat16()), ["qaa_inputs", "bfloat16", "float32 is needed"]),
+    "inputs NaN": (put_value(INPUTS, float("nan")), ["qaa_inputs", "2 values that are NaN or infinite"]),
+    "readouts of another rank": (put(READOUTS, torch.zeros(2, 5)), ["qaa_readouts", "(2, 5)", "(2, 4)"]),
+    "readouts infinite": (put_value(READOUTS, float("inf")), ["qaa_readouts", "2 values"]),
+}
+
+
+@pytest.mark.parametrize(("change", "parts"), BAD_STANDARDS.values(), ids=BAD_STANDARDS)
+def test_wrong_offsets_and_scales_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], parts: list[str]
+) -> None:
+    config = make_config(inputs="rms", whitened=True)
+    modules = make_modules(config)
+    save_adapter(tmp_path / "a", config, modules)
+    read = load_adapter(tmp_path / "a", BASE).modules[Q0]
+    assert read.inputs is not None
+    assert torch.equal(read.inputs, modules[Q0].inputs)
+    assert read.readouts is not None
+    assert torch.equal(read.readouts, modules[Q0].readouts)
+    edit_tensors(tmp_path / "a", change)
+    with pytest.raises(AdapterError) as refused:
+        load_adapter(tmp_path / "a", BASE)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_offsets_and_scales_that_the_config_says_nothing_of_are_refused(adapter: Path) -> None:
+    edit_tensors(adapter, put(INPUTS, torch.zeros(2, 12)))
+    with pytest.raises(AdapterError, match="qaa_inputs does not belong in an adapter with inputs 'raw'"):
+        load_adapter(adapter, BASE)
 
 
 @pytest.mark.parametrize(("change", "parts"), BAD_TENSORS.values(), ids=BAD_TENSORS)

@@ -516,11 +516,12 @@ def test_the_qasm_is_the_circuit(name: str, qubits: int) -> None:
 
 
 def test_the_qasm_says_what_to_prepare_and_to_read_out() -> None:
-    def said(**options: Any) -> str:
+    def said(inputs: Any = "raw", **options: Any) -> str:
         ansatz = Ansatz("ry_ring", 3, 1, **options)
-        return to_qasm(Circuit("a@0", "m", 0, ansatz, torch.zeros(ansatz.theta_shape)))
+        return to_qasm(Circuit("a@0", "m", 0, ansatz, torch.zeros(ansatz.theta_shape), inputs))
 
     assert "Prepare the state x / ||x||, padded" in said()
+    assert "Prepare the state x / ||x|| of the x that qaa_inputs standardises, padded" in said("rms")
     assert "z_k is the mean of (-1)^c[k].\n" in said()
     assert "Prepare the state (x / ||x||, 1) / sqrt(2), padded" in said(constant=True)
     assert "(-1)^c[k] for k < 2, times ||x|| / sqrt(width of x).\n" in said(readouts=2, length=True)

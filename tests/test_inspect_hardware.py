@@ -228,6 +228,14 @@ def reference_loss(base: Path, adapter: Adapter | None) -> tuple[float, int]:
     return total / count, count
 
 
+def test_standardised_circuits_are_those_that_are_served(base: Path, data: Path, tmp_path: Path) -> None:
+    adapter = make_qaa(tmp_path / "s", base, ("q_proj", "v_proj"), 1, 3, inputs="centred-rms", whitened=True)
+    result = HardwareCheck(adapter, str(base), data, list(adapter.modules), HardwareOptions(rows=3)).run()
+    assert result.exact_loss == pytest.approx(reference_loss(base, adapter)[0], abs=1e-5)
+    assert abs(result.exact_loss - result.base_loss) > 0.1
+    assert abs(result.loss_move) < 1e-6
+
+
 def test_an_exact_device_does_not_move_the_loss(
     check: Callable[..., HardwareResult], base: Path, adapter: Adapter
 ) -> None:

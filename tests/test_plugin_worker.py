@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import wait
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.request import LoRARequest
-from vllm_qaa.layers import DELTA_OP
+from vllm_qaa.layers import DELTA_OP, Standard
 from vllm_qaa.worker import QAAWorkerManager, _split_graphs_at_delta
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
@@ -94,6 +95,21 @@ def test_a_reading_that_hangs_keeps_no_other_one_waiting(monkeypatch):
     wait([reader._staged[1][1]], timeout=30)
     assert reader.take_over([1, 4]) == ([24, "it was removed while it was loaded"], False)
     assert reader._staged == {}
+
+
+def test_modules_that_read_one_input_embed_the_same(adapter):
+    """Three slices of a packed layer: q and v are adapted, v with other offsets and scales than q."""
+    theta, b = torch.zeros(1, 5, 3), torch.zeros(8, 3)
+    same, other = torch.randn(2, 8), torch.randn(2, 8)
+    q = ModuleWeights(theta, b, same, torch.randn(2, 3))
+    v = ModuleWeights(theta, b, same, torch.randn(2, 3))
+    standard = Standard().with_module("q_proj", q, 0, 3).with_module("v_proj", v, 2, 3)
+    assert torch.equal(standard.inputs, same)
+    assert torch.equal(standard.readouts[:, 0], q.readouts)
+    assert torch.equal(standard.readouts[:, 1], torch.zeros(2, 3))  # without circuits z stays 0
+    assert torch.equal(standard.readouts[:, 2], v.readouts)
+    with pytest.raises(AdapterError, match="'v_proj' has other qaa_inputs than another module"):
+        Standard().with_module("q_proj", q, 0, 3).with_module("v_proj", replace(v, inputs=other), 2, 3)
 
 
 def test_files_that_are_not_those_of_the_name_are_refused(adapter):

@@ -19,6 +19,7 @@ from qaa_serve.adapters.files import (
     read_header,
     resolve_base,
     save_adapter,
+    standardised,
 )
 from qaa_serve.adapters.lora import MAX_RANK, Lora, LoraConfig, LoraPair, check_lora
 from qaa_serve.adapters.staging import staged
@@ -58,4 +59,5 @@ __all__ = [
     "save_adapter",
     "shown",
     "staged",
+    "standardised",
 ]

@@ -85,6 +85,11 @@ class ModuleWeights:
         return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
+def standardised(values: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    """(values - offset) * scale, channel by channel: (..., channels) and (2, channels); None: as they are."""
+    return values if by is None else (values - by[0].to(values.dtype)) * by[1].to(values.dtype)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A validated adapter: its config, its layers by module name, and the digest of its two files."""

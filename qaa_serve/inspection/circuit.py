@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qaa_serve.adapters import Adapter, matches
+from qaa_serve.adapters import Adapter, Inputs, matches
 from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.ansatz import Rotation
 from qaa_serve.inspection.errors import InspectionError
@@ -31,6 +31,7 @@ class Circuit:
         head: its number in the layer, from 0.
         ansatz: its form.
         theta: (rows, n) float32 angles in radians.
+        inputs: what is done to x before it is embedded, as the config says it.
     """
 
     revision: str
@@ -38,6 +39,7 @@ class Circuit:
     head: int
     ansatz: Ansatz
     theta: torch.Tensor
+    inputs: Inputs = "raw"
 
     @property
     def title(self) -> str:
@@ -71,7 +73,7 @@ def choose_circuit(adapter: Adapter, revision: str, names: list[str], head: int)
         raise InspectionError(f"--head {head}: the adapter's heads are 0 to {heads - 1}")
     weights = adapter.modules[module]
     ansatz = adapter.config.circuit(weights.qubits)
-    return Circuit(revision, module, head, ansatz, weights.theta[head])
+    return Circuit(revision, module, head, ansatz, weights.theta[head], adapter.config.inputs)
 
 
 def apply_gates(
@@ -158,7 +160,7 @@ def to_qasm(circuit: Circuit) -> str:
         "OPENQASM 2.0;",
         f"// {circuit.title}",
         f"// {circuit.ansatz.name}, {circuit.ansatz.layers} layers, {n} qubits",
-        f"// Prepare the state {_prepared(circuit.ansatz)}, padded with zeros, before the first gate: amplitude i",
+        f"// Prepare the state {_prepared(circuit)}, padded with zeros, before the first gate: amplitude i",
         f"// belongs to the basis state whose bits are q[0] q[1] ... q[{n - 1}], q[0] the most significant one.",
         f"// {_read_out(circuit.ansatz)}",
         'include "qelib1.inc";',
@@ -176,8 +178,9 @@ def to_qasm(circuit: Circuit) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _prepared(ansatz: Ansatz) -> str:
-    return "(x / ||x||, 1) / sqrt(2)" if ansatz.constant else "x / ||x||"
+def _prepared(circuit: Circuit) -> str:
+    state = "(x / ||x||, 1) / sqrt(2)" if circuit.ansatz.constant else "x / ||x||"
+    return state if circuit.inputs == "raw" else f"{state} of the x that qaa_inputs standardises"
 
 
 def _read_out(ansatz: Ansatz) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qaa_serve.adapters import Adapter, ModuleWeights
+from qaa_serve.adapters import Adapter, ModuleWeights, standardised
 from qaa_serve.circuits import Ansatz, get_backend
 from qaa_serve.circuits.torch_batched import embed, lengths
 from qaa_serve.inspection.circuit import apply_gates, readouts
@@ -430,13 +430,15 @@ class HardwareCheck:
 
         def add_update(_layer: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])  # (tokens, d_in)
-            z = exact(x.double(), weights.theta.double(), ansatz, None)  # (tokens, heads, n)
+            x = standardised(x.double(), weights.inputs)
+            z = exact(x, weights.theta.double(), ansatz, None)  # (tokens, heads, n)
             if measured:
                 seen = self._device.expectation_values(x[row.chosen], weights.theta, ansatz, advance)
                 record.exact.append(z[row.chosen].flatten(1))
                 record.device.append(seen.flatten(1))
                 z = z.index_copy(0, row.chosen, seen)
-            update = (scale * z.flatten(1) @ weights.weight.double().T).reshape(output.shape)
+            z = standardised(z.flatten(1), weights.readouts)
+            update = (scale * z @ weights.weight.double().T).reshape(output.shape)
             if sized:
                 record.update_square += float(update.square().sum())
                 record.output_square += float(output.double().square().sum())

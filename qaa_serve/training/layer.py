@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from qaa_serve.adapters import AdapterConfig, Inputs
+from qaa_serve.adapters import AdapterConfig, Inputs, standardised
 from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.adjoint import expectation_values
 
@@ -201,8 +201,7 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         form = self.qaa_form[adapter_name]
         theta = self.qaa_theta[adapter_name].float().reshape(form.heads, *form.ansatz.theta_shape)
         if adapter_name in self.qaa_inputs:
-            offset, scale = self.qaa_inputs[adapter_name].float()
-            x = (x.float() - offset) * scale
+            x = standardised(x.float(), self.qaa_inputs[adapter_name])
         with torch.autocast(x.device.type, enabled=False):
             z = expectation_values(x.reshape(-1, self.in_features), theta, form.ansatz)  # (tokens, heads, columns)
         return z.reshape(*x.shape[:-1], form.heads * form.ansatz.columns)
@@ -212,8 +211,7 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         with torch.autocast(x.device.type, enabled=False):
             z = self._z(adapter_name, x)
             if adapter_name in self.qaa_readouts:
-                offset, scale = self.qaa_readouts[adapter_name].float()
-                z = (z - offset) * scale
+                z = standardised(z, self.qaa_readouts[adapter_name])
             # Scaling z, not B or the result: what is kept for the backward pass is then z and B itself.
             return linear(self.qaa_form[adapter_name].scale * z, self.qaa_weight[adapter_name].float())
 
