@@ -86,7 +86,7 @@ class ModuleWeights:
 
 
 def standardised(values: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
-    """(values - offset) * scale, channel by channel: (..., channels) and (2, channels); None: as they are."""
+    """(values - offset) * scale, of each channel: values (..., channels), by (2, channels), None for neither."""
     return values if by is None else (values - by[0].to(values.dtype)) * by[1].to(values.dtype)
 
 
