@@ -15,14 +15,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(ACCEL)
 
-# The example's tables are tiny; a small KV cache makes it start sooner. float32 is what it was measured in.
+# The example's tables are tiny; a small KV cache makes it start sooner.
 SERVE_ARGS := --adapters examples/assistant/adapters --served-model-name assistant --port $(PORT) \
-	--dtype float32 --kv-cache-memory-bytes 256M
+	--kv-cache-memory-bytes 256M
 
 # On a CPU, engine and worker in one process: a start-up less. (vLLM binds a worker's threads to cores only if it is
 # a process of its own, which pays for larger models.)
 SERVE_ENV_cpu := VLLM_ENABLE_V1_MULTIPROCESSING=0
-SERVE_ARGS_cpu := --distributed-executor-backend uni
+SERVE_ARGS_cpu := --distributed-executor-backend uni --dtype float32
+# vLLM's LoRA kernels on a GPU take 16-bit numbers only.
+SERVE_ARGS_cuda := --dtype bfloat16
 
 .DEFAULT_GOAL := check
 .PHONY: check serve test compare load lint types quick venv lock clean

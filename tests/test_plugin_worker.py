@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import wait
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.request import LoRARequest
 from vllm_qaa.layers import DELTA_OP, Standard
-from vllm_qaa.worker import QAAWorkerManager, _split_graphs_at_delta
+from vllm_qaa.worker import QAAWorkerManager, _check_gpu, _split_graphs_at_delta
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
 
@@ -143,3 +144,29 @@ def test_a_cpu_is_left_as_it_is():
     config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
     _split_graphs_at_delta(config, torch.device("cpu"))
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL
+
+
+def on_gpu(dtype, rank, monkeypatch, capability=(9, 0), version="0.32.0"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("vllm.__version__", version)
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"),
+        model_config=SimpleNamespace(dtype=dtype),
+        lora_config=SimpleNamespace(max_lora_rank=rank),
+    )
+
+
+def test_what_vllms_kernels_for_gpus_cannot_do_is_refused_at_the_start(monkeypatch):
+    with pytest.raises(ValueError, match=r"16-bit numbers.*found torch.float32.*--dtype bfloat16"):
+        _check_gpu(on_gpu(torch.float32, 16, monkeypatch))
+    with pytest.raises(ValueError, match=r"--max-lora-rank 64 is not safe on this GPU with vLLM 0\.32\.0"):
+        _check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch))
+    _check_gpu(on_gpu(torch.bfloat16, 32, monkeypatch))
+    _check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch, capability=(8, 0)))
+    _check_gpu(on_gpu(torch.float16, 512, monkeypatch, version="0.33.0"))
+
+
+def test_make_serve_starts_the_example_in_16_bits_on_a_gpu():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert "SERVE_ARGS_cuda := --dtype bfloat16" in makefile
+    assert "float32" not in makefile.partition("SERVE_ARGS :=")[2].partition("SERVE_ENV_cpu")[0]

@@ -199,6 +199,45 @@ def test_the_prefix_cache_keeps_adapters_apart(served):
     served.check(requests, max_tokens=4)
 
 
+def test_an_adapter_that_cannot_be_activated_gives_its_slot_back(served, monkeypatch):
+    """Else it would pass for active, and its requests be answered without circuits."""
+    served.check([("attention", prompt(5, 800))])
+    served_id, manager = served.ids["attention"], served.manager
+    manager.deactivate_adapter(served_id)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for circuits")
+
+    *_, last = (layer for layer in manager.modules.values() if isinstance(layer, QAALayerMixin))
+    with monkeypatch.context() as patched:
+        patched.setattr(last, "prepare_circuits", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            manager.activate_adapter(served_id)
+    assert served_id not in manager.lora_index_to_id
+    assert served_id not in manager._active_adapters
+    served.check([("attention", prompt(5, 801)), ("some", prompt(7, 802))])
+
+
+@pytest.mark.parametrize("order", [("attention", "everything"), ("everything", "attention")])
+def test_adapters_of_one_step_do_not_put_each_other_out(served, monkeypatch, order):
+    """Two slots, both taken, of which a step needs the one that was used longest ago, and a new one."""
+    for name in ("attention", "everything", "options"):
+        served.check([(name, prompt(5, 810))])
+    manager = served.manager
+    for lora_id in filter(None, list(manager.lora_index_to_id)):
+        manager.deactivate_adapter(lora_id)
+    for name in ("everything", "options"):
+        manager.activate_adapter(served.ids[name])
+    slot = manager.lora_index_to_id.index(served.ids["everything"])
+    filled, layer = [], next(layer for layer in manager.modules.values() if isinstance(layer, QAALayerMixin))
+    original = layer.set_lora
+    monkeypatch.setattr(layer, "set_lora", lambda index, *rest: (filled.append(index), original(index, *rest)))
+    worker = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager
+    worker._apply_adapters(dict.fromkeys(map(served.request, order)))
+    assert manager.lora_index_to_id[slot] == served.ids["everything"]
+    assert filled == [1 - slot]
+
+
 def test_one_token_prompts_of_one_adapter(served):
     served.check([("attention", prompt(1, 600 + i)) for i in range(7)])
 

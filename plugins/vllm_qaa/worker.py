@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+import vllm
+from packaging.version import Version
 from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
@@ -48,6 +50,9 @@ OUTPUT_HEAD = "lm_head"
 
 #: How long adapters are taken over between two steps; the one that is begun is ended.
 _TAKE_OVER_S = 0.02
+
+#: Where vLLM's expand kernel may be miscompiled for Hopper, and since when it is not.
+_HOPPER_RANK, _HOPPER_SAFE = 64, Version("0.33")
 
 #: In vLLM's additional_config: it reaches every worker, wherever it runs.
 BACKEND_KEY = "qaa_backend"
@@ -99,6 +104,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
     supported_lora_modules: list[str]
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
+        _check_gpu(vllm_config)
         self._plans = PlanHolder(_choose_circuits(vllm_config))
         self._context_layers = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
@@ -151,17 +157,24 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         is_qaa = isinstance(self._registered_adapters[lora_id], QAAModel)
         if is_qaa and not self.takes_slots and None not in self.lora_index_to_id:
             return False
-        activated = super().activate_adapter(lora_id)
-        if activated:
-            self._last_mapping = None  # a slot has changed: the next step makes a new plan
-            slot = self.lora_index_to_id.index(lora_id)
-            adapter = self._registered_adapters[lora_id]
-            self._forms[slot] = adapter.form if isinstance(adapter, QAAModel) else None
-            if isinstance(adapter, QAAModel):
-                for layer in self.modules.values():
-                    if isinstance(layer, QAALayerMixin):
-                        layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
+        try:
+            activated = super().activate_adapter(lora_id)
+            if activated:
+                self._last_mapping = None  # a slot has changed: the next step makes a new plan
+                self._prepare_circuits(self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id])
+        except BaseException:
+            # In its slot it would pass for active, and its requests be answered by what was filled in so far.
+            if lora_id in self.lora_index_to_id:
+                self.deactivate_adapter(lora_id)
+            raise
         return activated
+
+    def _prepare_circuits(self, slot: int, adapter: LoRAModel) -> None:
+        self._forms[slot] = adapter.form if isinstance(adapter, QAAModel) else None
+        if isinstance(adapter, QAAModel):
+            for layer in self.modules.values():
+                if isinstance(layer, QAALayerMixin):
+                    layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
 
     def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
         """Compile what circuits of a form would be compiled for in their first step.
@@ -329,7 +342,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 f"{len(lora_requests)} adapters in one step, and {self._adapter_manager.lora_slots} slots"
             )
         manager = self._adapter_manager
-        for request in lora_requests:
+        active = {lora_id for lora_id in manager.lora_index_to_id if lora_id is not None}
+        # Those in a slot first: they are touched, so that no other one of this step takes their place.
+        for request in sorted(lora_requests, key=lambda request: request.lora_int_id not in active):
             # vLLM's own way lists all adapters for each of them, milliseconds where there are thousands.
             if manager.get_adapter(request.lora_int_id) is None or request.load_inplace:
                 super().add_adapter(request)
@@ -517,6 +532,32 @@ def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: 
     if problem := misfit(weights, config.qubits(d_in), d_in, d_out):
         raise AdapterError(
             f"{name!r} is {d_in} -> {d_out} in the served model, {problem}: it was made for another base"
+        )
+
+
+def _check_gpu(vllm_config: VllmConfig) -> None:
+    """Refuse on a GPU what vLLM's LoRA kernels answer with an assertion, or wrongly.
+
+    Raises:
+        ValueError: names the option to change.
+    """
+    if vllm_config.device_config.device_type != "cuda":
+        return
+    dtype = vllm_config.model_config.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"on a GPU adapters need 16-bit numbers, which vLLM's LoRA kernels take alone, found {dtype}: start "
+            "with --dtype bfloat16"
+        )
+    rank = vllm_config.lora_config.max_lora_rank
+    if (
+        rank >= _HOPPER_RANK
+        and torch.cuda.get_device_capability()[0] == 9
+        and Version(vllm.__version__) < _HOPPER_SAFE
+    ):
+        raise ValueError(
+            f"--max-lora-rank {rank} is not safe on this GPU with vLLM {vllm.__version__}: its expand kernel may "
+            f"be compiled wrongly for Hopper from rank {_HOPPER_RANK} on: take less, or vLLM {_HOPPER_SAFE}"
         )
 
 
