@@ -22,6 +22,9 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
   qaa-serve inspect DIR [options]
       say what an adapter is, draw or export its circuits, try them on imperfect quantum hardware
 
+  qaa-serve doctor
+      say what can run on this machine, and what to do about what cannot
+
   qaa-serve COMMAND --help explains a command, qaa-serve --version prints the version.
 """
 
@@ -64,12 +67,19 @@ def _inspect(arguments: Sequence[str]) -> int:
     return inspect(arguments)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    from qaa_serve.doctor import main as doctor
+
+    return doctor(arguments)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "train": _train,
     "compare": _compare,
     "adapters": _adapters,
     "inspect": _inspect,
+    "doctor": _doctor,
 }
 
 
