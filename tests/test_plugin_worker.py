@@ -77,15 +77,17 @@ def test_a_reading_that_hangs_keeps_no_other_one_waiting(monkeypatch):
             return SimpleNamespace(loras={"x": SimpleNamespace(lora_a=torch.zeros(4), lora_b=torch.zeros(2))})
 
         def add_adapter(self, request):
-            self._load_adapter(request)
-            taken.append(request.lora_int_id)
+            taken[request.lora_int_id] = self._load_adapter(request)
 
-    taken, reader = [], Reader()
+    taken, reader = {}, Reader()
+    reader._adapter_manager = SimpleNamespace(get_adapter=taken.get)
     for number in (1, 2, 3, 4):
         reader.stage(LoRARequest(f"a{number}", number, "/nowhere"))
     wait([reader._staged[number][1] for number in (2, 3, 4)], timeout=30)
     assert reader.take_over([1, 2, 3]) == ([None, "broken", 24], False)
-    assert taken == [3]
+    assert list(taken) == [3]
+    # Asked again, since another worker has not read it yet.
+    assert reader.take_over([3]) == ([24], False)
     assert sorted(reading) == [(number, True, 1) for number in (1, 2, 3, 4)]
     # One that is past its time is taken over the next time, and told so; one that was removed, never.
     with monkeypatch.context() as patched:

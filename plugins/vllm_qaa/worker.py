@@ -260,7 +260,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         for lora_id in lora_ids:
             request, reading = self._staged.get(lora_id, (None, None))
             if request is None or reading is None:
-                answers.append("it was removed while it was loaded")
+                # Another worker is slower; or somebody did not wait for it.
+                adapter = self._adapter_manager.get_adapter(lora_id)
+                answers.append("it was removed while it was loaded" if adapter is None else _host_bytes(adapter))
             elif not reading.done():
                 answers.append(None)
             elif time.perf_counter() > end:
