@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 _SET_NUM_THREADS = torch.set_num_threads
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers are as many as the cores: threads of each would wait for one another, spinning.
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def as_before_an_engine() -> None:
