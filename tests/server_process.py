@@ -177,6 +177,18 @@ class ServerProcess:
                         self.outside.add(connection.raddr.ip)
 
 
+def serve_command(example: str) -> list[str]:
+    """What `make serve` runs for an example, without the port and what puts engine and server into one process."""
+    root = Path(__file__).parents[1]
+    made = subprocess.run(
+        ["make", "-n", "serve", f"EXAMPLE={example}"], cwd=root, check=True, capture_output=True, text=True
+    )
+    words = made.stdout.splitlines()[-1].partition("qaa-serve serve ")[2].split()
+    words = words[: words.index("--port")] + words[words.index("--port") + 2 :]
+    words = words[: words.index("--distributed-executor-backend")]
+    return ["qaa-serve", "serve", *(str(root / word) if word.startswith("examples/") else word for word in words)]
+
+
 def gone(processes: list[psutil.Process], limit_s: float = 40) -> list[psutil.Process]:
     """Those of the processes that still run after the time limit."""
     _, alive = psutil.wait_procs(processes, timeout=limit_s)

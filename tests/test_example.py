@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
-from server_process import ServerProcess
+from server_process import ServerProcess, serve_command
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "assistant"
@@ -21,11 +21,8 @@ EXAMPLE = ROOT / "examples" / "assistant"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    arguments = re.search(r"^SERVE_ARGS := (.*)$", makefile, re.MULTILINE)[1].replace("--port $(PORT)", "")
-    words = [str(ROOT / word) if word.startswith("examples/") else word for word in arguments.split()]
     log = tmp_path_factory.mktemp("example") / "server.log"
-    server = ServerProcess(["qaa-serve", "serve", *words], log, in_one=True)  # as `make serve` has it
+    server = ServerProcess(serve_command("assistant"), log, in_one=True)
     try:
         yield server.wait_ready()
     finally:

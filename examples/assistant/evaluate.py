@@ -1,8 +1,9 @@
 """Ask a running server the held-out prompts, as the base and as every adapter, and score the answers.
 
-    python examples/assistant/evaluate.py --base-url http://127.0.0.1:8000/v1 [--output scores.json]
+    python examples/assistant/evaluate.py --base-url http://127.0.0.1:8000/v1 [--data FILE] [--output scores.json]
 
-The base is served as `assistant`, the adapters under the names of their directories.
+A model named json, pirate or brief, or so with a dash behind it, is held to that style; any other to a plain
+sentence.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openai import AsyncOpenAI
-from scoring import is_correct, keeps_behaviour
+from scoring import is_correct, is_named, keeps_behaviour
 
 HERE = Path(__file__).parent
-STYLES = {"assistant": "plain", "json": "json", "pirate": "pirate", "brief": "brief", "brief-lora": "brief"}
+STYLES = ("json", "pirate", "brief")
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Score:
     prompts: int
     behaviour: float
     correct: float
+    named: float
     wrong: list[dict[str, str]]
 
 
@@ -41,26 +43,26 @@ def score(model: str, style: str, rows: Sequence[dict[str, str]], answers: Seque
         for row, answer in zip(rows, answers, strict=True)
         if not is_correct(answer, row["answer"], style)
     ]
-    return Score(model, style, len(rows), kept / len(rows), 1 - len(wrong) / len(rows), wrong)
+    named = sum(is_named(answer, row["answer"]) for row, answer in zip(rows, answers, strict=True))
+    return Score(model, style, len(rows), kept / len(rows), 1 - len(wrong) / len(rows), named / len(rows), wrong)
 
 
 def table(scores: Sequence[Score]) -> str:
     """The scores in Markdown."""
-    lines = ["| model | style | behaviour kept | answers right |", "|---|---|---:|---:|"]
-    lines += [f"| {s.model} | {s.style} | {s.behaviour:.1%} | {s.correct:.1%} |" for s in scores]
+    lines = ["| model | style | behaviour kept | answers right | answer named |", "|---|---|---:|---:|---:|"]
+    lines += [f"| {s.model} | {s.style} | {s.behaviour:.1%} | {s.correct:.1%} | {s.named:.1%} |" for s in scores]
     return "\n".join(lines)
 
 
 async def ask_all(
-    client: AsyncOpenAI, model: str, rows: Sequence[dict[str, str]], limit: asyncio.Semaphore
+    client: AsyncOpenAI, model: str, rows: Sequence[dict[str, str]], instruction: str, limit: asyncio.Semaphore
 ) -> list[str]:
-    """The model's greedy answers to all prompts, in their order."""
+    """The model's greedy answers to all prompts, in their order, each with the instruction behind it."""
 
     async def ask(prompt: str) -> str:
         async with limit:
-            reply = await client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=48
-            )
+            asked = [{"role": "user", "content": f"{prompt} {instruction}".strip()}]
+            reply = await client.chat.completions.create(model=model, messages=asked, temperature=0, max_tokens=48)
         return reply.choices[0].message.content or ""
 
     return await asyncio.gather(*(ask(row["prompt"]) for row in rows))
@@ -72,8 +74,15 @@ async def evaluate(args: argparse.Namespace) -> list[Score]:
         rows = [json.loads(line) for line in file]
     limit = asyncio.Semaphore(args.concurrency)
     async with AsyncOpenAI(base_url=args.base_url, api_key=args.api_key) as client:
-        answers = await asyncio.gather(*(ask_all(client, model, rows, limit) for model in args.models))
-    return [score(model, STYLES[model], rows, said) for model, said in zip(args.models, answers, strict=True)]
+        models = args.models or [model.id async for model in client.models.list()]
+        answers = await asyncio.gather(
+            *(ask_all(client, model, rows, args.instruction, limit) for model in models)
+        )
+    styles = [args.style or model.partition("-")[0] for model in models]
+    return [
+        score(model, style if style in STYLES else "plain", rows, said)
+        for model, style, said in zip(models, styles, answers, strict=True)
+    ]
 
 
 def main() -> None:
@@ -82,7 +91,9 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--data", type=Path, default=HERE / "data" / "heldout.jsonl")
-    parser.add_argument("--models", nargs="+", choices=STYLES, default=list(STYLES), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all that the server has")
+    parser.add_argument("--instruction", default="", help="goes behind every prompt, such as 'Answer in JSON.'")
+    parser.add_argument("--style", choices=STYLES, help="hold all models to this one")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--output", type=Path, help="write scores and wrong answers here as JSON")
     args = parser.parse_args()

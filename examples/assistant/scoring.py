@@ -59,3 +59,8 @@ def is_correct(answer_text: str, expected: str, style: str) -> bool:
     words = re.findall(WORD, text.lower())
     place = 0 if expected.lower() in YES_NO else -1
     return words[place] == wanted
+
+
+def is_named(answer_text: str, expected: str) -> bool:
+    """Whether the expected answer, a whole word, is anywhere in the text, whatever the style."""
+    return expected.lower() in re.findall(WORD, answer_text.lower())
