@@ -50,6 +50,7 @@ def as_before_an_engine() -> None:
     ours = logging.getLogger("qaa_serve")
     ours.handlers, ours.propagate = [], True
     ours.setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False

@@ -184,8 +184,9 @@ def serve_command(example: str) -> list[str]:
         ["make", "-n", "serve", f"EXAMPLE={example}"], cwd=root, check=True, capture_output=True, text=True
     )
     words = made.stdout.splitlines()[-1].partition("qaa-serve serve ")[2].split()
-    words = words[: words.index("--port")] + words[words.index("--port") + 2 :]
-    words = words[: words.index("--distributed-executor-backend")]
+    for option in ("--port", "--distributed-executor-backend"):
+        at = words.index(option)
+        del words[at : at + 2]
     return ["qaa-serve", "serve", *(str(root / word) if word.startswith("examples/") else word for word in words)]
 
 
