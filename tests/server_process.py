@@ -183,7 +183,10 @@ def serve_command(example: str) -> list[str]:
     made = subprocess.run(
         ["make", "-n", "serve", f"EXAMPLE={example}"], cwd=root, check=True, capture_output=True, text=True
     )
-    words = made.stdout.splitlines()[-1].partition("qaa-serve serve ")[2].split()
+    (line,) = (
+        line for line in made.stdout.splitlines() if "qaa-serve serve " in line
+    )  # make says more within make
+    words = line.partition("qaa-serve serve ")[2].split()
     for option in ("--port", "--distributed-executor-backend"):
         at = words.index(option)
         del words[at : at + 2]
