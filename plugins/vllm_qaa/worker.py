@@ -68,10 +68,16 @@ class QAAModel(LoRAModel):
         standards: what a layer's inputs and readouts are standardised by.
     """
 
-    def __init__(self, adapter_id: int, rank: int, loras: dict[str, LoRALayerWeights], form: CircuitForm):
+    def __init__(
+        self,
+        adapter_id: int,
+        rank: int,
+        loras: dict[str, LoRALayerWeights],
+        form: CircuitForm,
+        standards: dict[QAALayerMixin, Standard],
+    ):
         super().__init__(adapter_id, rank, loras)
-        self.form = form
-        self.standards: dict[QAALayerMixin, Standard] = {}
+        self.form, self.standards = form, standards
 
 
 class Place(NamedTuple):
@@ -405,9 +411,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 scaling=1.0,
             )
         self._adapter_manager.compile_circuits(form, runs)
-        model = QAAModel(request.lora_int_id, adapter.rank, loras, form)
-        model.standards = standards
-        return model
+        return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""

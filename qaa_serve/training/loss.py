@@ -32,9 +32,8 @@ def summed_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size:
         batch = {name: tensor.to(device) for name, tensor in collate(ordered[start : start + batch_size]).items()}
         labels = batch.pop("labels")[:, 1:]
         asked = labels != IGNORED
-        logits = model(**batch).logits[
-            :, -asked.shape[1] - 1 : -1
-        ]  # some methods have tokens of their own in front
+        # Counted from the end, since some methods have tokens of their own in front.
+        logits = model(**batch).logits[:, -asked.shape[1] - 1 : -1]
         logits = logits[asked].float()  # (asked tokens, vocabulary)
         losses = torch.nn.functional.cross_entropy(logits, labels[asked], reduction="none")
         total += losses.double().sum().item()
