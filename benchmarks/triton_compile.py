@@ -2,8 +2,9 @@
 
     python benchmarks/triton_compile.py [--arch 90 80] [--qubits 8 10 12 13] [--layers 2] [--json FILE]
 
-Prints, of the machine code, registers and spilled bytes a thread, shared memory a program and instructions a warp
-(there are no loops), and how many programs fit on one multiprocessor. That is not speed.
+Prints, of the machine code, registers and spilled bytes a thread, shared memory a program, instructions in all and
+those that two layers of the default circuit run (the loop over steps twice; options they do not use are counted),
+seconds to compile, and how many programs fit on one multiprocessor. That is not speed.
 """
 
 from __future__ import annotations

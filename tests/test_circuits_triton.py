@@ -10,15 +10,15 @@ import torch
 import triton_interpreter
 from circuits_support import TOLERANCE, assert_close, fresh_generator, random_theta, random_x
 
-from qaa_serve.circuits import Ansatz, get_backend
-from qaa_serve.circuits.ansatz import Cnots
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, get_backend
 from qaa_serve.circuits.triton_fused import (
     MOST_QUBITS,
     TritonCircuits,
-    _exclusive_ors,
+    floats_of,
+    layout_for,
     make_tables,
     missing,
-    plan,
+    pack,
 )
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
@@ -110,22 +110,31 @@ def test_a_nan_stays_visible() -> None:
     assert not z[1].isnan().any()
 
 
-@pytest.mark.parametrize("qubits", [2, 5, 8])
-def test_exclusive_ors_lead_where_cnots_come_from(qubits: int, generator: torch.Generator) -> None:
-    for _ in range(20):
-        pairs = [tuple(torch.randperm(qubits, generator=generator)[:2].tolist()) for _ in range(3 * qubits)]
-        came_from, index = torch.arange(2**qubits), torch.arange(2**qubits)
-        for control, target in reversed(pairs):
-            came_from = came_from ^ ((came_from >> (qubits - 1 - control) & 1) << (qubits - 1 - target))
-        for mask, shift in _exclusive_ors(Cnots(tuple(pairs)), qubits):
-            moved = index & mask
-            index = index ^ (moved << shift if shift > 0 else moved >> -shift)
-        assert torch.equal(index, came_from)
+def test_circuits_of_all_forms_fit_the_room_made_for_their_number_of_layers(generator: torch.Generator) -> None:
+    layout = layout_for(6, 50, 3, rank=16, layers=4)
+    for name in ANSATZ_NAMES:
+        for heads, layers in ((1, 4), (2, 2), (4, 1)):
+            ansatz = Ansatz(name, 6, layers, 4)
+            assert pack(random_theta(generator, heads, ansatz), ansatz, layout).shape == (layout.record,)
+    deep = Ansatz("strongly_entangling", 6, 5)
+    with pytest.raises(ValueError, match=r"1 x 5 layers of strongly_entangling take \d+ numbers in \d+ steps"):
+        pack(random_theta(generator, 1, deep), deep, layout)
+    many = Ansatz("ryrz_ring_ry", 6, 4)
+    with pytest.raises(ValueError, match=r"9 x 4 layers of ryrz_ring_ry"):
+        pack(random_theta(generator, 9, many), many, layout)
 
 
-def test_a_ring_takes_two_exclusive_ors() -> None:
-    ring = Cnots(tuple((k, (k + 1) % 12) for k in range(12)))
-    assert len(_exclusive_ors(ring, 12)) == 2
+def test_no_part_of_a_record_reaches_into_the_next_one(generator: torch.Generator) -> None:
+    """Filled to the brim, whatever the kernel may write to or read is its own."""
+    layout = layout_for(3, 8, 2, rank=6, layers=2)
+    ansatz = Ansatz("strongly_entangling", 3, 2, readouts=6)
+    record = pack(random_theta(generator, 1, ansatz), ansatz, layout, torch.ones(2, 6))
+    ends = [layout.masks_at, layout.readouts_at, layout.tables_at, layout.record, layout.inputs_at]
+    assert ends == sorted(ends)
+    assert layout.masks_at + layout.padded <= layout.readouts_at
+    assert layout.readouts_at + 2 * layout.rank <= layout.tables_at
+    assert layout.tables_at + floats_of(ansatz) <= len(record) == layout.record
+    assert layout.inputs_at + 2 * layout.width <= layout.words
 
 
 # --------------------------------------------------------------------------------------------- without numbers
@@ -147,7 +156,7 @@ def test_a_run_is_one_launch_that_depends_on_shapes_alone() -> None:
     circuits = TritonCircuits(Ansatz("ryrz_ring_ry", 9, 2, constant=True, length=True), 8, meta)
     circuits._kernel = launches = Launches()
     z = circuits.run(torch.empty(7, 300, device=meta), torch.empty(7, 3, dtype=torch.int32, device=meta))
-    assert launches.grids == [(21,)]
+    assert launches.grids == [(7, 3)]
     assert z.shape == (7, 3, 9)
     assert z.dtype == torch.float32
     assert circuits.run(z[:0, 0], torch.empty(0, 3, dtype=torch.int32, device=meta)).shape == (0, 3, 9)
@@ -159,10 +168,9 @@ def test_a_table_is_as_long_as_the_kernel_takes_it_for(name: str, generator: tor
     for qubits, layers in ((1, 1), (5, 40), (12, 2)):
         ansatz = Ansatz(name, qubits, layers)
         tables = make_tables(random_theta(generator, 3, ansatz), ansatz)
-        assert tables.shape == (3, plan(ansatz).floats)
+        assert tables.shape == (3, floats_of(ansatz))
         assert tables.abs().max() <= 1
-        assert TritonCircuits(ansatz, 3, CPU).nbytes == tables.nbytes
-    assert tables.nbytes < 3 * 4096, "a circuit's table is small"
+    assert TritonCircuits(ansatz, 3, CPU).nbytes < 3 * 8192, "a circuit's record is small"
 
 
 def test_what_it_cannot_run_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

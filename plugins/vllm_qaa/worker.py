@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,14 @@ from qaa_serve.adapters import (
     misfit,
     read_config,
 )
-from qaa_serve.circuits import MAX_QUBITS, Ansatz, Circuits, choose_backend, circuits_of
+from qaa_serve.circuits import MAX_QUBITS, Ansatz, choose_backend, circuits_of
 from qaa_serve.circuits.cpu_fused import CompiledCircuits
-from vllm_qaa.layers import DELTA_OP, PlanHolder, QAALayerMixin, Standard
+from vllm_qaa.delta import Delta, Standard
+from vllm_qaa.layers import DELTA_OP, QAALayerMixin, break_graphs_at_delta
 from vllm_qaa.memory import device_memory, host_free
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
+from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedDelta
+from vllm_qaa.static import Block, StaticDelta
 from vllm_qaa.timing import TIMER
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
@@ -56,6 +59,10 @@ _HOPPER_RANK, _HOPPER_SAFE = 64, Version("0.33")
 
 #: In vLLM's additional_config: it reaches every worker, wherever it runs.
 BACKEND_KEY = "qaa_backend"
+MOST_LAYERS_KEY = "qaa_max_layers"
+
+#: Layers of gates that a module's circuits may have on a GPU, where room is made for them in advance.
+MOST_LAYERS = 8
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vllm"
 
@@ -66,6 +73,7 @@ class QAAModel(LoRAModel):
     Attributes:
         form: of its circuits.
         standards: what a layer's inputs and readouts are standardised by.
+        row: of the block of all circuits, where there is one; its standards are in there.
     """
 
     def __init__(
@@ -74,10 +82,11 @@ class QAAModel(LoRAModel):
         rank: int,
         loras: dict[str, LoRALayerWeights],
         form: CircuitForm,
-        standards: dict[QAALayerMixin, Standard],
+        standards: Mapping[QAALayerMixin, Standard],
+        row: torch.Tensor | None = None,
     ):
         super().__init__(adapter_id, rank, loras)
-        self.form, self.standards = form, standards
+        self.form, self.standards, self.row = form, standards, row
 
 
 class Place(NamedTuple):
@@ -111,14 +120,32 @@ class QAAModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
         _check_gpu(vllm_config)
-        self._plans = PlanHolder(_choose_circuits(vllm_config))
         self._context_layers = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
+        self._bound: list[QAALayerMixin] = []
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
         self._compiled: set[tuple[Ansatz, int, int]] = set()
         self.takes_slots = True
-        _split_graphs_at_delta(vllm_config, self.device)
+        self._give_deltas(vllm_config)
+
+    def _give_deltas(self, vllm_config: VllmConfig) -> None:
+        """Choose the circuits' backend, and with it what adds the updates in each layer."""
+        device = torch.device(self.device)
+        backend = _choose_circuits(vllm_config, device, self._bound)
+        self._plans = PlanHolder(circuits_of(backend))
+        self.block: Block | None = None
+        if backend == "triton":
+            most = int(vllm_config.additional_config.get(MOST_LAYERS_KEY, MOST_LAYERS))
+            # Now, before vLLM measures what is left for its KV cache.
+            self.block = Block(self._bound, self.lora_slots, self.lora_config.max_lora_rank, most, device)
+            logger.info("Room for circuits in %d slots: %.0f MiB", self.lora_slots, self.block.rows.nbytes / 2**20)
+        elif device.type != "cpu":
+            _split_graphs_at_delta(vllm_config)
+        kind = CpuDelta if device.type == "cpu" else PlannedDelta
+        for layer in self._bound:
+            delta: Delta = kind(layer, self._plans) if self.block is None else StaticDelta(layer, self.block)
+            layer.delta = delta
 
     def _create_lora_modules(self) -> None:
         """As vLLM's, but the output head stays as it is: logits are the base's product, for whichever rows.
@@ -150,9 +177,9 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         language = self.mm_mapping.language_model[0] if self.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
         in_language_model = self._get_punica_wrapper(module_name) is self.punica_wrapper_mapping[language]
         if isinstance(module, QAALayerMixin) and in_language_model:
-            name = f"{module_name}.qaa"
-            module.bind(name, self._plans)
-            self._context_layers[name] = module
+            module.qaa_name = f"{module_name}.qaa"
+            self._context_layers[module.qaa_name] = module
+            self._bound.append(module)
 
     def activate_adapter(self, lora_id: int) -> bool:
         """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once.
@@ -176,11 +203,17 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         return activated
 
     def _prepare_circuits(self, slot: int, adapter: LoRAModel) -> None:
-        self._forms[slot] = adapter.form if isinstance(adapter, QAAModel) else None
-        if isinstance(adapter, QAAModel):
-            for layer in self.modules.values():
-                if isinstance(layer, QAALayerMixin):
-                    layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
+        is_qaa = isinstance(adapter, QAAModel)
+        self._forms[slot] = adapter.form if is_qaa else None
+        if self.block is not None:
+            self.block.put(slot, adapter.row if is_qaa else None)
+        for layer in self._bound if is_qaa else ():
+            layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
+
+    def circuit_bytes(self) -> int:
+        """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
+        block = 0 if self.block is None else self.block.rows.nbytes
+        return block + sum(layer.delta.nbytes for layer in self._bound if layer.delta is not None)
 
     def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
         """Compile what circuits of a form would be compiled for in their first step.
@@ -201,7 +234,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         super()._set_adapter_mapping(mapping)
-        if mapping.type == LoRAMappingType.LANGUAGE:
+        if mapping.type == LoRAMappingType.LANGUAGE and self.block is None:
             self._plans.plan = make_plan(
                 mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
             )
@@ -322,8 +355,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
 
     def _own_bytes(self) -> int:
-        layers = self._adapter_manager.modules.values()
-        return sum(layer.own_bytes() for layer in layers if isinstance(layer, QAALayerMixin))
+        return self._adapter_manager.circuit_bytes()
 
     def _slot_tensors(self) -> Iterator[torch.Tensor]:
         for layer in self._adapter_manager.modules.values():
@@ -392,6 +424,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         form = CircuitForm(config.circuit(MAX_QUBITS), config.heads, config.inputs != "raw", config.whitened)
         loras = {}
         standards: dict[QAALayerMixin, Standard] = {}
+        angles: dict[QAALayerMixin, dict[int, torch.Tensor]] = {}
         runs: set[tuple[int, int, int]] = set()  # qubits, width of x, readouts of a token
         for name, weights in adapter.modules.items():
             module = self._served_name(name)
@@ -401,6 +434,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 runs.add((weights.qubits, place.widths()[0], place.layer.n_slices * form.heads))
                 standard = standards.get(place.layer, Standard())
                 standards[place.layer] = standard.with_module(name, weights, place.part, place.layer.n_slices)
+                slices = range(place.layer.n_slices) if place.part is None else [place.part]
+                angles.setdefault(place.layer, {}).update(dict.fromkeys(slices, weights.theta))
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
@@ -411,7 +446,10 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 scaling=1.0,
             )
         self._adapter_manager.compile_circuits(form, runs)
-        return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
+        if (block := self._adapter_manager.block) is None:
+            return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
+        row = block.pack(form, {layer: (of_layer, standards[layer]) for layer, of_layer in angles.items()})
+        return QAAModel(request.lora_int_id, adapter.rank, loras, form, {}, row)
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""
@@ -479,7 +517,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 def _host_bytes(adapter: LoRAModel) -> int:
     parts = [part for weights in adapter.loras.values() for part in (weights.lora_a, weights.lora_b)]
     if isinstance(adapter, QAAModel):
-        parts += [part for standard in adapter.standards.values() for part in standard]
+        parts += [part for standard in adapter.standards.values() for part in standard] + [adapter.row]
     return _distinct_bytes(tensor for part in parts for tensor in (part if isinstance(part, list) else [part]))
 
 
@@ -567,41 +605,40 @@ def _check_gpu(vllm_config: VllmConfig) -> None:
         )
 
 
-def _choose_circuits(vllm_config: VllmConfig) -> type[Circuits]:
+def _choose_circuits(vllm_config: VllmConfig, device: torch.device, layers: Sequence[QAALayerMixin]) -> str:
     """The circuits' backend that --qaa-backend names, or `qaa_backend` in vLLM's --additional-config.
 
     Raises:
-        ValueError: if it cannot run here.
+        ValueError: if it cannot run here, or not in these layers.
     """
     asked = vllm_config.additional_config.get(BACKEND_KEY, "auto")
-    device = torch.device(vllm_config.device_config.device_type)
-    name, reason = choose_backend(asked, device)
+    shapes = {(layer.full_widths()[0], layer.n_slices) for layer in layers}
+    name, reason = choose_backend(asked, device, sorted(shapes))
     logger.info("QAA circuits run on the backend %r (%s)", name, reason)
     TIMER.backend = name
-    circuits = circuits_of(name)
-    if circuits is CompiledCircuits:
+    if circuits_of(name) is CompiledCircuits:
         begun = time.perf_counter()
         any_form = Ansatz("ryrz_ring_ry", 1, 1)  # one code serves all
         CompiledCircuits.compile(any_form, 2, 1, vllm_config.model_config.dtype, device)
         logger.info("Compiled for this CPU, or found compiled, in %.1f s", time.perf_counter() - begun)
-    return circuits
+    return name
 
 
-def _split_graphs_at_delta(vllm_config: VllmConfig, device: Any) -> None:
-    """Keep the delta out of CUDA graphs: which tokens it touches is decided in Python, step by step.
+def _split_graphs_at_delta(vllm_config: VllmConfig) -> None:
+    """Keep a planned delta out of CUDA graphs: which tokens it touches is decided in Python, step by step.
 
-    Between the splits vLLM's piecewise graphs are captured as ever. Written from vLLM's source; it has not
-    been run on a GPU.
+    Between the splits vLLM's piecewise graphs are captured as ever; models that vLLM does not compile break out of
+    a capture where they can. Written from vLLM's source; it has not been run on a GPU.
     """
     config = vllm_config.compilation_config
-    if torch.device(device).type != "cuda" or config.cudagraph_mode in (None, CUDAGraphMode.NONE):
+    if config.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return
     if config.mode == CompilationMode.VLLM_COMPILE and config.splitting_ops:
         if DELTA_OP not in config.splitting_ops:
             config.splitting_ops.append(DELTA_OP)
         mode = CUDAGraphMode.PIECEWISE
     else:
-        mode = CUDAGraphMode.NONE
+        mode = CUDAGraphMode.PIECEWISE if break_graphs_at_delta() else CUDAGraphMode.NONE
     if config.cudagraph_mode != mode:
         logger.warning(
             "CUDA graph mode set from %s to %s: QAA circuits run between graphs",

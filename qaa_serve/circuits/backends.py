@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -10,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, checked_index
+from qaa_serve.circuits.ansatz import ANSATZ_NAMES, MAX_QUBITS, Ansatz, checked_index, qubits_for
 
 ExpectationValues: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Ansatz, torch.Tensor | None], torch.Tensor]
 
@@ -70,8 +71,11 @@ BACKENDS = {
     "cpu": Backend("cpu_fused", "CompiledCircuits", "float32, compiled for this CPU by numba"),
 }
 
-#: What `auto` tries on a kind of device, first to last.
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuquantum", "triton", "torch")}
+#: What `auto` tries on a kind of device, first to last; torch, which runs everywhere, only for want of others.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuquantum")}
+
+#: Tokens of the batches that backends are timed on, as in decoding and in prefill, and how long that may take.
+_TIMED_TOKENS, _TIMED_S = (16, 512), 1.0
 
 
 def get_backend(name: str) -> ExpectationValues:
@@ -135,27 +139,73 @@ def missing(name: str, device: torch.device) -> str | None:
     return reason
 
 
-def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
+def choose_backend(name: str, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> tuple[str, str]:
     """The backend that a name stands for on such a device, and why.
 
     Args:
-        name: of a backend; or "auto": on a GPU cuQuantum, else Triton; on a CPU the compiled one, else torch.
+        name: of a backend; or "auto": of those that can run here the one that is fastest on the shapes.
         device: where x will be.
+        shapes: (width of x, circuits a token) of the layers.
 
     Raises:
         ValueError: for an unknown name, and for a named backend that cannot run here, with the remedy.
     """
     if name != "auto":
         circuits_of(name)
-        if reason := missing(name, device):
+        if reason := _unfit(name, device, shapes):
             raise ValueError(f"the circuit backend {name!r} cannot run here: {reason}. Or choose 'auto'")
         return name, "as asked"
-    passed_over: list[str] = []
-    for candidate in _PREFERENCE.get(device.type, ("torch",)):
-        if (reason := missing(candidate, device)) is None:
-            return candidate, "; ".join([f"first that can run on {device.type}", *passed_over])
-        passed_over.append(f"not {candidate}: {reason}")
-    raise AssertionError("torch runs everywhere")
+    unfit = {other: _unfit(other, device, shapes) for other in _PREFERENCE.get(device.type, ())}
+    fit = [other for other, reason in unfit.items() if reason is None]
+    passed_over = [f"not {other}: {reason}" for other, reason in unfit.items() if reason is not None]
+    if len(fit) > 1 and shapes:
+        seconds = {other: time_backend(other, device, shapes, _TIMED_S / len(fit)) for other in fit}
+        figures = ", ".join(f"{other} {taken * 1e6:.0f}" for other, taken in seconds.items())
+        return min(seconds, key=seconds.__getitem__), "; ".join(
+            [f"fastest on this model's layers, microseconds for all shapes: {figures}", *passed_over]
+        )
+    return (fit or ["torch"])[0], "; ".join([f"first that can run on {device.type}", *passed_over])
+
+
+def _unfit(name: str, device: torch.device, shapes: Sequence[tuple[int, int]]) -> str | None:
+    """Why a backend cannot run on such a device in such layers; None if it can."""
+    if (reason := missing(name, device)) is not None:
+        return reason
+    widest = max((width for width, _ in shapes), default=2)
+    most: int = getattr(_module(name), "MOST_QUBITS", MAX_QUBITS)
+    if qubits_for(widest) > most:
+        return f"a layer {widest} wide needs {qubits_for(widest)} qubits, and it takes {most}"
+    return None
+
+
+def time_backend(name: str, device: torch.device, shapes: Sequence[tuple[int, int]], limit_s: float) -> float:
+    """Seconds that a backend takes for one run on each shape and size of batch, each the fastest of some.
+
+    Args:
+        name: of the backend.
+        device: where it runs.
+        shapes: (width of x, circuits a token) of the layers.
+        limit_s: what may be spent beside each run's first two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    runs = [(width, circuits, tokens) for width, circuits in shapes for tokens in _TIMED_TOKENS]
+    total = 0.0
+    for width, count, tokens in runs:
+        ansatz = Ansatz(ANSATZ_NAMES[0], qubits_for(width), 2)
+        circuits = circuits_of(name)(ansatz, count, device)
+        circuits.put(0, torch.rand(count, *ansatz.theta_shape, generator=generator))
+        x = torch.randn(tokens, width, generator=generator).to(device, torch.bfloat16)
+        index = torch.arange(count, dtype=torch.int32, device=device).expand(tokens, -1)
+        taken: list[float] = []
+        end = time.perf_counter() + limit_s / len(runs)
+        while len(taken) < 2 or time.perf_counter() < end:
+            begun = time.perf_counter()
+            circuits.run(x, index)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - begun)
+        total += min(taken[1:])  # the first one compiles
+    return total
 
 
 def _module(name: str) -> ModuleType:

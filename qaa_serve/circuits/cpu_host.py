@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
+from qaa_serve.circuits.schedule import sources
 
 LANES = 16  # of cpu_simd
 
@@ -51,10 +52,7 @@ def read_ansatz(ansatz: Ansatz) -> tuple[Form, tuple[int, ...], tuple[int, ...]]
     for gate in ansatz.gates():
         stretch = stretches[-1]
         if isinstance(gate, Cnots):
-            source = basis
-            for control, target in reversed(gate.pairs):
-                source = source ^ (((source >> (n - 1 - control)) & 1) << (n - 1 - target))
-            stretch[1] = stretch[1][source]
+            stretch[1] = stretch[1][sources(gate, n).numpy()]
         elif gate.axis == "Z":
             stretch[0 if stretch[1] is basis and stretch[0] < 0 else 2] = len(rz_rows)
             rz_rows.append(gate.row)

@@ -34,7 +34,8 @@ from typing import Any, TypeAlias
 import torch
 
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
-from qaa_serve.circuits.torch_batched import _gather_of, embed, lengths
+from qaa_serve.circuits.schedule import sources
+from qaa_serve.circuits.torch_batched import embed, lengths
 
 #: Qubits of one matrix. A call moves 16 bytes an amplitude and takes 8 * 2**qubits floating point operations; at
 #: the 4.8 TB/s and 67 TFLOP/s of an H200's data sheet, 5 is where these take about equally long. Not measured.
@@ -266,7 +267,7 @@ def _plan(ansatz: Ansatz, device: torch.device) -> _Plan:
     for gate in ansatz.gates():
         if isinstance(gate, Cnots):
             close_layer()
-            gather = gather[_gather_of(gate, basis, n)]
+            gather = gather[sources(gate, n)]
         else:
             rotations.append(gate)
     close_layer()

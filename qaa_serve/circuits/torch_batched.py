@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import pad
 
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, check_width
+from qaa_serve.circuits.schedule import sources
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
     phases: list[tuple[int, torch.Tensor]] = []
     for gate in ansatz.gates():
         if isinstance(gate, Cnots):
-            step = _gather_of(gate, basis, n)
+            step = sources(gate, n)
             gather = gather[step]
             phases = [(row, table[step]) for row, table in phases]
         elif gate.axis == "Z":
@@ -65,14 +66,6 @@ def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
     readout = torch.empty(2**n, ansatz.columns, dtype=signs.dtype)
     readout[gather] = torch.stack([signs[:, wires].prod(-1) for wires in ansatz.observables], dim=-1)
     return _Schedule(tuple(stretches), readout.float().to(device))
-
-
-def _gather_of(gate: Cnots, basis: torch.Tensor, n: int) -> torch.Tensor:
-    """The index vector g with (CNOTs psi)[j] = psi[g[j]]: the gates undone on j, last first."""
-    source = basis
-    for control, target in reversed(gate.pairs):
-        source = source ^ (((source >> (n - 1 - control)) & 1) << (n - 1 - target))
-    return source
 
 
 @dataclass(frozen=True)

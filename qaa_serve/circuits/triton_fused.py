@@ -1,22 +1,23 @@
-"""The whole circuit in one Triton kernel: x is read once, z is written, nothing between them leaves the chip.
+"""Whole circuits in one Triton kernel, which reads them as data; only x and z pass the chip's edge.
 
-One program runs one token on one circuit; a program without a circuit writes its zeros and ends. The grid depends
-only on shapes, and nothing is read back, so that a call can be captured in a CUDA graph. The state lies in the
-registers of a program, as real and imaginary part, the latter from the first phases on. A circuit becomes steps:
+One program runs one token on the circuits of one slice of a layer. What it runs, any ansatz, depth, heads and
+readouts, it reads from a record of its slot; one without circuits ends at once. So a launch depends on shapes
+alone, any mix of adapters is one launch, nothing is read back, and a CUDA graph that was captured before an
+adapter was loaded serves it. There is one kernel for a number of qubits. The state lies in the registers of a
+program, as real and imaginary part. A circuit becomes ``schedule``'s steps:
 
 - RY on every qubit. The state is split by the last bit of the amplitudes' index, turned, and joined so that this
   bit becomes the first: after n turns each bit has had its turn and is in its place again. A turn is (a - t b,
   t a + b) with t = tan(angle / 2), half the work of one with cosine and sine. The cosines that it leaves out are a
-  factor of the whole state, and the readout divides by the state's length.
+  factor of the whole state: the next phases have it, and the readout divides by the state's length.
 - RZ on every qubit is a diagonal of phases: the product of one for the high half of the bits and one for the low
   half, of 2**(n/2) numbers each.
-- CNOTs permute the amplitudes: a gather by an index that shifts and exclusive ors make from the place.
+- CNOTs permute the amplitudes: a gather by a table of n - 1 permutations, one for each reach of a ring.
 
 The readout makes all 2**n Walsh-Hadamard sums of the squares, each of which is the expectation value of a product
-of Pauli-Z; that of the empty product is the sum of the squares. What stands behind the last RY is not run: CNOTs
-turn a product of Pauli-Z into another one, and phases it does not see.
+of Pauli-Z; that of the empty product is the sum of the squares.
 
-A tangent stays within [-1, 1] since angles are reduced to [-pi/2, pi/2] when a circuit is put in. What is taken
+A tangent stays within [-1, 1] since angles are reduced to [-pi/2, pi/2] when a record is made. What is taken
 off is RY(pi), a Pauli-Y up to a phase, and a Pauli can move to the end of the circuit: on its way it changes signs
 of angles, and there signs of readouts.
 
@@ -27,15 +28,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation, check_width
+from qaa_serve.circuits.ansatz import ANSATZ_NAMES, Ansatz, Cnots, check_width
+from qaa_serve.circuits.schedule import Schedule, schedule, sources
 
 #: 16 warps hold the state of 14 qubits in their registers, of more they do not.
 MOST_QUBITS = 14
@@ -43,6 +43,12 @@ MOST_QUBITS = 14
 #: A layer of RY makes the state up to sqrt(2)**n times too long. Before that passes sqrt(2)**80 the state is
 #: multiplied by the cosines that were left out.
 _MOST_GROWTH = 80
+
+#: Words of a header and of a step, and what a section begins at a multiple of; see ``triton_kernel``.
+_HEADER, _STEP, _ALIGNED = 12, 4, 16
+
+#: The word of a record that says whether the input is standardised.
+INPUTS = 6
 
 
 def missing(device: torch.device) -> str | None:
@@ -54,257 +60,342 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the kernel does for an ansatz.
+def check_qubits(qubits: int) -> None:
+    """Refuse what a program cannot hold.
 
-    Attributes:
-        steps: of four numbers each, as the kernel takes them in STEPS; offsets count a table's floats.
-        masks: for each column the wires whose Pauli-Z are multiplied, as bits of an amplitude's index; then zeros
-            up to a power of two, one at least.
-        floats: a circuit's table has. First the columns' signs, 0 for a circuit that is not there yet.
+    Raises:
+        ValueError: for more qubits than ``MOST_QUBITS``.
     """
+    if qubits > MOST_QUBITS:
+        raise ValueError(
+            f"the triton backend takes at most {MOST_QUBITS} qubits, not {qubits}; choose another one"
+        )
 
-    steps: tuple[tuple[int, int, bool, int], ...]
-    masks: tuple[int, ...]
-    floats: int
+
+# ------------------------------------------------------------------------------------------------- records
+
+
+def _rescaled(steps: Schedule, n: int) -> list[bool]:
+    """Whether each step must have phases, to take back what the turns before it made the state longer by."""
+    found, turned = [], int(steps.first is not None)
+    for step in steps.steps:
+        found.append(step.phases is not None or (turned + 1) * n > _MOST_GROWTH)
+        turned = (0 if found[-1] else turned) + (step.turns is not None)
+    return found
+
+
+def _phase_floats(n: int) -> int:
+    return 2 * ((1 << n // 2) + (1 << n - n // 2))
 
 
 @lru_cache(maxsize=256)
-def plan(ansatz: Ansatz) -> Plan:
-    """The steps of an ansatz up to its last RY, and the readout that takes the rest into account."""
-    from qaa_serve.circuits import triton_kernel as kernel
-
-    n = ansatz.qubits
-    acting, behind = _parted(ansatz)
-    steps: list[tuple[int, int, bool, int]] = []
-    floats, turned, is_complex = ansatz.columns, 0, False
-    for gate in acting:
-        if isinstance(gate, Cnots):
-            steps += [(kernel.SHIFT.value, mask, is_complex, shift) for mask, shift in _exclusive_ors(gate, n)]
-            steps.append((kernel.GATHER.value, 0, is_complex, 0))
-        elif gate.axis == "Z":
-            steps.append((kernel.PHASE.value, floats, is_complex, 0))
-            is_complex = True
-            floats += 2 * (2 ** (n // 2) + 2 ** (n - n // 2))
-        else:
-            turned += 1
-            rescaled = _is_rescaled(turned, n)
-            steps.append((kernel.RY.value, floats, is_complex, floats + n if rescaled else 0))
-            floats += n + rescaled
-    masks = [sum(1 << (n - 1 - wire) for wire in wires) for wires in ansatz.observables]
-    for gate in reversed(behind):
-        if isinstance(gate, Cnots):
-            for control, target in reversed(gate.pairs):  # Z on the target becomes Z on both
-                masks = [m ^ ((m >> (n - 1 - target) & 1) << (n - 1 - control)) for m in masks]
-    masks += [0] * (2 ** len(masks).bit_length() - len(masks))
-    return Plan(tuple(steps), tuple(masks), floats)
+def floats_of(ansatz: Ansatz) -> int:
+    """float32 numbers in one circuit's table: the readouts' signs, then what each step needs."""
+    steps, n = schedule(ansatz), ansatz.qubits
+    turns = sum(step.turns is not None for step in steps.steps) + (steps.first is not None)
+    return ansatz.columns + turns * n + sum(_rescaled(steps, n)) * _phase_floats(n)
 
 
-def _is_rescaled(turned: int, n: int) -> bool:
-    """Whether the state is multiplied by the cosines left out since the last time, after so many layers of RY."""
-    return turned % (_MOST_GROWTH // n) == 0
+def _up(words: int) -> int:
+    return -(-words // _ALIGNED) * _ALIGNED
 
 
-_Gates: TypeAlias = list[Rotation | Cnots]
+class Layout(NamedTuple):
+    """What lies where in a layer's records of one slot, in words of 32 bits.
 
+    A record for each slice, one behind the other: header, steps, masks of the readouts, their offsets and scales,
+    and a table for each head. Behind the last one offsets and scales of the layer's input.
 
-def _parted(ansatz: Ansatz) -> tuple[_Gates, _Gates]:
-    """The gates up to the last RY, and those behind it."""
-    gates = list(ansatz.gates())
-    last = max(i for i, gate in enumerate(gates) if isinstance(gate, Rotation) and gate.axis == "Y")
-    return gates[: last + 1], gates[last + 1 :]
-
-
-def _exclusive_ors(gate: Cnots, n: int) -> tuple[tuple[int, int], ...]:
-    """(mask, shift) of the steps i ^= (i & mask) << shift that lead from j to g, with (CNOTs psi)[j] = psi[g].
-
-    They undo the gates on j, last first. Neighbours that shift alike are one step, unless one reads what another
-    has changed. A negative shift is one to the right.
+    Attributes:
+        qubits: of the circuits.
+        width: of the input; 0 for a layer whose input is never standardised.
+        slices: of the layer.
+        rank: readouts of all heads that there is room for.
+        steps: that there is room for.
+        floats: in the tables of all heads that there is room for.
     """
-    found: list[tuple[int, int]] = []
-    for control, target in reversed(gate.pairs):
-        bit, shift = 1 << (n - 1 - control), control - target
-        if found and found[-1][1] == shift and not bit & (found[-1][0] | _shifted(*found[-1])):
-            found[-1] = found[-1][0] | bit, shift
-        else:
-            found.append((bit, shift))
-    return tuple(found)
+
+    qubits: int
+    width: int
+    slices: int
+    rank: int
+    steps: int
+    floats: int
+
+    @property
+    def padded(self) -> int:
+        """A power of two above the readouts of any circuit."""
+        return 1 << min(self.rank, self.qubits * (self.qubits + 1) // 2).bit_length()
+
+    @property
+    def masks_at(self) -> int:
+        """Where a record's masks begin."""
+        return _up(_HEADER + _STEP * self.steps)
+
+    @property
+    def readouts_at(self) -> int:
+        """Where a record's offsets and scales of the readouts begin."""
+        return self.masks_at + _up(self.padded)
+
+    @property
+    def tables_at(self) -> int:
+        """Where a record's tables begin."""
+        return self.readouts_at + _up(2 * self.rank)
+
+    @property
+    def record(self) -> int:
+        """Words of one slice's record."""
+        return self.tables_at + _up(self.floats)
+
+    @property
+    def inputs_at(self) -> int:
+        """Where offsets and scales of the input begin."""
+        return self.slices * self.record
+
+    @property
+    def words(self) -> int:
+        """Of all that a slot has."""
+        return self.inputs_at + _up(2 * self.width)
 
 
-def _shifted(mask: int, shift: int) -> int:
-    return mask << shift if shift > 0 else mask >> -shift
+def layout_for(qubits: int, width: int, slices: int, rank: int, layers: int) -> Layout:
+    """Room for circuits of so many layers of any ansatz, or for as much in more heads of fewer layers."""
+    most = min(rank, qubits * (qubits + 1) // 2)
+    forms = [Ansatz(name, qubits, layers, most) for name in ANSATZ_NAMES]
+    steps = max(len(schedule(form).steps) for form in forms)
+    return Layout(qubits, width, slices, rank, steps, max(floats_of(form) for form in forms))
 
 
-def make_tables(theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
-    """What the kernel reads of circuits: signs of the columns, then what each step needs; computed in float64.
+def pack(
+    theta: torch.Tensor, ansatz: Ansatz, layout: Layout, readouts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The record of one slice; computed in float64.
 
     Args:
-        theta: (circuits, rows, n), on any device.
-        ansatz: the form they share.
+        theta: (heads, rows, n) angles, on any device.
+        ansatz: the form that the heads share.
+        layout: where it goes.
+        readouts: (2, heads * columns) offsets and scales of z; None to take it as it is.
 
     Returns:
-        (circuits, floats) float32 on the CPU.
+        (layout.record,) int32 on the CPU.
 
     Raises:
-        ValueError: if theta's shape is not the ansatz's.
+        ValueError: if theta's shape is not the ansatz's, or there is no room for such circuits.
     """
     if theta.shape[1:] != ansatz.theta_shape:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
-    n = ansatz.qubits
+    heads, steps, n = len(theta), schedule(ansatz), ansatz.qubits
+    if len(steps.steps) > layout.steps or heads * floats_of(ansatz) > layout.floats:
+        raise ValueError(
+            f"{heads} x {ansatz.layers} layers of {ansatz.name} take {heads * floats_of(ansatz)} numbers in "
+            f"{len(steps.steps)} steps; there is room for {layout.floats} in {layout.steps}"
+        )
+    record = torch.zeros(layout.record, dtype=torch.int32)
+    numbers = record.view(torch.float32)
+    at = ansatz.columns
+    words: list[int] = []
+    first = -1
+    if steps.first is not None:
+        first, at = at, at + n
+    for step, has_phases in zip(steps.steps, _rescaled(steps, n), strict=True):
+        phases = permutation = turns = -1
+        if has_phases:
+            phases, at = at, at + _phase_floats(n)
+        if step.cnots is not None:
+            permutation = _reach(step.cnots, n) - 1
+        if step.turns is not None:
+            turns, at = at, at + n
+        words += [phases, permutation, turns, 0]
+    whitened = readouts is not None
+    header = [heads, ansatz.columns, len(steps.steps), first, ansatz.constant, ansatz.length, 0, whitened, at]
+    record[: len(header)] = torch.tensor(header, dtype=torch.int32)
+    record[_HEADER : _HEADER + len(words)] = torch.tensor(words, dtype=torch.int32)
+    record[layout.masks_at :][: ansatz.columns] = torch.tensor(steps.masks, dtype=torch.int32)
+    if readouts is not None:
+        numbers[layout.readouts_at :][: 2 * layout.rank].view(2, -1)[:, : readouts.shape[1]] = readouts
+    numbers[layout.tables_at :][: heads * at] = make_tables(theta, ansatz).flatten()
+    return record
+
+
+def make_tables(theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """Signs of the readouts, then what each step needs, of circuits (circuits, rows, n): (circuits, floats)."""
+    n, steps = ansatz.qubits, schedule(ansatz)
     angles = theta.detach().to("cpu", torch.float64)
     # The Pauli that stands before the rest of the circuit: X and Z on each qubit; both are a Y.
     has_x = torch.zeros(len(theta), n, dtype=torch.bool)
     has_z = has_x.clone()
     left_out = torch.ones(len(theta), 1, dtype=torch.float64)
-    parts, turned = [], 0
-    for gate in _parted(ansatz)[0]:
-        if isinstance(gate, Cnots):
-            for control, target in gate.pairs:
-                has_x[:, target] ^= has_x[:, control]
-                has_z[:, control] ^= has_z[:, target]
-        elif gate.axis == "Z":
-            parts += _phases(torch.where(has_x, -1, 1) * angles[:, gate.row])
-        else:
-            turn = torch.where(has_x ^ has_z, -1, 1) * angles[:, gate.row]
-            half_turns = torch.round(turn / math.pi)
-            turn = turn - half_turns * math.pi
-            has_x = has_x ^ (half_turns % 2 == 1)
-            has_z = has_z ^ (half_turns % 2 == 1)
-            parts.append(torch.tan(turn / 2).flip(-1))  # the kernel begins with the last bit, the last wire
-            left_out = left_out * torch.cos(turn / 2).prod(-1, keepdim=True)
-            turned += 1
-            if _is_rescaled(turned, n):
-                parts.append(left_out)
-                left_out = torch.ones_like(left_out)
-    masks = torch.tensor(plan(ansatz).masks[: ansatz.columns])
+    parts: list[torch.Tensor] = []
+
+    def turn_by(row: int) -> None:
+        nonlocal has_x, has_z, left_out
+        turn = torch.where(has_x ^ has_z, -1, 1) * angles[:, row]
+        half_turns = torch.round(turn / math.pi)
+        turn = turn - half_turns * math.pi
+        has_x = has_x ^ (half_turns % 2 == 1)
+        has_z = has_z ^ (half_turns % 2 == 1)
+        parts.append(torch.tan(turn / 2).flip(-1))  # the kernel begins with the last bit, the last wire
+        left_out = left_out * torch.cos(turn / 2).prod(-1, keepdim=True)
+
+    if steps.first is not None:
+        turn_by(steps.first)
+    for step, has_phases in zip(steps.steps, _rescaled(steps, n), strict=True):
+        if has_phases:
+            turned = torch.zeros_like(angles[:, 0]) if step.phases is None else angles[:, step.phases]
+            parts += _phases(torch.where(has_x, -1, 1) * turned, left_out)
+            left_out = torch.ones_like(left_out)
+        for control, target in step.cnots.pairs if step.cnots else ():
+            has_x[:, target] ^= has_x[:, control]
+            has_z[:, control] ^= has_z[:, target]
+        if step.turns is not None:
+            turn_by(step.turns)
+    masks = torch.tensor(steps.masks)
     flips = has_x.long() @ (masks >> torch.arange(n - 1, -1, -1).unsqueeze(-1) & 1)  # (circuits, columns)
     return torch.cat([1 - 2 * (flips % 2), *parts], dim=-1).float()
 
 
-def _phases(angles: torch.Tensor) -> list[torch.Tensor]:
-    """RZ on every qubit: (circuits, n) -> cosines and sines of the high half of the bits, then of the low half."""
+def _phases(angles: torch.Tensor, factor: torch.Tensor) -> list[torch.Tensor]:
+    """RZ on every qubit, (circuits, n): cosines and sines of the bits' high half, times a factor, and low half."""
     parts = []
     half = angles.shape[-1] // 2
-    for some in (angles[:, :half], angles[:, half:]):
+    for some, scale in ((angles[:, :half], factor), (angles[:, half:], torch.ones_like(factor))):
         wires = some.shape[-1]
         bits = torch.arange(2**wires).unsqueeze(-1) >> torch.arange(wires - 1, -1, -1) & 1
         total = some @ (bits - 0.5).to(some.dtype).T  # RZ(t) = diag(exp(-i t / 2), exp(i t / 2))
-        parts += [torch.cos(total), torch.sin(total)]
+        parts += [torch.cos(total) * scale, torch.sin(total) * scale]
     return parts
 
 
-def launch_options(qubits: int) -> dict[str, Any]:
+def _reach(ring: Cnots, n: int) -> int:
+    control, target = ring.pairs[0]
+    return (target - control) % n
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def permutations(n: int, device: torch.device) -> torch.Tensor:
+    """(n - 1, 2**n) int16: where amplitudes come from behind a CNOT ring of reach 1, 2, ...; zeros for n = 1."""
+    rings = [Cnots(tuple((k, (k + reach) % n) for k in range(n))) for reach in range(1, n)]
+    tables = [sources(ring, n) for ring in rings] or [torch.zeros(2)]
+    return torch.stack(tables).to(torch.int16).to(device)
+
+
+# ------------------------------------------------------------------------------------------------- launches
+
+
+def launch_options(qubits: int, programs: int = 1 << 20, multiprocessors: int = 132) -> dict[str, Any]:
     """Triton's options for a launch, chosen by the figures in docs/performance.md.
 
     4 to 16 amplitudes a thread, 32 from n = 13 on: more warps exchange more, fewer run out of registers. Those are
-    limited so that 6, 3 and 2 programs fit on a multiprocessor.
+    limited so that 6, 3 and 2 programs fit on a multiprocessor. Where not every multiprocessor gets a program of
+    its own, nothing is lost by twice the warps, which end sooner.
     """
     warps = 1 if qubits < 8 else 2 ** (qubits // 2 - 3)
-    return {"num_warps": warps, "maxnreg": {11: 80, 12: 80, 13: 128}.get(qubits), "enable_fp_fusion": True}
+    if 8 <= qubits <= 13 and programs <= multiprocessors:
+        return {"num_warps": 2 * warps, "num_stages": 1, "enable_fp_fusion": True}
+    limit = {11: 80, 12: 80, 13: 128}.get(qubits)
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": limit, "enable_fp_fusion": True}
 
 
-@lru_cache(maxsize=1024)
-def constants(ansatz: Ansatz, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel's compile-time arguments, for an x of that dtype."""
-    form = plan(ansatz)
-    return {
-        "QUBITS": ansatz.qubits,
-        "COLUMNS": ansatz.columns,
-        "PADDED": len(form.masks),
-        "FLOATS": form.floats,
-        "STEPS": tuple(chain.from_iterable(form.steps)),
-        "TINY": torch.finfo(torch.promote_types(dtype, torch.float32)).tiny,
-        "CONSTANT": ansatz.constant,
-        "LENGTH": ansatz.length,
-    }
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on anything else those of a Hopper, so that tests launch what one would."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _check_size(ansatz: Ansatz) -> None:
-    if ansatz.qubits > MOST_QUBITS:
-        raise ValueError(
-            f"the triton backend takes at most {MOST_QUBITS} qubits, not {ansatz.qubits}; choose another one"
+def launch(
+    kernel: Any,
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    slots_strides: tuple[int, int],
+    records: torch.Tensor,
+    record_slice: int,
+    layout: Layout,
+    z: torch.Tensor,
+) -> None:
+    """Run every token on the circuits that its slot has in the layer. One launch, which waits for nothing.
+
+    Args:
+        kernel: ``triton_kernel.circuit_kernel``, or what stands for it.
+        x: (tokens, width) of any floating dtype, any strides.
+        slots: int32, the slot of a token's slice; a number that is not there for none.
+        slots_strides: of tokens and slices in it.
+        records: (slots, at least layout.words) int32, rows of any stride.
+        record_slice: words from one slice's record to the next one's.
+        layout: of the records.
+        z: (slices, tokens, at least the readouts) float32; only where there are circuits it is written to.
+
+    Raises:
+        ValueError: if x is wider than the state.
+    """
+    if x.shape[1] > 2**layout.qubits:
+        raise ValueError(f"x is {x.shape[1]} wide; {layout.qubits} qubits hold at most {2**layout.qubits} numbers")
+    grid = x.shape[0], z.shape[0]
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[grid](
+            x,
+            *x.stride(),
+            x.shape[1],
+            slots,
+            *slots_strides,
+            records,
+            records.shape[0],
+            records.stride(0),
+            record_slice,
+            layout.inputs_at,
+            layout.masks_at,
+            layout.readouts_at,
+            layout.tables_at,
+            layout.rank,
+            permutations(layout.qubits, x.device),
+            z,
+            z.stride(1),
+            z.stride(0),
+            QUBITS=layout.qubits,
+            PADDED=layout.padded,
+            TINY=torch.finfo(torch.promote_types(x.dtype, torch.float32)).tiny,
+            **launch_options(layout.qubits, grid[0] * grid[1], multiprocessors(x.device)),
         )
 
 
 class TritonCircuits:
-    """Circuits for serving; see ``backends.Circuits``.
+    """Circuits one by one; see ``backends.Circuits``. Under vLLM layers launch the kernel on all slots' records.
 
     Raises:
         ValueError: for more qubits than ``MOST_QUBITS``.
     """
 
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
-        _check_size(ansatz)
+        check_qubits(ansatz.qubits)
         from qaa_serve.circuits import triton_kernel
 
         self._kernel = triton_kernel.circuit_kernel
         self._ansatz = ansatz
-        self._tables = torch.zeros(count, plan(ansatz).floats, device=device)
-        self._masks = torch.tensor(plan(ansatz).masks, dtype=torch.int32, device=device)
+        steps = len(schedule(ansatz).steps)
+        self._layout = Layout(ansatz.qubits, 0, 1, ansatz.columns, steps, floats_of(ansatz))
+        self._records = torch.zeros(count, self._layout.words, dtype=torch.int32, device=device)
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
-        self._tables[first : first + len(theta)] = make_tables(theta, self._ansatz).to(self._tables.device)
+        for number, angles in enumerate(theta, first):
+            self._records[number] = pack(angles[None], self._ansatz, self._layout).to(self._records.device)
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """See ``backends.Circuits``. One launch, which waits for nothing.
-
-        Raises:
-            ValueError: if x is wider than the state.
-        """
+        """See ``backends.Circuits``."""
         check_width(x, self._ansatz)
         tokens, readouts = index.shape
-        z = torch.empty(tokens, readouts, self._ansatz.columns, device=x.device)
-        if not index.numel():
-            return z
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            self._kernel[(tokens * readouts,)](
-                x,
-                *x.stride(),
-                x.shape[1],
-                index,
-                *index.stride(),
-                readouts,
-                self._tables,
-                self._masks,
-                z,
-                **constants(self._ansatz, x.dtype),
-                **launch_options(self._ansatz.qubits),
-            )
-        return z
+        z = torch.zeros(readouts, tokens, self._ansatz.columns, device=x.device)
+        if index.numel():
+            strides = index.stride(0), index.stride(1)
+            launch(self._kernel, x, index, strides, self._records, 0, self._layout, z)
+        return z.transpose(0, 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the circuits' tables."""
-        return self._tables.nbytes
+        """Bytes of the circuits' records."""
+        return self._records.nbytes
 
     @classmethod
-    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compile the kernel as ``run`` launches it, seconds where Triton's cache does not have it.
-
-        It never ran on a GPU.
-
-        Raises:
-            ValueError: for more qubits than ``MOST_QUBITS``.
-        """
-        _check_size(ansatz)
-        from qaa_serve.circuits import triton_kernel
-
-        with torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
-            triton_kernel.circuit_kernel.warmup(
-                dtype,  # in place of a pointer to such numbers
-                width,
-                1,
-                width,
-                torch.int32,
-                readouts,
-                1,
-                readouts,
-                torch.float32,
-                torch.int32,
-                torch.float32,
-                grid=(1,),
-                **constants(ansatz, dtype),
-                **launch_options(ansatz.qubits),
-            )
+    def compile(cls, *_: object) -> None:
+        """Nothing is compiled for a form."""

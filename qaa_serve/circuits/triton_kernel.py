@@ -6,11 +6,20 @@ Annotations are not postponed here: Triton reads ``tl.constexpr`` from them.
 import triton
 import triton.language as tl
 
-#: Kinds of a step. Triton's functions may use a global only if it is such a constant.
-RY = tl.constexpr(0)
-PHASE = tl.constexpr(1)
-SHIFT = tl.constexpr(2)
-GATHER = tl.constexpr(3)
+# Words of a record's header, and those before the steps. Triton's functions may use a global only if it is such
+# a constant.
+HEADS = tl.constexpr(0)  # 0: nothing is here
+COLUMNS = tl.constexpr(1)
+STEPS = tl.constexpr(2)
+FIRST = tl.constexpr(3)
+CONSTANT = tl.constexpr(4)
+LENGTH = tl.constexpr(5)
+INPUTS = tl.constexpr(6)
+WHITENED = tl.constexpr(7)
+FLOATS = tl.constexpr(8)
+HEADER = tl.constexpr(12)
+#: Words of a step: offsets of its phases and its turns in a table, number of its permutation; -1 for none.
+STEP = tl.constexpr(4)
 
 
 @triton.jit
@@ -19,96 +28,112 @@ def circuit_kernel(
     x_token,  # strides of x
     x_element,
     width,
-    index,  # (tokens, readouts) int32
-    index_token,
-    index_readout,
-    readouts,
-    tables,  # (circuits, FLOATS) float32
-    masks,  # (PADDED,) int32: a column's Pauli-Z product as the bits of its wires; zeros behind the columns
-    z,  # (tokens, readouts, COLUMNS) float32, contiguous
+    slots,  # int32: the record of a token's slice; a number that is not there for none
+    slots_token,  # strides of slots
+    slots_slice,
+    records,  # (records_count, ...) int32 words, see triton_fused.Layout
+    records_count,
+    record_slot,  # words from the records of one slot to those of the next
+    record_slice,  # and from one slice's record to the next one's
+    inputs_at,  # where in a slot's records offsets and scales of x begin
+    masks_at,  # where in a record these begin
+    readouts_at,
+    tables_at,
+    rank,  # numbers in each of the two rows at readouts_at
+    permutations,  # (rings, 2**n) int16
+    z,  # float32, elements side by side
+    z_token,  # strides of z
+    z_slice,
     QUBITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr,  # a power of two above COLUMNS
-    FLOATS: tl.constexpr,
-    STEPS: tl.constexpr,  # flat, since Triton 3.7 does not take tuples of tuples
+    PADDED: tl.constexpr,  # a power of two above the columns of any record
     TINY: tl.constexpr,  # the smallest normal number of the type in which x is scaled
-    CONSTANT: tl.constexpr,
-    LENGTH: tl.constexpr,
 ):
-    """Program p runs token p // readouts on the circuit of its readout p % readouts."""
+    """Program (t, s) runs token t on the circuits of its slice s, head by head."""
     DIM: tl.constexpr = 2**QUBITS
     HIGH: tl.constexpr = 2 ** (QUBITS // 2)
     LOW: tl.constexpr = DIM // HIGH
-    program = tl.program_id(0).to(tl.int64)
-    token = program // readouts
-    circuit = tl.load(index + token * index_token + program % readouts * index_readout).to(tl.int64)
-    column = tl.arange(0, PADDED)
-    result = z + program * COLUMNS + column
-    if circuit < 0:
-        tl.store(result, tl.zeros((PADDED,), tl.float32), mask=column < COLUMNS)
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + token * slots_token + part * slots_slice).to(tl.int64)
+    if (slot < 0) | (slot >= records_count):  # vLLM leaves rows that fill up a batch as they are, or never were
         return
-    table = tables + circuit * FLOATS
-
-    # Amplitude embedding, not normalised: the readout divides by the sum of the squares.
+    record = records + slot * record_slot + part * record_slice
+    heads = tl.load(record + HEADS)
+    if heads == 0:
+        return
+    steps = tl.load(record + STEPS)
+    columns = tl.load(record + COLUMNS)
+    floats = tl.load(record + FLOATS)
+    first = tl.load(record + FIRST)
     j = tl.arange(0, DIM)
-    re = tl.load(x + token * x_token + j * x_element, mask=j < width, other=0.0)
-    if re.dtype != tl.float64:
-        re = re.to(tl.float32)
-    peak = tl.maximum(tl.max(tl.abs(re), axis=0), TINY)
-    re = (re * (1 / peak)).to(tl.float32)
-    if CONSTANT or LENGTH:
+    high = tl.arange(0, HIGH)[:, None]
+    low = tl.arange(0, LOW)[None, :]
+    column = tl.arange(0, PADDED)
+    for head in tl.range(heads, disable_licm=True):  # what it would keep ready takes too many registers
+        table = _floats(record + tables_at + head * floats)
+
+        # Amplitude embedding, not normalised: the readout divides by the sum of the squares.
+        re = tl.load(x + token * x_token + j * x_element, mask=j < width, other=0.0)
+        if re.dtype != tl.float64:
+            re = re.to(tl.float32)
+        if tl.load(record + INPUTS) != 0:
+            by = _floats(records + slot * record_slot + inputs_at) + j
+            offset = tl.load(by, mask=j < width, other=0.0)
+            re = ((re - offset) * tl.load(by + width, mask=j < width, other=0.0)).to(re.dtype)
+        peak = tl.maximum(tl.max(tl.abs(re), axis=0), TINY)
+        re = (re * (1 / peak)).to(tl.float32)
         square = tl.sum(re * re, axis=0)
-    if CONSTANT:
-        re = tl.where(j == width, tl.where(square > 0, tl.sqrt(square), 1.0), re)
+        if tl.load(record + CONSTANT) != 0:
+            re = tl.where(j == width, tl.where(square > 0, tl.sqrt(square), 1.0), re)
 
-    # A step is four numbers: its kind, an offset, whether the state is complex before it, and one more.
-    im = re  # nothing looks at it before the first phases
-    source = j  # of each amplitude in the next gather
-    for i in tl.static_range(0, len(STEPS), 4):
-        if STEPS[i] == RY:  # table offset of the tangents; of a factor of the state, 0 for none
-            re = _turn(re, table + STEPS[i + 1], QUBITS)
-            if STEPS[i + 2]:
-                im = _turn(im, table + STEPS[i + 1], QUBITS)
-            if STEPS[i + 3]:
-                factor = tl.load(table + STEPS[i + 3])
-                re *= factor
-                if STEPS[i + 2]:
-                    im *= factor
-        elif STEPS[i] == PHASE:  # table offset of the cosines and sines
-            # Those of the low half of the bits, then those of the high half: all their products at once would take
-            # many registers.
-            high = table + STEPS[i + 1] + tl.arange(0, HIGH)[:, None]
-            low = table + STEPS[i + 1] + 2 * HIGH + tl.arange(0, LOW)[None, :]
-            re = tl.reshape(re, (HIGH, LOW))
-            if STEPS[i + 2]:
-                re, im = _multiply(re, tl.reshape(im, (HIGH, LOW)), tl.load(low), tl.load(low + LOW))
-            else:
-                im = re * tl.load(low + LOW)
-                re = re * tl.load(low)
-            re, im = _multiply(re, im, tl.load(high), tl.load(high + HIGH))
-            re = tl.reshape(re, (DIM,))
-            im = tl.reshape(im, (DIM,))
-        elif STEPS[i] == SHIFT:  # mask; how far what it leaves is moved, to the left or, negative, to the right
-            if STEPS[i + 3] > 0:
-                source ^= (source & STEPS[i + 1]) << STEPS[i + 3]
-            else:
-                source ^= (source & STEPS[i + 1]) >> -STEPS[i + 3]
-        else:  # GATHER
-            re = tl.gather(re, source, 0)
-            if STEPS[i + 2]:
+        # The state is real before the first step, so that a first layer of RY is half the work.
+        if first >= 0:
+            re = _turn(re, table + first, QUBITS)
+        im = tl.zeros((DIM,), tl.float32)
+        for i in tl.range(steps, disable_licm=True):
+            step = record + HEADER + STEP * i
+            phases = tl.load(step)
+            permutation = tl.load(step + 1)
+            turns = tl.load(step + 2)
+            if phases >= 0:
+                # Those of the low half of the bits, then those of the high half: all their products at once would
+                # take many registers.
+                re2 = tl.reshape(re, (HIGH, LOW))
+                im2 = tl.reshape(im, (HIGH, LOW))
+                by_low = table + phases + 2 * HIGH + low
+                re2, im2 = _multiply(re2, im2, tl.load(by_low), tl.load(by_low + LOW))
+                by_high = table + phases + high
+                re2, im2 = _multiply(re2, im2, tl.load(by_high), tl.load(by_high + HIGH))
+                re = tl.reshape(re2, (DIM,))
+                im = tl.reshape(im2, (DIM,))
+            if permutation >= 0:
+                source = tl.load(permutations + permutation * DIM + j).to(tl.int32)
+                re = tl.gather(re, source, 0)
                 im = tl.gather(im, source, 0)
-            source = j
+            if turns >= 0:
+                re = _turn(re, table + turns, QUBITS)
+                im = _turn(im, table + turns, QUBITS)
 
-    squares = re * re
-    if STEPS[len(STEPS) - 2]:
-        squares += im * im
-    expected = tl.gather(_walsh_hadamard(squares, QUBITS), tl.load(masks + column), 0)
-    total = tl.sum(tl.where(column == COLUMNS, expected, 0.0), axis=0)  # mask 0: all the squares
-    sign = tl.load(table + column, mask=column < COLUMNS, other=0.0)
-    expected = expected / tl.where(total > 0, total, 1.0) * sign
-    if LENGTH:
-        expected *= tl.sqrt(square / width) * peak.to(tl.float32)
-    tl.store(result, expected, mask=column < COLUMNS)
+        expected = _walsh_hadamard(re * re + im * im, QUBITS)
+        mask = tl.load(record + masks_at + column)
+        expected = tl.gather(expected, mask, 0)
+        total = tl.sum(tl.where(column == PADDED - 1, expected, 0.0), axis=0)  # mask 0: all the squares
+        sign = tl.load(table + column, mask=column < columns, other=0.0)
+        expected = expected / tl.where(total > 0, total, 1.0) * sign
+        if tl.load(record + LENGTH) != 0:
+            expected *= tl.sqrt(square / width) * peak.to(tl.float32)
+        if tl.load(record + WHITENED) != 0:
+            by = _floats(record + readouts_at) + head * columns + column
+            offset = tl.load(by, mask=column < columns, other=0.0)
+            expected = (expected - offset) * tl.load(by + rank, mask=column < columns, other=0.0)
+        result = z + token * z_token + part * z_slice + head * columns + column
+        tl.store(result, expected, mask=column < columns)
+
+
+@triton.jit
+def _floats(words):
+    """A pointer to words as one to float32."""
+    return words.to(tl.pointer_type(tl.float32), bitcast=True)
 
 
 @triton.jit

@@ -1,0 +1,289 @@
+"""Updates by a step's plan: y += scale * B z for the rows of each group of tokens, group by group.
+
+The layer's circuits of one form, of all slots, lie in one backend's tables, so that a mixed batch is one call.
+Which rows are whose is decided in Python, so on a GPU this runs between CUDA graphs; ``static`` runs within them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qaa_serve.circuits import Circuits
+from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from vllm_qaa.delta import Standard
+from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
+from vllm_qaa.timing import TIMER
+
+
+class PlanHolder:
+    """The current step's plan and the circuits' backend; one for all layers of a model."""
+
+    def __init__(self, circuits: type[Circuits]) -> None:
+        self.plan: StepPlan = NOTHING
+        self.circuits = circuits
+
+
+class SlotCircuits:
+    """A layer's circuits of one form, in all slots.
+
+    Attributes:
+        circuits: room for `slots * slices * heads` of them.
+        table: (slots, slices * heads) int32, the number of each slot's circuits, slice by slice; -1 for none.
+        key: the table's content.
+        inputs: (slots, 2, d_in) float32, what x is standardised by; empty for raw ones.
+        readouts: (slots, 2, slices, heads * columns) float32, what z is standardised by; empty unless whitened.
+        weights: on a CPU (slots, heads * columns, d_out) float32, B transposed; else empty.
+        arrays: on a CPU all of them as numpy sees them, and where the slices end in d_out.
+    """
+
+    def __init__(
+        self,
+        make: type[Circuits],
+        form: CircuitForm,
+        qubits: int,
+        slots: int,
+        d_in: int,
+        slices: Sequence[int],
+        device: torch.device,
+    ):
+        ansatz = form.ansatz(qubits)
+        self.circuits = make(ansatz, slots * len(slices) * form.heads, device)
+        self.table = torch.full((slots, len(slices) * form.heads), -1, dtype=torch.int32, device=device)
+        self.key = b""
+        rank = form.heads * ansatz.columns
+        self.inputs = torch.zeros((slots if form.inputs else 0, 2, d_in), device=device)
+        self.readouts = torch.zeros((slots if form.whitened else 0, 2, len(slices), rank), device=device)
+        self.weights = torch.zeros((slots, rank, sum(slices)) if device.type == "cpu" else (0,), device=device)
+        if device.type == "cpu":
+            tensors = self.table, self.inputs, self.readouts, self.weights
+            self.arrays = *(tensor.numpy() for tensor in tensors), np.cumsum(slices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        own = (self.table, self.inputs, self.readouts, self.weights)
+        return self.circuits.nbytes + sum(tensor.nbytes for tensor in own)
+
+    def put(self, slot: int, angles: dict[int, torch.Tensor]) -> None:
+        """Give a slot the circuits (heads, rows, n) of some slices."""
+        readouts = self.table.shape[1]
+        numbers = [-1] * readouts
+        for i, theta in angles.items():
+            here = range(i * len(theta), (i + 1) * len(theta))
+            numbers[here.start : here.stop] = [slot * readouts + readout for readout in here]
+            self.circuits.put(slot * readouts + here.start, theta)
+        self.table[slot] = torch.tensor(numbers, dtype=torch.int32)
+        self.key = self.table.cpu().numpy().tobytes()
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.table[slot] = -1
+        self.key = self.table.cpu().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class LoRAMatrices:
+    """A slot's LoRA adapter as a CPU multiplies with it: in float32, cut to its rank.
+
+    Without instructions for them, torch's products of 16-bit numbers take several times as long.
+
+    Attributes:
+        columns: of the output, from the first slice that is adapted to the last.
+        a: (slices * rank, d_in), their A, one below the other.
+        b: (rank, d_out) for each of them, B transposed.
+    """
+
+    columns: slice
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """B A x for every row of x, (T, d_in) -> (T, columns) float32."""
+        parts = (x.float() @ self.a.T).chunk(len(self.b), dim=1)
+        return torch.cat([part @ b for part, b in zip(parts, self.b, strict=True)], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        return self.a.nbytes + sum(b.nbytes for b in self.b)
+
+
+class PlannedDelta:
+    """On a GPU, with a backend that cannot run within CUDA graphs; z goes through vLLM's expand kernel."""
+
+    def __init__(self, layer: Any, plans: PlanHolder):
+        self._layer, self._plans = layer, plans
+        slots = layer.lora_b_stacked[0].shape[0]
+        self._forms: list[CircuitForm | None] = [None] * slots
+        self._circuits: dict[CircuitForm, SlotCircuits] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots' circuits."""
+        return sum(here.nbytes for here in self._circuits.values())
+
+    def put(self, slot: int, form: CircuitForm, angles: dict[int, torch.Tensor], standard: Standard) -> None:
+        """See ``Delta``."""
+        if form not in self._circuits:
+            self._circuits[form] = self._make_circuits(form, next(iter(angles.values())).shape[-1])
+        here = self._circuits[form]
+        self._forms[slot] = form
+        here.put(slot, {i: theta.to(here.table.device, torch.float32) for i, theta in angles.items()})
+        for target, source in zip((here.inputs, here.readouts), standard, strict=True):
+            if source is not None:
+                target[slot] = source
+        if here.weights.numel():
+            for i in angles:
+                b = self._layer.lora_b_stacked[i][slot, 0, :, : here.weights.shape[1]]
+                here.weights[slot, :, self._layer.columns()[i]] = b.T
+
+    def _make_circuits(self, form: CircuitForm, qubits: int) -> SlotCircuits:
+        layer = self._layer
+        device, d_in = torch.device(layer.device), layer.full_widths()[0]
+        with torch.inference_mode(False):  # tensors of a step may not be changed outside of one
+            return SlotCircuits(
+                self._plans.circuits, form, qubits, len(self._forms), d_in, layer.output_slices, device
+            )
+
+    def put_lora(self, slot: int, rank: int) -> None:
+        """See ``Delta``: vLLM's own kernels take the stacked matrices."""
+
+    def clear(self, slot: int) -> None:
+        """See ``Delta``; the tables of a form that no slot has any more are let go."""
+        form, self._forms[slot] = self._forms[slot], None
+        if form is not None:
+            self._circuits[form].clear(slot)
+            if form not in self._forms:
+                del self._circuits[form]
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """See ``Delta``.
+
+        Raises:
+            RuntimeError: if x has fewer rows than the step's plan.
+        """
+        plan = self._plans.plan
+        if not (plan.lora or (plan.qaa and self._circuits)):
+            return
+        if x.shape[0] < plan.num_tokens:
+            raise RuntimeError(
+                f"{self._layer.qaa_name} was given {x.shape[0]} tokens in a step of {plan.num_tokens}: this model "
+                "runs the layer on part of the tokens, which adapters do not support"
+            )
+        self._add(plan, x, output)
+
+    def _add(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
+        # QAA slots have A = 0, so vLLM's shrink leaves their rows at zero for z to be written to.
+        layer = self._layer
+        rank = layer.lora_b_stacked[0].shape[-1]
+        z_all = x.new_zeros(layer.n_slices, x.shape[0], rank, dtype=torch.float32)
+        if plan.lora:
+            layer.punica_wrapper.add_shrink(z_all, x, layer.lora_a_stacked, 1.0)
+        groups, x = self._groups(plan, x)
+        with TIMER.sample(x.device) if groups else nullcontext():
+            readouts = [(group, self._readout(group, here, x)) for group, here in groups]
+        for group, z in readouts if layer.adds_b_z() else ():
+            z_all[:, group.rows, : z.shape[-1]] = z.transpose(0, 1)
+        layer.punica_wrapper.add_expand(output, z_all, layer.lora_b_stacked, layer.output_slices, add_inputs=True)
+
+    def _groups(
+        self, plan: StepPlan, x: torch.Tensor
+    ) -> tuple[list[tuple[CircuitTokens, SlotCircuits]], torch.Tensor]:
+        """The groups that have circuits in this layer, and the whole x where the input is cut over the ranks."""
+        groups = [
+            (group, self._circuits[group.form])
+            for group in plan.qaa
+            if any(self._forms[slot] is not None for slot in group.present)
+        ]
+        return groups, self._layer.whole_input(x) if groups else x
+
+    def _readout(self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor) -> torch.Tensor:
+        """z of a group's tokens, (T, slices, heads * columns)."""
+        x = _take(x, group)
+        if here.inputs.numel():
+            x = _standardise(x.float(), here.inputs[group.slots])
+        z = here.circuits.run(x, group.index(here.table, here.key))
+        z = z.reshape(len(z), self._layer.n_slices, -1)
+        return _standardise(z, here.readouts[group.slots]) if here.readouts.numel() else z
+
+
+class CpuDelta(PlannedDelta):
+    """On a CPU: products by slot, and with the compiled backend circuits and B z in one call."""
+
+    def __init__(self, layer: Any, plans: PlanHolder):
+        super().__init__(layer, plans)
+        self._lora: dict[int, LoRAMatrices] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots' circuits, and of the LoRA matrices beside the stacked ones."""
+        return super().nbytes + sum(lora.nbytes for lora in self._lora.values())
+
+    def put_lora(self, slot: int, rank: int) -> None:
+        """Take a LoRA adapter's matrices from the stacked ones, which hold this rank's part of them."""
+        layer = self._layer
+        adapted = [i for i, b in enumerate(layer.lora_b_stacked) if b[slot].any()]
+        if not adapted:
+            return
+        columns, here = layer.columns(), slice(adapted[0], adapted[-1] + 1)
+        self._lora[slot] = LoRAMatrices(
+            slice(columns[adapted[0]].start, columns[adapted[-1]].stop),
+            torch.cat([a[slot, 0, :rank].float() for a in layer.lora_a_stacked[here]]),
+            tuple(b[slot, 0, :, :rank].float().T.contiguous() for b in layer.lora_b_stacked[here]),
+        )
+
+    def clear(self, slot: int) -> None:
+        """See ``Delta``."""
+        super().clear(slot)
+        self._lora.pop(slot, None)
+
+    def _add(self, plan: StepPlan, x: torch.Tensor, output: torch.Tensor) -> None:
+        # vLLM's torch kernels gather the whole A and B for every token, and with index -1, those of the last
+        # slot for tokens without an adapter. Products by slot are right and several times faster.
+        for tokens in plan.lora:
+            if (lora := self._lora.get(tokens.slot)) is not None:
+                _add(output[:, lora.columns], tokens, lora.update(_take(x, tokens)))
+        groups, x = self._groups(plan, x)
+        with TIMER.sample(x.device) if groups else nullcontext():
+            for group, here in groups:
+                self._add_circuits(group, here, x, output)
+
+    def _add_circuits(
+        self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        if not self._layer.adds_b_z():
+            return
+        if isinstance(here.circuits, CompiledCircuits):
+            here.circuits.add_to(output, x, *group.arrays, *here.arrays)
+            return
+        z = self._readout(group, here, x)  # (T, slices, rank)
+        for slot in group.present:
+            chosen = group.slots == slot
+            for i, columns in enumerate(self._layer.columns()):
+                update = z[chosen, i] @ here.weights[slot, :, columns]
+                output[:, columns].index_add_(0, group.rows[chosen], update.to(output.dtype))
+
+
+def _take(x: torch.Tensor, tokens: CircuitTokens | LoRATokens) -> torch.Tensor:
+    """The rows of x that are meant: (T, d_in)."""
+    return x[tokens.span] if tokens.span is not None else x[tokens.rows]
+
+
+def _standardise(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """(T, ...) by their offsets and scales, (T, 2, ...)."""
+    return (values - by[:, 0]) * by[:, 1]
+
+
+def _add(columns: torch.Tensor, group: LoRATokens, update: torch.Tensor) -> None:
+    """columns[rows of the group] += update."""
+    update = update.to(columns.dtype)
+    if group.span is not None:
+        columns[group.span] += update
+    else:
+        columns.index_add_(0, group.rows, update)

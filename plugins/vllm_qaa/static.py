@@ -1,0 +1,146 @@
+"""Updates within CUDA graphs: the circuits are data, at addresses that never change.
+
+All slots' circuits lie in one block on the device, a row for each slot with a part for each layer, made before
+vLLM sizes its KV cache. A layer runs any mix of adapters by one launch, which finds a token's slot where vLLM's
+LoRA kernels find it, and writes z to the buffer that vLLM's shrink kernel has left at zero there; its expand
+kernel adds B z as it adds B A x. Nothing depends on what the step's adapters are, so that a graph that was
+captured with none of them serves all.
+
+An adapter's row is made when it is read, and put into a slot by one copy. It never ran on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qaa_serve.adapters import AdapterError
+from qaa_serve.circuits.ansatz import qubits_for
+from qaa_serve.circuits.triton_fused import (
+    INPUTS,
+    Layout,
+    check_qubits,
+    launch,
+    layout_for,
+    multiprocessors,
+    pack,
+    permutations,
+)
+from vllm_qaa.delta import Standard
+from vllm_qaa.plan import CircuitForm
+
+
+class Block:
+    """The circuits of all layers, (slots, words) int32 on the device.
+
+    Args:
+        layers: those that may have circuits.
+        slots: for adapters.
+        rank: readouts of all heads that a module may have.
+        most_layers: of gates that a module's circuits may have, in all its heads.
+        device: where x will be.
+
+    Raises:
+        ValueError: if a layer is too wide.
+    """
+
+    def __init__(self, layers: Sequence[Any], slots: int, rank: int, most_layers: int, device: torch.device):
+        self._parts: dict[Any, tuple[int, Layout]] = {}
+        self._most_layers = most_layers
+        words = 0
+        for layer in layers:
+            width = layer.full_widths()[0]
+            check_qubits(qubits_for(width))
+            self._parts[layer] = words, layout_for(qubits_for(width), width, layer.n_slices, rank, most_layers)
+            words += self._parts[layer][1].words
+        self.rows = torch.zeros(slots, words, dtype=torch.int32, device=device)
+        # Made now: a graph that is being captured cannot wait for numbers from the host.
+        multiprocessors(device)
+        for _, layout in self._parts.values():
+            permutations(layout.qubits, device)
+
+    def part(self, layer: Any) -> tuple[torch.Tensor, Layout]:
+        """A layer's part of all rows, and what lies where in it."""
+        begin, layout = self._parts[layer]
+        return self.rows[:, begin : begin + layout.words], layout
+
+    def pack(
+        self, form: CircuitForm, circuits: Mapping[Any, tuple[Mapping[int, torch.Tensor], Standard]]
+    ) -> torch.Tensor:
+        """An adapter's row, (words,) int32 in host memory, pinned for a GPU.
+
+        Args:
+            form: of all its circuits.
+            circuits: for each layer angles (heads, rows, n) by slice, and what it standardises by.
+
+        Raises:
+            AdapterError: if there is no room for such circuits.
+        """
+        row = torch.zeros(self.rows.shape[1], dtype=torch.int32, pin_memory=self.rows.is_cuda)
+        for layer, (angles, standard) in circuits.items():
+            begin, layout = self._parts[layer]
+            for i, theta in angles.items():
+                qubits = theta.shape[-1]
+                if qubits != layout.qubits:
+                    raise AdapterError(
+                        f"with a constant beside inputs of width {layout.width} circuits take {qubits} qubits; "
+                        f"triton has room for {layout.qubits}: start the server with another --qaa-backend"
+                    )
+                readouts = None if standard.readouts is None else standard.readouts[:, i]
+                try:
+                    record = pack(theta, form.ansatz(qubits), layout, readouts)
+                except ValueError as error:
+                    raise AdapterError(
+                        f"{error}: the server was started with --qaa-max-layers {self._most_layers}, start it "
+                        "with more"
+                    ) from error
+                if standard.inputs is not None:
+                    record[INPUTS] = 1
+                row[begin + i * layout.record :][: layout.record] = record
+            if standard.inputs is not None:
+                row.view(torch.float32)[begin + layout.inputs_at :][: 2 * layout.width] = standard.inputs.flatten()
+        return row
+
+    def put(self, slot: int, row: torch.Tensor | None) -> None:
+        """Give a slot an adapter's row; None: it has no circuits."""
+        if row is None:
+            self.rows[slot].zero_()
+        else:
+            self.rows[slot].copy_(row, non_blocking=True)
+
+
+class StaticDelta:
+    """One layer's updates from the block; see ``delta.Delta``."""
+
+    nbytes = 0  # the block is counted once, with the model
+
+    def __init__(self, layer: Any, block: Block):
+        from qaa_serve.circuits.triton_kernel import circuit_kernel
+
+        self._layer, self._kernel = layer, circuit_kernel
+        self._records, self._layout = block.part(layer)
+
+    def put(self, slot: int, form: CircuitForm, angles: Mapping[int, torch.Tensor], standard: Standard) -> None:
+        """The block is given an adapter's circuits as a whole."""
+
+    def put_lora(self, slot: int, rank: int) -> None:
+        """vLLM's kernels take the stacked matrices."""
+
+    def clear(self, slot: int) -> None:
+        """The block is cleared as a whole."""
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """See ``Delta``. What is launched depends on shapes alone; where x is cut over ranks it is gathered."""
+        layer, meta = self._layer, self._layer.punica_wrapper.token_mapping_meta
+        if meta.no_lora_flag_cpu.item():  # in host memory; and the slots are those of an earlier step
+            return
+        b = layer.lora_b_stacked
+        z = torch.empty(len(b), x.shape[0], b[0].shape[-1], dtype=torch.float32, device=x.device)
+        layer.punica_wrapper.add_shrink(z, x, layer.lora_a_stacked, 1.0)  # zeros where A is
+        whole = layer.whole_input(x)
+        if layer.adds_b_z():
+            slots = meta.token_lora_mapping
+            launch(self._kernel, whole, slots, (1, 0), self._records, self._layout.record, self._layout, z)
+        layer.punica_wrapper.add_expand(output, z, b, layer.output_slices, add_inputs=True)
