@@ -1,6 +1,6 @@
 """The fused Triton kernel compiled without a GPU, as a call would compile it: what it needs of the hardware.
 
-    python benchmarks/triton_compile.py [--arch 90 80] [--qubits 8 10 12 13] [--layers 2] [--json FILE]
+    python benchmarks/triton_compile.py [--arch 90 80] [--qubits 8 10 12 13] [--json FILE]
 
 Prints, of the machine code, registers and spilled bytes a thread, shared memory a program, instructions in all and
 those that two layers of the default circuit run (the loop over steps twice; options they do not use are counted),
@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
-from qaa_serve.circuits.triton_fused import TritonCircuits, launch_options
+from qaa_serve.circuits.triton_fused import launch, layout_for
 from qaa_serve.circuits.triton_kernel import circuit_kernel
 
 #: Shared memory that a program may have and that a multiprocessor has, in bytes, by compute capability.
@@ -38,14 +38,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 @dataclass(frozen=True)
 class Figures:
     arch: int
-    ansatz: str
     qubits: int
-    layers: int
     warps: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    executed: int
+    seconds: float
 
     @property
     def programs(self) -> int:
@@ -59,14 +59,18 @@ class CompileOnly:
     """Stands for the kernel: compiles what a launch with these arguments would run."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: object, **options: object) -> None:
+        def launch(*args: object, **options: Any) -> None:
+            begun = time.perf_counter()
             self.compiled: Any = circuit_kernel.warmup(*args, grid=grid, **options)
+            self.seconds, self.options = time.perf_counter() - begun, options
 
         return launch
 
 
-def compile_for(arch: int, ansatz: Ansatz, dtype: torch.dtype = torch.bfloat16) -> Figures:
-    """The figures of one kernel, for an x as wide as the state can hold and three circuits a token."""
+def compile_for(
+    arch: int, qubits: int, dtype: torch.dtype = torch.bfloat16, tokens: int = 2048, rank: int = 16
+) -> Figures:
+    """The figures of one kernel, for an x as wide as the state can hold, and a layer of three slices."""
     triton.runtime.driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", arch, 32),
@@ -74,25 +78,34 @@ def compile_for(arch: int, ansatz: Ansatz, dtype: torch.dtype = torch.bfloat16) 
             get_current_stream=lambda device: 0,
         )
     )
-    circuits = TritonCircuits(ansatz, 4, torch.device("cpu"))
-    circuits._kernel = kernel = CompileOnly()
-    width = 2**ansatz.qubits - ansatz.constant
-    circuits.run(torch.zeros(2, width, dtype=dtype), torch.zeros(2, 3, dtype=torch.int32))
+    layout = layout_for(qubits, 2**qubits, 3, rank, 8)
+    records = torch.zeros(4, layout.words, dtype=torch.int32)
+    x, slots = torch.zeros(tokens, 2**qubits, dtype=dtype), torch.zeros(tokens, dtype=torch.int32)
+    kernel = CompileOnly()
+    launch(kernel, x, slots, (1, 0), records, layout.record, layout, torch.zeros(3, tokens, rank))
     cubin = kernel.compiled.asm["cubin"]
     # The kernel has no arrays: what it keeps on its stack are spilled registers.
     found = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
     assert found
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", cuobjdump("-sass", cubin), re.MULTILINE)
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump("-sass", cubin), re.MULTILINE)
+    places = [int(place, 16) for place, line in code if not line.startswith("NOP")]  # those pad the end
+    # The branches backward end two loops; the shorter one is that over the steps.
+    backward = [
+        (int(place, 16), int(target[1], 16))
+        for place, line in code
+        if (target := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)) and int(target[1], 16) < int(place, 16)
+    ]
+    step = min(sum(begin <= place <= end for place in places) for end, begin in backward)
     return Figures(
         arch,
-        ansatz.name,
-        ansatz.qubits,
-        ansatz.layers,
-        launch_options(ansatz.qubits)["num_warps"],
+        qubits,
+        kernel.options["num_warps"],
         int(found[1]),
         int(found[2]),
         kernel.compiled.metadata.shared,
-        sum(not line.startswith("NOP") for line in code),  # padding behind the end
+        len(places),
+        len(places) + step,
+        kernel.seconds,
     )
 
 
@@ -105,7 +118,18 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def table(rows: list[Figures]) -> str:
-    heads = ("n", "sm", "warps", "registers", "spilled B", "shared B", "instructions", "programs/SM")
+    heads = (
+        "n",
+        "sm",
+        "warps",
+        "registers",
+        "spilled B",
+        "shared B",
+        "instructions",
+        "two layers",
+        "s",
+        "programs/SM",
+    )
     lines = ["| " + " | ".join(heads) + " |", "|" + " ---: |" * len(heads)]
     for row in rows:
         cells = (
@@ -116,6 +140,8 @@ def table(rows: list[Figures]) -> str:
             row.spilled_bytes,
             row.shared_bytes,
             row.instructions,
+            row.executed,
+            f"{row.seconds:.1f}",
             row.programs,
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -125,16 +151,12 @@ def table(rows: list[Figures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=SHARED)
-    parser.add_argument("--ansatz", default=ANSATZ_NAMES[0], choices=ANSATZ_NAMES)
     parser.add_argument("--qubits", type=int, nargs="+", default=[8, 9, 10, 11, 12, 13, 14])
-    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--json", help="write the figures there too")
     args = parser.parse_args()
     print(f"Triton {triton.__version__} with its own ptxas, torch {torch.__version__}")
-    print(f"{args.ansatz}, {args.layers} layers, x in bfloat16, as wide as the state; compiled, not run\n")
-    rows = [
-        compile_for(arch, Ansatz(args.ansatz, qubits, args.layers)) for arch in args.arch for qubits in args.qubits
-    ]
+    print("x in bfloat16, as wide as the state, many tokens; compiled, not run\n")
+    rows = [compile_for(arch, qubits) for arch in args.arch for qubits in args.qubits]
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

@@ -247,9 +247,9 @@ def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "name"), [(("cuquantum", "triton"), "cuquantum"), (("triton",), "triton"), ((), "torch")]
+    ("there", "name"), [(("cuquantum", "triton"), "triton"), (("cuquantum",), "cuquantum"), ((), "torch")]
 )
-def test_auto_on_a_gpu_prefers_cuquantum_and_says_what_is_missing(
+def test_auto_on_a_gpu_takes_what_is_there_and_says_what_is_missing(
     there: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -260,6 +260,46 @@ def test_auto_on_a_gpu_prefers_cuquantum_and_says_what_is_missing(
     assert [other for other in ("cuquantum", "triton") if f"not {other}: install {other}" in reason] == [
         other for other in ("cuquantum", "triton") if other not in there
     ]
+
+
+@pytest.mark.parametrize("faster", ["triton", "cuquantum"])
+def test_auto_takes_the_one_that_is_faster_on_the_models_layers(
+    faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(576, 3), (1536, 1)]
+
+    def seconds(name: str, device: torch.device, on: list[tuple[int, int]], limit_s: float) -> float:
+        assert (device.type, on, limit_s) == ("cuda", shapes, 0.5)
+        return 0.001 if name == faster else 0.002
+
+    monkeypatch.setattr(backends, "missing", lambda name, _: None)
+    monkeypatch.setattr(backends, "time_backend", seconds)
+    chosen, reason = choose_backend("auto", torch.device("cuda"), shapes)
+    assert chosen == faster
+    assert f"{faster} 1000" in reason
+    assert "2000" in reason
+
+
+def test_a_backend_is_timed_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = set()
+    run = CompiledCircuits.run
+
+    def noted(circuits: CompiledCircuits, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ran.add((*x.shape, index.shape[1]))
+        return run(circuits, x, index)
+
+    monkeypatch.setattr(CompiledCircuits, "run", noted)
+    assert 0 < backends.time_backend("cpu", CPU, [(50, 3), (200, 1)], 0.0) < 60
+    assert ran == {(tokens, *shape) for shape in ((50, 3), (200, 1)) for tokens in (16, 512)}
+
+
+def test_auto_passes_over_what_does_not_take_the_models_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "missing", lambda name, _: None)
+    chosen, reason = choose_backend("auto", torch.device("cuda"), [(4096, 3), (28672, 1)])
+    assert chosen == "cuquantum"
+    assert "not triton: a layer 28672 wide needs 15 qubits, and it takes 14" in reason
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: a layer 28672 wide.*Or choose 'auto'"):
+        choose_backend("triton", torch.device("cuda"), [(28672, 1)])
 
 
 def test_a_named_backend_that_cannot_run_says_what_to_do() -> None:

@@ -16,7 +16,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.request import LoRARequest
-from vllm_qaa.layers import DELTA_OP, Standard
+from vllm_qaa import layers
+from vllm_qaa.delta import Standard
+from vllm_qaa.layers import DELTA_OP
 from vllm_qaa.worker import QAAWorkerManager, _check_gpu, _split_graphs_at_delta
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
@@ -130,22 +132,30 @@ def test_cuda_graphs_are_split_at_the_delta():
     config, compilation = graphs(
         CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::unified_attention"]
     )
-    _split_graphs_at_delta(config, "cuda")
-    _split_graphs_at_delta(config, "cuda")
+    _split_graphs_at_delta(config)
+    _split_graphs_at_delta(config)
     assert compilation.splitting_ops == ["vllm::unified_attention", DELTA_OP]
     assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
 
 
 def test_without_compilation_there_are_no_cuda_graphs():
     config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
-    _split_graphs_at_delta(config, "cuda")
+    _split_graphs_at_delta(config)
     assert compilation.cudagraph_mode == CUDAGraphMode.NONE
 
 
-def test_a_cpu_is_left_as_it_is():
+def test_what_vllm_does_not_compile_breaks_out_of_its_graphs_where_it_can(monkeypatch):
+    """As models do that vLLM captures without compiling: the delta runs between two parts of the capture."""
+    breakable = pytest.importorskip("vllm.compilation.breakable_cudagraph", reason="this vLLM has no such graphs")
+    monkeypatch.setattr(breakable, "is_breakable_cudagraph_enabled", lambda: True)
     config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
-    _split_graphs_at_delta(config, torch.device("cpu"))
-    assert compilation.cudagraph_mode == CUDAGraphMode.FULL
+    try:
+        _split_graphs_at_delta(config)
+        assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
+        assert layers._delta is not layers._add_delta
+        assert layers._delta.__wrapped__ is layers._add_delta
+    finally:
+        layers._delta = layers._add_delta
 
 
 def on_gpu(dtype, rank, monkeypatch, capability=(9, 0), version="0.32.0"):

@@ -10,17 +10,11 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
-
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from triton_compile import SHARED, compile_for
 
-from qaa_serve.circuits.triton_fused import TritonCircuits
 from qaa_serve.circuits.triton_kernel import circuit_kernel
-
-#: Bytes a thread may keep in memory for want of registers, where it is not none: in registers it has 512.
-SPILLED = {13: 128, 14: 256}
 
 
 @pytest.fixture(scope="module")
@@ -30,43 +24,34 @@ def apart() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+#: Instructions that a warp runs for two layers of the default circuit, on Hopper; twice as many for twice as many
+#: amplitudes a thread. The bound is what a change may add.
+EXECUTED = {8: 1000, 10: 1650, 12: 2850, 13: 5300, 14: 5500}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("qubits", "arch"), [*product([8, 10, 12, 13], [90, 80]), (14, 90)])
 def test_sizes_in_use_fit_the_hardware(apart: ProcessPoolExecutor, qubits: int, arch: int) -> None:
-    found = apart.submit(compile_for, arch, Ansatz("ryrz_ring_ry", qubits, 2)).result()
-    assert found.spilled_bytes <= SPILLED.get(qubits, 0), found
+    found = apart.submit(compile_for, arch, qubits).result()
+    assert found.spilled_bytes == 0, found
     assert found.shared_bytes <= SHARED[arch][0], found
     assert found.programs >= (2 if qubits < 14 else 1), found
+    assert arch != 90 or found.executed <= EXECUTED[qubits], found
 
 
-def _compiled_ahead_and_at_the_launch(ansatz: Ansatz, dtype: torch.dtype) -> tuple[int, ...]:
-    """How many kernels there are after a launch in a layer of three slices, and after compiling ahead."""
-    compile_for(90, ansatz, dtype)
-    kernels = circuit_kernel.device_caches[90][0]
-    counts = [len(kernels)]
-    for other in (dtype, torch.float16):
-        TritonCircuits.compile(ansatz, 2**ansatz.qubits, 3, other, torch.device("cpu"))
-        counts.append(len(kernels))
-    return tuple(counts)
+@pytest.mark.parametrize(("qubits", "dtype"), [(1, torch.float32), (5, torch.float16), (4, torch.float64)])
+def test_other_sizes_and_types_compile(apart: ProcessPoolExecutor, qubits: int, dtype: torch.dtype) -> None:
+    assert apart.submit(compile_for, 90, qubits, dtype, rank=8).result().spilled_bytes == 0
 
 
-def test_what_is_compiled_ahead_is_what_is_launched(apart: ProcessPoolExecutor) -> None:
-    launched, ahead, other = apart.submit(
-        _compiled_ahead_and_at_the_launch, Ansatz("ry_ring", 6, 3), torch.bfloat16
-    ).result()
-    assert (ahead, other) == (launched, launched + 1)
+def _kernels_after(tokens: tuple[int, ...]) -> int:
+    """How many kernels there are after launches of so many tokens on an H200."""
+    for number in tokens:
+        compile_for(90, 9, tokens=number)
+    return len(circuit_kernel.device_caches[90][0])
 
 
-@pytest.mark.parametrize(
-    ("ansatz", "dtype"),
-    [
-        *((Ansatz(name, 1, 1), torch.float32) for name in ANSATZ_NAMES),
-        *((Ansatz(name, 5, 2), torch.float16) for name in ANSATZ_NAMES),
-        (Ansatz("ryrz_ring_ry", 4, 1, readouts=10, constant=True, length=True), torch.float64),
-        (Ansatz("ry_ring", 4, 25), torch.bfloat16),  # deep enough for the state to be scaled down
-    ],
-    ids=str,
-)
-def test_every_form_compiles(apart: ProcessPoolExecutor, ansatz: Ansatz, dtype: torch.dtype) -> None:
-    found = apart.submit(compile_for, 90, ansatz, dtype).result()
-    assert found.spilled_bytes == 0, found
+def test_one_kernel_serves_every_batch_but_the_smallest(apart: ProcessPoolExecutor) -> None:
+    """Where there are fewer programs than multiprocessors another one, with more warps, is quicker."""
+    assert apart.submit(_kernels_after, (2048, 160)).result() + 1 == apart.submit(_kernels_after, (40,)).result()
+    assert apart.submit(_kernels_after, (32, 8192)).result() == apart.submit(_kernels_after, ()).result()

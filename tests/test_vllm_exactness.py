@@ -21,12 +21,14 @@ pytestmark = pytest.mark.vllm
 from safetensors.torch import load_file, save_file
 from tiny_models import ATTENTION, MLP, VOCAB, ReferenceModel, make_lora, make_model, make_qaa
 from vllm import LLM, SamplingParams
+from vllm.compilation.backends import split_graph
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.forward_context import set_forward_context
 from vllm.lora.request import LoRARequest
 from vllm_qaa import register
-from vllm_qaa.layers import QAALayerMixin
+from vllm_qaa.layers import DELTA_OP, QAALayerMixin
 from vllm_qaa.plan import make_plan
+from vllm_qaa.planned import PlannedDelta
 
 from qaa_serve.adapters import WEIGHTS_FILE, Adapter
 
@@ -373,12 +375,12 @@ def test_the_gpu_path_adds_what_the_cpu_path_adds(served, pattern):
         x = torch.randn(len(ids), layer.full_widths()[0])
         out_cpu = torch.randn(len(ids), sum(layer.output_slices))
         out_punica = out_cpu.clone()
-        layer._add_on_cpu(plan, x, out_cpu)
+        layer.delta._add(plan, x, out_cpu)
         slots = torch.tensor([served.manager.lora_index_to_id.index(i) for i in ids])
         layer.punica_wrapper._token_lora_indices[: len(ids)] = slots
         layer.punica_wrapper.indices_len[0] = len(ids)
         layer.punica_wrapper.is_prefill = False
-        layer._add_with_punica(plan, x, out_punica)
+        PlannedDelta._add(layer.delta, plan, x, out_punica)
         torch.testing.assert_close(out_punica, out_cpu, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     served.manager._last_mapping = None  # the wrapper's metadata was changed by hand
 
@@ -402,7 +404,7 @@ def test_rows_without_adapter_and_padding_are_untouched(served):
     x = torch.full((5, layer.full_widths()[0]), float("nan"))
     x[1] = torch.randn_like(x[1])
     output = torch.full((5, sum(layer.output_slices)), 3.0)
-    layer._add_on_cpu(plan, x, output)
+    layer.delta._add(plan, x, output)
     assert (output[[0, 2, 3, 4]] == 3.0).all()
     assert output[1].isfinite().all()
     assert (output[1] != 3.0).any()
@@ -417,22 +419,25 @@ def test_the_delta_is_one_opaque_op_in_a_compiled_graph(served):
     x = torch.randn(3, layer.full_widths()[0])
     output = torch.randn(3, sum(layer.output_slices))
     expected = output.clone()
-    layer.add_delta(x, expected)
+    layer.delta.add(x, expected)
 
     graphs = []
 
     def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
+        """As vLLM cuts a model for a backend that runs between CUDA graphs."""
+        whole, parts = split_graph(graph, [DELTA_OP])
+        graphs.append([DELTA_OP.split("::")[1] in part.graph.print_readable(print_output=False) for part in parts])
+        return whole
 
     def step(x, output):
-        return layer._apply_lora_to_output(x, output * 1.0)
+        return layer._apply_lora_to_output(x, output * 1.0) * 2.0
 
     config = served.llm.llm_engine.vllm_config
     with set_forward_context(None, config):
         result = torch.compile(step, fullgraph=True, backend=backend)(x, output)
-    torch.testing.assert_close(result, expected)
-    assert "vllm_qaa.add_delta" in graphs[0].print_readable(print_output=False)
+        torch.library.opcheck(torch.ops.vllm_qaa.add_delta, (x, output, layer.qaa_name), test_utils="test_schema")
+    torch.testing.assert_close(result, 2 * expected)
+    assert graphs == [[False, True, False]], "the delta is a part of its own"
     manager._last_mapping = None
 
 
@@ -449,5 +454,5 @@ def test_fewer_rows_than_planned_is_an_error(served):
     layer = next(m for n, m in served.manager.modules.items() if "qkv" in n)
     served.manager._plans.plan = plan_for(served, [adapter] * 4)
     with pytest.raises(RuntimeError, match="part of the tokens"):
-        layer.add_delta(torch.randn(2, layer.full_widths()[0]), torch.randn(2, sum(layer.output_slices)))
+        layer.delta.add(torch.randn(2, layer.full_widths()[0]), torch.randn(2, sum(layer.output_slices)))
     served.manager._last_mapping = None

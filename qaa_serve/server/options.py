@@ -192,8 +192,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--qaa-backend",
         choices=("auto", *CIRCUIT_BACKENDS),
         default="auto",
-        help="what runs the circuits; auto takes the first that can run here of cuquantum, triton, cpu (compiled) "
-        "and torch, and the log says which (default: auto)",
+        help="what runs the circuits; auto takes on a GPU the faster one of triton and cuquantum, timed on the "
+        "model's layers, on a CPU the compiled one; without these torch; the log says which (default: auto)",
+    )
+    group.add_argument(
+        "--qaa-max-layers",
+        metavar="N",
+        type=_at_least_one,
+        default=8,
+        help="with triton: layers of gates that the circuits of a module may have, in all its heads; room for "
+        "them is made in advance, in each of the --max-loras slots (default: 8)",
     )
     group = parser.add_argument_group("qaa-serve: rights and limits")
     group.add_argument(

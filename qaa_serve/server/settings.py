@@ -278,7 +278,7 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
         UsageError: if the arguments make no sense together.
     """
     from vllm.platforms import current_platform
-    from vllm_qaa.worker import BACKEND_KEY
+    from vllm_qaa.worker import BACKEND_KEY, MOST_LAYERS_KEY
 
     from qaa_serve.server.engine import WORKER_EXTENSION
 
@@ -286,7 +286,8 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
         choose_backend(args.qaa_backend, torch.device(current_platform.device_type))
     except ValueError as error:
         raise UsageError(f"--qaa-backend {args.qaa_backend}: {error}") from error
-    args.additional_config = {**(args.additional_config or {}), BACKEND_KEY: args.qaa_backend}
+    circuits = {BACKEND_KEY: args.qaa_backend, MOST_LAYERS_KEY: args.qaa_max_layers}
+    args.additional_config = {**(args.additional_config or {}), **circuits}
     if args.data_parallel_size > 1 or (args.api_server_count or 1) > 1 or args.headless:
         raise UsageError(
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "
