@@ -227,6 +227,38 @@ def test_circuits_are_empty_until_put_and_can_be_put_anew(generator: torch.Gener
     assert_close(circuits.run(x, index), expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("tokens", [2, 16, 33])
+def test_what_was_embedded_is_used_for_the_same_tokens_only(tokens: int, generator: torch.Generator) -> None:
+    """Batches of equal size behind each other; and with 24 circuits a token tiles that begin with the same one."""
+    ansatz = Ansatz("ryrz_ring_ry", 8, 1)
+    theta = random_theta(generator, 24, ansatz, torch.float32)
+    circuits = CompiledCircuits(ansatz, 24, CPU)
+    circuits.put(0, theta)
+    index = torch.arange(24, dtype=torch.int32).expand(tokens, -1)
+    for _ in range(3):
+        x = random_x(generator, tokens, 200, torch.float32)
+        assert_close(circuits.run(x, index), reference(x, theta, ansatz, None), TOLERANCE[torch.float32])
+
+
+def test_threads_do_not_share_the_room_they_compute_in() -> None:
+    circuits = CompiledCircuits(Ansatz("ryrz_ring_ry", 8, 1), 1, CPU)
+    both_there, found = threading.Barrier(2), []
+
+    def work() -> None:
+        both_there.wait(30)  # numbers of threads that have ended are given anew
+        found.append(circuits._space(200))
+        both_there.wait(30)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    one, other = ({id(array) for array in space if isinstance(array, np.ndarray)} for space in found)
+    assert one
+    assert not one & other
+
+
 def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None:
     """What a wide row left behind must not be seen by a narrow one."""
     ansatz = Ansatz("ryrz_ring_ry", 8, 1)

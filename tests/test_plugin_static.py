@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_interpreter
 from circuits_support import fresh_generator, random_theta
-from static_support import CPU, RANK, SLICES, SLOTS, WIDTH, Layer, run_static
+from delta_support import CPU, RANK, SLICES, SLOTS, WIDTH, Layer, adapters, filled, run_static, updates
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("triton", reason="the triton backend needs triton")
@@ -22,62 +22,8 @@ from vllm_qaa.static import Block, StaticDelta
 from vllm_qaa.worker import QAAModelManager
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.circuits import Ansatz, get_backend
+from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.backends import missing
-
-
-def adapters(generator: torch.Generator) -> dict[int, tuple[CircuitForm, dict[int, torch.Tensor], Standard]]:
-    """Of four slots, no two alike: standardised and whitened; heads and pairs; a constant and length; deep."""
-
-    def make(circuit: Ansatz, heads: int, slices: tuple[int, ...], standard: Standard) -> Any:
-        form = CircuitForm(circuit, heads, standard.inputs is not None, standard.readouts is not None)
-        return form, {i: random_theta(generator, heads, form.ansatz(5)) for i in slices}, standard
-
-    def numbers(*shape: int) -> torch.Tensor:
-        return torch.rand(2, *shape, generator=generator) + 0.5
-
-    return {
-        0: make(Ansatz("ryrz_ring_ry", 16, 2), 1, (0, 1), Standard(numbers(WIDTH), numbers(2, 5))),
-        2: make(Ansatz("ry_ring", 16, 1, readouts=7), 2, (1,), Standard()),
-        4: make(Ansatz("strongly_entangling", 16, 1, 9, constant=True, length=True), 1, (0,), Standard()),
-        5: make(Ansatz("ryrz_ring_ry", 16, 8), 1, (0, 1), Standard(numbers(WIDTH))),
-    }
-
-
-def updates(
-    layer: Layer, x: torch.Tensor, slots: list[int], adapters: Any, with_circuits: bool = True
-) -> torch.Tensor:
-    """What every row should get, in float64."""
-    found = torch.zeros(len(x), sum(SLICES), dtype=torch.float64)
-    whole = layer.whole_input(x).double()
-    for row, slot in enumerate(slots):
-        if slot < 0:
-            continue
-        parts = []
-        for i in range(len(SLICES)):
-            z = layer.lora_a_stacked[i][slot, 0].double() @ x[row].double()
-            form, angles, standard = adapters.get(slot, (None, {}, Standard()))
-            if i in angles and with_circuits:
-                inputs, readouts = standard.inputs, standard.readouts
-                one = whole[row] if inputs is None else (whole[row] - inputs[0]) * inputs[1]
-                by_head = (
-                    get_backend("reference")(one[None], angles[i], form.ansatz(5), None)[0].flatten().double()
-                )
-                if readouts is not None:
-                    by_head = (by_head - readouts[0, i]) * readouts[1, i]
-                z[: len(by_head)] = by_head
-            parts.append(layer.lora_b_stacked[i][slot, 0].double() @ z)
-        found[row] = torch.cat(parts)
-    return found
-
-
-def filled(generator: torch.Generator, layer: Layer) -> Layer:
-    """B in every slot, and a LoRA adapter's A in slot 1."""
-    for b in layer.lora_b_stacked:
-        b.copy_(torch.randn(b.shape, generator=generator) / 4)
-    for a in layer.lora_a_stacked:
-        a[1, 0, :4] = (torch.randn(4, a.shape[-1], generator=generator) / 4).half()
-    return layer
 
 
 def test_a_mixed_batch_gets_what_each_adapter_gives() -> None:

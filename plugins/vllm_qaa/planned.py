@@ -84,6 +84,7 @@ class SlotCircuits:
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self.table[slot] = -1
+        self.readouts[slot : slot + 1] = 0  # no offset is taken off where there is no readout
         self.key = self.table.cpu().numpy().tobytes()
 
 
