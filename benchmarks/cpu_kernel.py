@@ -23,9 +23,10 @@ import torch
 from circuits import hardware, versions
 from numba import njit
 
-from qaa_serve.circuits import Ansatz, cpu_gates, cpu_kernel, get_backend
-from qaa_serve.circuits.cpu_fused import CompiledCircuits
-from qaa_serve.circuits.cpu_host import LANES
+from qaa_serve.circuits import Ansatz, get_backend
+from qaa_serve.circuits.cpu import forward, gates
+from qaa_serve.circuits.cpu.host import LANES
+from qaa_serve.circuits.cpu.serving import CompiledCircuits
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-6
@@ -75,39 +76,39 @@ def parts(qubits: int) -> dict[str, float]:
     identity = np.arange(2**n, dtype=np.int32)
     form = before, gathers, moves, after
     found = {
-        "tile: embed": microseconds(cpu_kernel.embed, x, of_each, constant, rows, scales, lengths, embedded),
-        "tile: angles to the lanes": microseconds(cpu_kernel.spread_tables, circuits._turns, of_each, turns)
-        + microseconds(cpu_kernel.spread_tables, circuits._phases, of_each, phases),
-        "tile: RY layer, real": microseconds(cpu_gates.rotate, embedded, a, turns, 0, 0, n),
+        "tile: embed": microseconds(forward.embed, x, of_each, constant, rows, scales, lengths, embedded),
+        "tile: angles to the lanes": microseconds(forward.spread_tables, circuits._turns, of_each, turns)
+        + microseconds(forward.spread_tables, circuits._phases, of_each, phases),
+        "tile: RY layer, real": microseconds(gates.rotate, embedded, a, turns, 0, 0, n),
     }
-    found["tile: RY layer, complex"] = microseconds(cpu_gates.rotate, a, a, turns, 0, 0, n) * 2
+    found["tile: RY layer, complex"] = microseconds(gates.rotate, a, a, turns, 0, 0, n) * 2
     ring = gathers[1]
     found["tile: phases and ring, of a real state"] = microseconds(
-        cpu_kernel._shift_phases, embedded, b, False, c, d, phases, 0, ring, True, n, n // 2
+        forward._shift_phases, embedded, b, False, c, d, phases, 0, ring, True, n, n // 2
     )
     found["tile: phases and ring, of a complex state"] = microseconds(
-        cpu_kernel._shift_phases, embedded, b, True, c, d, phases, 1, ring, True, n, n // 2
+        forward._shift_phases, embedded, b, True, c, d, phases, 1, ring, True, n, n // 2
     )
-    found["tile: all Z"] = microseconds(cpu_gates.read_z, p, sums, n)
-    found["tile: all X, for the closing RY layer"] = microseconds(cpu_gates.read_x, embedded, sums, n) * 2
+    found["tile: all Z"] = microseconds(gates.read_z, p, sums, n)
+    found["tile: all X, for the closing RY layer"] = microseconds(gates.read_x, embedded, sums, n) * 2
     found["tile: all of it but embedding and angles"] = microseconds(
-        cpu_kernel._run_tile, embedded, turns, phases, *form, closing, masks, n, spaces, z
+        forward._run_tile, embedded, turns, phases, *form, closing, masks, n, spaces, z
     )
-    if n < cpu_kernel._LEAST_QUBITS:
+    if n < forward._LEAST_QUBITS:
         return found
-    vectors, lower = n - cpu_gates.LANE_BITS, n // 2 - cpu_gates.LANE_BITS
+    vectors, lower = n - gates.LANE_BITS, n // 2 - gates.LANE_BITS
     found |= {
-        "one: embed": microseconds(cpu_kernel._embed_one, x[0], constant, state),
+        "one: embed": microseconds(forward._embed_one, x[0], constant, state),
         "one: angles": microseconds(
-            cpu_kernel._spread_one, circuits._turns[0], circuits._phases[0], n, turns, phases
+            forward._spread_one, circuits._turns[0], circuits._phases[0], n, turns, phases
         ),
-        "one: RY layer, real": microseconds(cpu_gates.rotate_lanes, state, a, turns, 0, vectors),
+        "one: RY layer, real": microseconds(gates.rotate_lanes, state, a, turns, 0, vectors),
         "one: phases, of a complex state": microseconds(
-            cpu_kernel._shift_phases, state, b, True, c, d, phases, 0, identity, False, vectors, lower
+            forward._shift_phases, state, b, True, c, d, phases, 0, identity, False, vectors, lower
         ),
-        "one: ring, complex": microseconds(cpu_kernel._permute, a, c, ring) * 2,
+        "one: ring, complex": microseconds(forward._permute, a, c, ring) * 2,
         "one: all of it but embedding and angles": microseconds(
-            cpu_kernel._run_one, state, turns, phases, *form, masks, n, spaces, one_z
+            forward._run_one, state, turns, phases, *form, masks, n, spaces, one_z
         ),
     }
     return found

@@ -60,7 +60,7 @@ from circuits import (
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, Circuits, circuits_of, get_backend, torch_batched
 from qaa_serve.circuits.backends import missing
-from qaa_serve.circuits.triton_fused import TritonCircuits
+from qaa_serve.circuits.triton.host import TritonCircuits
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("triton", "torch", "cuquantum")
@@ -277,7 +277,7 @@ def compiled_kernels(make: type[Circuits]) -> int:
     """How many variants of its kernel Triton has compiled in this process."""
     if make is not TritonCircuits:
         return 0
-    from qaa_serve.circuits.triton_kernel import circuit_kernel
+    from qaa_serve.circuits.triton.kernel import circuit_kernel
 
     return sum(len(kernels) for kernels, *_ in circuit_kernel.device_caches.values())
 

@@ -26,8 +26,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from qaa_serve.circuits.triton_fused import launch, layout_for
-from qaa_serve.circuits.triton_kernel import circuit_kernel
+from qaa_serve.circuits.triton.host import launch, layout_for
+from qaa_serve.circuits.triton.kernel import circuit_kernel
 
 #: Shared memory that a program may have and that a multiprocessor has, in bytes, by compute capability.
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}

@@ -18,7 +18,7 @@ from custatevec_interpreter import interpreted
 
 from qaa_serve.circuits import MAX_QUBITS, Ansatz, get_backend
 from qaa_serve.circuits.backends import ExpectationValues
-from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from qaa_serve.circuits.cpu.serving import CompiledCircuits
 
 #: Fresh at each run; a failing test prints it, and QAA_TEST_SEED=<it> runs the same inputs again.
 SEED = int(os.environ.get("QAA_TEST_SEED") or random.SystemRandom().randrange(2**31))

@@ -12,7 +12,7 @@ import torch
 from circuits_support import TOLERANCE, assert_close, compiled, fresh_generator, random_theta, random_x
 
 from qaa_serve.circuits import Ansatz, backends, choose_backend, get_backend
-from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from qaa_serve.circuits.cpu.serving import CompiledCircuits
 
 CPU = torch.device("cpu")
 reference = get_backend("reference")

@@ -11,7 +11,7 @@ import triton_interpreter
 from circuits_support import TOLERANCE, assert_close, fresh_generator, random_theta, random_x
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, get_backend
-from qaa_serve.circuits.triton_fused import (
+from qaa_serve.circuits.triton.host import (
     MOST_QUBITS,
     TritonCircuits,
     floats_of,
@@ -179,7 +179,7 @@ def test_what_it_cannot_run_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs a GPU" in str(missing(CPU))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert missing(CPU) is None
-    monkeypatch.setattr("qaa_serve.circuits.triton_fused.find_spec", lambda name: None)
+    monkeypatch.setattr("qaa_serve.circuits.triton.host.find_spec", lambda name: None)
     assert "pip install triton" in str(missing(torch.device("cuda")))
     with pytest.raises(ValueError, match=r"at most 14 qubits, not 15; choose another"):
         TritonCircuits(Ansatz("ry_ring", 15, 1), 1, CPU)

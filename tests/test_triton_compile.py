@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from triton_compile import SHARED, compile_for
 
-from qaa_serve.circuits.triton_kernel import circuit_kernel
+from qaa_serve.circuits.triton.kernel import circuit_kernel
 
 
 @pytest.fixture(scope="module")

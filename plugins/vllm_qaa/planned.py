@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qaa_serve.circuits import Circuits
-from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from qaa_serve.circuits.cpu.serving import CompiledCircuits
 from vllm_qaa.delta import Standard
 from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
 from vllm_qaa.timing import TIMER

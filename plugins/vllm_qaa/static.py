@@ -18,7 +18,7 @@ import torch
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.circuits.ansatz import qubits_for
-from qaa_serve.circuits.triton_fused import (
+from qaa_serve.circuits.triton.host import (
     INPUTS,
     Layout,
     check_qubits,
@@ -117,7 +117,7 @@ class StaticDelta:
     nbytes = 0  # the block is counted once, with the model
 
     def __init__(self, layer: Any, block: Block):
-        from qaa_serve.circuits.triton_kernel import circuit_kernel
+        from qaa_serve.circuits.triton.kernel import circuit_kernel
 
         self._layer, self._kernel = layer, circuit_kernel
         self._records, self._layout = block.part(layer)

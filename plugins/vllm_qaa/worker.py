@@ -37,7 +37,7 @@ from qaa_serve.adapters import (
     read_config,
 )
 from qaa_serve.circuits import MAX_QUBITS, Ansatz, choose_backend, circuits_of
-from qaa_serve.circuits.cpu_fused import CompiledCircuits
+from qaa_serve.circuits.cpu.serving import CompiledCircuits
 from vllm_qaa.delta import Delta, Standard
 from vllm_qaa.layers import DELTA_OP, QAALayerMixin, break_graphs_at_delta
 from vllm_qaa.memory import device_memory, host_free

@@ -13,7 +13,7 @@ goes back through them with lambda = dL/dpsi (adjoint method, arXiv:2009.02823):
 States are (2**n, columns) here: a column a token, and from the first RZ on two, real and imaginary part side by
 side. A permutation moves whole rows, a phase multiplies one, and all columns pass a real matrix together.
 
-On a CPU in float32 all of this is done by compiled kernels instead, ``cpu_training``; what is here is for GPUs,
+On a CPU in float32 all of this is done by compiled kernels instead, ``cpu.training``; what is here is for GPUs,
 float64 and where numba is missing.
 """
 
@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from qaa_serve.circuits import cpu_training
 from qaa_serve.circuits.ansatz import Ansatz, check_inputs
 from qaa_serve.circuits.backends import missing
+from qaa_serve.circuits.cpu import training as cpu_training
 from qaa_serve.circuits.torch_batched import _schedule, _Stretch, embed, fuse, lengths
 
 #: Amplitudes of the tokens computed together, by device: few enough for a CPU's caches (a state of 2**17 takes

@@ -66,9 +66,9 @@ class Backend(NamedTuple):
 BACKENDS = {
     "reference": Backend("reference", None, "complex128, gate by gate, CPU; for checking"),
     "torch": Backend("torch_batched", "TorchCircuits", "float32, fused gates, CPU or GPU, differentiable"),
-    "triton": Backend("triton_fused", "TritonCircuits", "float32, one kernel, GPU"),
+    "triton": Backend("triton.host", "TritonCircuits", "float32, one kernel, GPU"),
     "cuquantum": Backend("custatevec", "CuStateVecCircuits", "complex64 on cuStateVec, GPU"),
-    "cpu": Backend("cpu_fused", "CompiledCircuits", "float32, compiled for this CPU by numba"),
+    "cpu": Backend("cpu.serving", "CompiledCircuits", "float32, compiled for this CPU by numba"),
 }
 
 #: What `auto` tries on a kind of device, first to last; torch, which runs everywhere, only for want of others.

@@ -124,7 +124,7 @@ class _Session:
         # When its thread has ended. The end of the process frees everything anyway, CUDA perhaps before us.
         weakref.finalize(self, self._library.destroy, self._handle).atexit = False
 
-    def follow(self, stream: torch.cuda.Stream) -> None:
+    def use_stream(self, stream: torch.cuda.Stream) -> None:
         """Run what comes now on that stream, behind what ran on another."""
         if stream == self._stream:
             return
@@ -148,7 +148,7 @@ class _Session:
         """
         return torch.empty(shape, dtype=dtype, device=self._device)
 
-    def room(self, states: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def state_buffers(self, states: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two buffers (states, stride) complex64: the same ones until a batch is larger than all before."""
         amplitudes = states * stride
         if amplitudes > self._states.shape[1]:
@@ -349,7 +349,7 @@ class CuStateVecCircuits:
         part = max(1, _MOST_AMPLITUDES // (readouts * self._plan.stride))
         with _current(z):
             session = _session(self._device)
-            session.follow(_current_stream(self._device))
+            session.use_stream(_current_stream(self._device))
             for rows in (slice(first, first + part) for first in range(0, tokens, part)):
                 self._run(session, x[rows], slots[rows].flatten(), z[rows].flatten(0, 1))
         if self._ansatz.length:
@@ -360,7 +360,7 @@ class CuStateVecCircuits:
     def _run(self, session: _Session, x: torch.Tensor, slots: torch.Tensor, z: torch.Tensor) -> None:
         """Part of a batch: x (tokens, width), slots (tokens * readouts,), to z (tokens * readouts, columns)."""
         plan, n = self._plan, self._ansatz.qubits
-        states, spare = session.room(len(slots), plan.stride)
+        states, spare = session.state_buffers(len(slots), plan.stride)
         by_token = states.view(len(x), -1, plan.stride)
         by_token[..., : 2**n] = embed(x, self._ansatz).unsqueeze(1)
         by_token[..., 2**n :] = 0

@@ -22,13 +22,13 @@ import torch
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
 from qaa_serve.circuits.schedule import sources
 
-LANES = 16  # of cpu_simd
+LANES = 16  # of vectors
 
 # ------------------------------------------------------------------------------------ circuits
 
 
 class Form(NamedTuple):
-    """An ansatz as the kernel reads it; see ``cpu_kernel._run_tile``."""
+    """An ansatz as the kernel reads it; see ``forward._run_tile``."""
 
     before: np.ndarray
     after: np.ndarray
@@ -130,7 +130,7 @@ def aligned(vectors: int) -> np.ndarray:
 
 
 class TileSpace(NamedTuple):
-    """The arrays in which ``cpu_kernel`` runs circuits on tokens of a width, for one thread; sizes in vectors.
+    """The arrays in which ``cpu.forward`` runs circuits on tokens of a width, for one thread; sizes in vectors.
 
     Attributes:
         rows: the tokens of a tile, (16, width up to a multiple of 16) numbers.
@@ -175,7 +175,7 @@ def tile_space(ansatz: Ansatz, width: int) -> TileSpace:
 
 
 @contextmanager
-def alone(directory: str | None) -> Iterator[None]:
+def one_compiler(directory: str | None) -> Iterator[None]:
     """Let one process at a time compile into a directory of numba's.
 
     numba names what it writes by how much is there, so that two at once may write one file for two kinds of
@@ -195,7 +195,7 @@ _pool_lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}  # one a process; it makes threads as they are needed
 
 
-def share(work: Callable[[slice], None], tokens: int) -> None:
+def over_threads(work: Callable[[slice], None], tokens: int) -> None:
     """work(part) over so many tokens, on at most as many threads as torch uses.
 
     The kernel holds no lock of Python's. OpenMP's own threads are left out of it: they would spin beside these.

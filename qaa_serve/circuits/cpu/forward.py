@@ -31,8 +31,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from qaa_serve.circuits import cpu_gates, cpu_simd
-from qaa_serve.circuits.cpu_gates import (
+from qaa_serve.circuits.cpu import gates, vectors
+from qaa_serve.circuits.cpu.gates import (
     LANE_BITS,
     butterfly,
     copy_vector,
@@ -47,7 +47,7 @@ from qaa_serve.circuits.cpu_gates import (
     spread,
     to_lanes,
 )
-from qaa_serve.circuits.cpu_simd import LANES
+from qaa_serve.circuits.cpu.vectors import LANES
 
 #: Pairs of a token and a circuit that are run one by one instead of as a tile.
 _FEW = 6
@@ -77,7 +77,7 @@ def _shift_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved
 
 
 @njit(nogil=True)
-def enter(re, im, is_complex, to_re, to_im, phases, before, after, gather, moved, n):
+def before_turns(re, im, is_complex, to_re, to_im, phases, before, after, gather, moved, n):
     """What lies before an RY layer: phases, a permutation, phases. Whether the state is complex then."""
     if before >= 0:
         _shift_phases(re, im, is_complex, to_re, to_im, phases, before, gather, moved, n, n // 2)
@@ -127,7 +127,7 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
     for stretch in range(stretches):
         first, last, moved = before[stretch], after[stretch], moves[stretch]
         if first >= 0 or last >= 0 or moved:
-            is_complex = enter(source, b, is_complex, c, d, phases, first, last, gathers[stretch], moved, n)
+            is_complex = before_turns(source, b, is_complex, c, d, phases, first, last, gathers[stretch], moved, n)
             source, a, b, c, d = c, c, d, a, b
         if closing and stretch == stretches - 1:
             break
@@ -514,4 +514,4 @@ def _entry_points(source: str) -> Any:
         return njit(nogil=True)(run), njit(nogil=True)(run_and_add)
 
 
-run, run_and_add = _entry_points(inspect.getsource(cpu_simd) + inspect.getsource(cpu_gates))
+run, run_and_add = _entry_points(inspect.getsource(vectors) + inspect.getsource(gates))

@@ -44,7 +44,7 @@ MOST_QUBITS = 14
 #: multiplied by the cosines that were left out.
 _MOST_GROWTH = 80
 
-#: Words of a header and of a step, and what a section begins at a multiple of; see ``triton_kernel``.
+#: Words of a header and of a step, and what a section begins at a multiple of; see ``kernel``.
 _HEADER, _STEP, _ALIGNED = 12, 4, 16
 
 #: The word of a record that says whether the input is standardised.
@@ -317,7 +317,7 @@ def launch(
     """Run every token on the circuits that its slot has in the layer. One launch, which waits for nothing.
 
     Args:
-        kernel: ``triton_kernel.circuit_kernel``, or what stands for it.
+        kernel: ``kernel.circuit_kernel``, or what stands for it.
         x: (tokens, width) of any floating dtype, any strides.
         slots: int32, the slot of a token's slice; a number that is not there for none.
         slots_strides: of tokens and slices in it.
@@ -368,9 +368,9 @@ class TritonCircuits:
 
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
         check_qubits(ansatz.qubits)
-        from qaa_serve.circuits import triton_kernel
+        from qaa_serve.circuits.triton.kernel import circuit_kernel
 
-        self._kernel = triton_kernel.circuit_kernel
+        self._kernel = circuit_kernel
         self._ansatz = ansatz
         steps = len(schedule(ansatz).steps)
         self._layout = Layout(ansatz.qubits, 0, 1, ansatz.columns, steps, floats_of(ansatz))

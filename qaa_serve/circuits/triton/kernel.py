@@ -1,4 +1,4 @@
-"""The kernel of ``triton_fused``, which says how it works; apart, since importing this needs Triton.
+"""The kernel of ``triton.host``, which says how it works; apart, since importing this needs Triton.
 
 Annotations are not postponed here: Triton reads ``tl.constexpr`` from them.
 """
@@ -31,7 +31,7 @@ def circuit_kernel(
     slots,  # int32: the record of a token's slice; a number that is not there for none
     slots_token,  # strides of slots
     slots_slice,
-    records,  # (records_count, ...) int32 words, see triton_fused.Layout
+    records,  # (records_count, ...) int32 words, see host.Layout
     records_count,
     record_slot,  # words from the records of one slot to those of the next
     record_slice,  # and from one slice's record to the next one's

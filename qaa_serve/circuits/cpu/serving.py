@@ -1,4 +1,4 @@
-"""The compiled CPU backend, ``cpu_kernel``, as serving uses it.
+"""The compiled CPU backend, ``cpu.forward``, as serving uses it.
 
 numba is loaded, and compiles, when the first circuits are made.
 """
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from qaa_serve.circuits.ansatz import Ansatz
-from qaa_serve.circuits.cpu_host import (
-    alone,
+from qaa_serve.circuits.cpu.host import (
     as_array,
     missing,
     numbers,
+    one_compiler,
+    over_threads,
     read_ansatz,
-    share,
     tile_space,
     write_tables,
 )
@@ -45,7 +45,7 @@ class CompiledCircuits:
     """Circuits for serving on a CPU; see ``backends.Circuits``."""
 
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
-        self._kernel: Any = import_module("qaa_serve.circuits.cpu_kernel")
+        self._kernel: Any = import_module("qaa_serve.circuits.cpu.forward")
         self._ansatz = ansatz
         self._form = tuple(read_ansatz(ansatz)[0])
         self._spaces: dict[tuple[int, int], _Space] = {}
@@ -73,7 +73,7 @@ class CompiledCircuits:
             space = self._space(x_.shape[1])
             self._kernel.run(x_, rows[part], index_[part], self._tables, self._form, space, z_[part])
 
-        share(work, x.shape[0])
+        over_threads(work, x.shape[0])
         return z
 
     def add_to(
@@ -114,7 +114,7 @@ class CompiledCircuits:
             adapters = table, self._tables, self._form, inputs, readouts, weights, ends
             self._kernel.run_and_add(x_, rows[part], slots[part], *adapters, self._space(x_.shape[1]), output_)
 
-        share(work, len(rows))
+        over_threads(work, len(rows))
 
     def _space(self, width: int) -> tuple[Any, ...]:
         """The calling thread's, kept here because to hash an ansatz takes longer than to look up two numbers."""
@@ -132,7 +132,7 @@ class CompiledCircuits:
         table, weights = np.full((1, readouts), -1, np.int32), np.zeros((1, ansatz.columns, 1), np.float32)
         standards = np.zeros((0, 2, width), np.float32), np.zeros((0, 2, readouts, ansatz.columns), np.float32)
         output, ends = torch.zeros(1, 1, dtype=dtype), np.ones(readouts, np.int64)
-        with alone(circuits._kernel.run.stats.cache_path):
+        with one_compiler(circuits._kernel.run.stats.cache_path):
             circuits.run(x, torch.from_numpy(table))
             circuits.add_to(output, x, one, one, table, *standards, weights, ends)
 

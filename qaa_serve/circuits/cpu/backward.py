@@ -1,4 +1,4 @@
-"""The compiled backward pass of training on a CPU: what ``adjoint`` does, on the tiles of ``cpu_kernel``.
+"""The compiled backward pass of training on a CPU: what ``adjoint`` does, on the tiles of ``cpu.forward``.
 
 A tile, sixteen tokens of one circuit, is run once more. What enters each RY layer is kept until lambda = dL/dpsi
 has come back to it: a tile's states fit the cache, and to run psi back beside lambda would take longer.
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from qaa_serve.circuits import cpu_gates, cpu_kernel, cpu_simd
-from qaa_serve.circuits.cpu_gates import (
+from qaa_serve.circuits.cpu import forward, gates, vectors
+from qaa_serve.circuits.cpu.forward import before_turns, embed, spread_tables, walsh_hadamard
+from qaa_serve.circuits.cpu.gates import (
     add_product,
     add_vector,
     copy_vector,
@@ -33,8 +34,7 @@ from qaa_serve.circuits.cpu_gates import (
     rotate,
     weigh_z,
 )
-from qaa_serve.circuits.cpu_kernel import embed, enter, spread_tables, walsh_hadamard
-from qaa_serve.circuits.cpu_simd import LANES
+from qaa_serve.circuits.cpu.vectors import LANES
 
 
 @njit(nogil=True)
@@ -62,9 +62,9 @@ def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
     """lambda where a tile's circuit begins, (2**n vectors,) real; it lies in one of the arrays given.
 
     Args:
-        embedded: as of ``cpu_kernel._run_tile``.
+        embedded: as of ``forward._run_tile``.
         angles: turns and phases as of ``_run_tile``, between them turns with negative sines.
-        form: of the ansatz, see ``cpu_host``.
+        form: of the ansatz, see ``cpu.host``.
         entered, entered_im: (RY layers, 2**n vectors), space for both parts of what enters them.
         spaces: three times 2**n vectors, and n.
         dz: vectors of dL/dz, by bit, or by column where there are more than n.
@@ -80,7 +80,9 @@ def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
     for stretch in range(stretches):
         re, im = entered[stretch], entered_im[stretch]
         first, last, moved = before[stretch], after[stretch], moves[stretch]
-        is_complex = enter(source, b, complex_at[stretch], re, im, phases, first, last, gathers[stretch], moved, n)
+        is_complex = before_turns(
+            source, b, complex_at[stretch], re, im, phases, first, last, gathers[stretch], moved, n
+        )
         complex_at[stretch + 1] = is_complex
         rotate(re, a, turns, 2 * stretch * n, 0, n)
         if is_complex:
@@ -203,7 +205,7 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
 
 
 def _entry_point(source: str) -> Any:
-    """What Python calls; see ``cpu_kernel``."""
+    """What Python calls; see ``cpu.forward``."""
 
     def gradients(x, dz, circuits, form, space, dx, dturns, dphases):
         len(source)
@@ -215,4 +217,4 @@ def _entry_point(source: str) -> Any:
         return njit(nogil=True)(gradients)
 
 
-gradients = _entry_point("".join(inspect.getsource(module) for module in (cpu_simd, cpu_gates, cpu_kernel)))
+gradients = _entry_point("".join(inspect.getsource(module) for module in (vectors, gates, forward)))

@@ -1,4 +1,4 @@
-"""Gates and readouts on vectors of sixteen numbers: what ``cpu_kernel`` builds its circuits from.
+"""Gates and readouts on vectors of sixteen numbers: what ``cpu.forward`` builds its circuits from.
 
 A bit here is one of a vector's number. The four bits of the place within a vector exist only where a vector holds
 amplitudes of one state, and have gates of their own.
@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import njit
 
-from qaa_serve.circuits.cpu_simd import LANES, Block, Registers, emit
+from qaa_serve.circuits.cpu.vectors import LANES, Block, Registers, emit
 
 _MOST_BITS = 4  # qubits a pass: 16 amplitudes, half of AVX-512's registers
 

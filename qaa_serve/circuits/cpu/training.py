@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, ``cpu_kernel`` and ``cpu_adjoint``, as training uses them.
+"""The compiled CPU kernels, ``cpu.forward`` and ``cpu.backward``, as training uses them.
 
 Angles change in every step, so that a call is given them and makes its tables itself: they are small. numba is
 loaded by ``prepare`` or with the first call, and keeps on disk what it compiles.
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from qaa_serve.circuits.ansatz import Ansatz
-from qaa_serve.circuits.cpu_host import (
+from qaa_serve.circuits.cpu.host import (
     LANES,
     aligned,
-    alone,
     as_array,
     numbers,
+    one_compiler,
+    over_threads,
     read_ansatz,
-    share,
     tile_space,
     write_tables,
 )
@@ -47,7 +47,7 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
         kernel.run(x_, rows[part], index[part], tables, form, space, z[part])
 
     if z.size:
-        share(work, len(x))
+        over_threads(work, len(x))
     return torch.from_numpy(z)
 
 
@@ -79,7 +79,7 @@ def gradients(
         )
 
     if dz.numel():
-        share(work, len(x))
+        over_threads(work, len(x))
     dtheta = np.zeros(theta.shape)
     for _, (dturns, dphases) in sorted(sums.items()):  # in the same order always: the same sum
         # of exp(-i t Y / 2) and exp(-i t Z / 2); the kernel counts bits, theta wires
@@ -95,7 +95,7 @@ def _tables(theta: torch.Tensor, ansatz: Ansatz) -> tuple[np.ndarray, np.ndarray
 
 
 class _BackSpace(NamedTuple):
-    """The arrays in which ``cpu_adjoint`` takes a tile back, for one thread; sizes in vectors.
+    """The arrays in which ``cpu.backward`` takes a tile back, for one thread; sizes in vectors.
 
     Attributes:
         rows, scales, lengths, embedded: those of the forward pass.
@@ -158,10 +158,10 @@ _is_ready = False
 def _kernels() -> tuple[Any, Any]:
     """The modules of both kernels, compiled: one code serves all circuits."""
     global _is_ready
-    forward, backward = (import_module(f"{__package__}.{name}") for name in ("cpu_kernel", "cpu_adjoint"))
+    forward, backward = (import_module(f"{__package__}.{name}") for name in ("forward", "backward"))
     if not _is_ready:
         _is_ready = True  # before the calls below ask
-        with alone(forward.run.stats.cache_path):
+        with one_compiler(forward.run.stats.cache_path):
             x, ansatz = torch.zeros(1, 1), Ansatz("ry_ring", 1, 1)
             theta = torch.zeros(1, *ansatz.theta_shape)
             gradients(x, theta, ansatz, expectation_values(x, theta, ansatz))

@@ -1,0 +1,1 @@
+"""Circuits compiled for a CPU: ``host``, ``serving``, ``training`` in Python, ``forward``, ``backward`` compiled."""

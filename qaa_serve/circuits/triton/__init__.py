@@ -1,0 +1,1 @@
+"""Circuits in one Triton kernel: ``host`` in Python, ``kernel`` on a GPU."""
