@@ -1,1 +1,1 @@
-"""Circuits compiled for a CPU: ``host``, ``serving``, ``training`` in Python, ``forward``, ``backward`` compiled."""
+"""Circuits compiled for a CPU: ``host``, ``serving`` and ``training`` call ``forward`` and ``backward``."""
