@@ -3,9 +3,9 @@
     python benchmarks/mixed_logprobs.py [--json FILE]
 
 Five requests in one batch, so that rows of a graph for eight are padding: the base, two QAA adapters of one form,
-the first of them again, and a LoRA. vLLM with graphs generates greedily and gives each token's log-probability. The
-same tokens are then judged by vLLM without graphs, as a prompt, and by transformers with PEFT's adapters, in float32
-and in bfloat16. vLLM must not be further from float32 than twice what transformers in bfloat16 is; and what an
+the first of them again, and a LoRA. vLLM with graphs generates greedily and gives each token's log-probability.
+They are then judged by vLLM without graphs, as a prompt, and by transformers with PEFT's adapters, in float32 and
+in bfloat16. vLLM must not be further from float32 than twice what transformers in bfloat16 is; and what an
 adapter changes must be more than that, so that an update that is left out is seen. Exits with 1 otherwise.
 """
 
