@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,10 +21,11 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
+import try_stack
 import yaml
 from server_process import free_port
 
@@ -267,6 +269,14 @@ def test_every_rule_has_a_test():
         assert fires == {True, False}, f"{rule['alert']}: one test in which it fires, one in which it does not"
 
 
+def test_every_rule_keeps_the_namespace():
+    """Two installations in one cluster are never added up or compared; absent() alone knows no namespace."""
+    for rule in [*_rules("record"), *_rules("alert")]:
+        for labels in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", rule["expr"]):
+            assert {"namespace", "job"} <= {label.strip() for label in labels.split(",")}, rule["expr"]
+        assert not re.search(r"\b(without|count|sum|max|min|avg)\s*\(", rule["expr"]), rule["expr"]
+
+
 def test_every_alert_is_explained():
     headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     for rule in _rules("alert"):
@@ -362,7 +372,7 @@ DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").iterdir())
 
 def _filled_in(query: str) -> str:
     """A query of a dashboard with values for its variables."""
-    return re.sub(r"\$(job|instance|adapter)\b", ".*", query.replace("$__rate_interval", "5m"))
+    return re.sub(r"\$(namespace|job|instance|adapter)\b", ".*", query.replace("$__rate_interval", "5m"))
 
 
 def _queries(dashboard: dict[str, Any]) -> list[str]:
@@ -392,6 +402,13 @@ class TestDashboards:
         for query in _queries(json.loads(path.read_text())):
             assert "$" not in query
             check_series(query)
+
+    def test_they_show_one_namespace_or_all(self, path: Path):
+        dashboard = json.loads(path.read_text())
+        names = [variable["name"] for variable in dashboard["templating"]["list"]]
+        assert names.index("namespace") < names.index("job") < names.index("instance")
+        text = json.dumps([dashboard["panels"], dashboard["annotations"]])
+        assert text.count('namespace=~\\"$namespace\\"') == text.count('job=~\\"$job\\"') > 50
 
     def test_every_series_of_ours_is_shown(self, path: Path):
         shown = {name for query in _queries(json.loads(path.read_text())) for name, _ in selectors(query)}
@@ -630,44 +647,27 @@ def test_the_autoscalers_metric_is_made(tmp_path: Path):
 NGINX = DEPLOY / "nginx" / "nginx.conf"
 
 
-def _nginx_here(directory: Path, port: int, replicas: tuple[int, int]) -> Path:
-    """The configuration with files in a directory and ports of this test's own."""
-    text = NGINX.read_text()
-    temporary = "".join(
-        f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    for old, new in {
-        "user www-data;": "user root;" if os.geteuid() == 0 else "",
-        "/run/nginx.pid": str(directory / "nginx.pid"),
-        "/var/log/nginx/": f"{directory}/",
-        "http {": "http {" + temporary,
-        "127.0.0.1:8001": f"127.0.0.1:{replicas[0]}",
-        "127.0.0.1:8002": f"127.0.0.1:{replicas[1]}",
-        "        listen 80;": f"        listen 127.0.0.1:{port};",
-        "        listen [::]:80;": "",
-    }.items():
-        assert old in text
-        text = text.replace(old, new)
-    path = directory / "nginx.conf"
-    path.write_text(text)
-    return path
-
-
 @covers("nginx/nginx.conf")
 def test_nginx_takes_its_configuration(tmp_path: Path):
     nginx = tool("nginx", "apt-get install nginx-light")
-    output = run(nginx, "-t", "-p", tmp_path, "-c", _nginx_here(tmp_path, free_port(), (8001, 8002)))
+    output = run(
+        nginx, "-t", "-p", tmp_path, "-c", try_stack.nginx_configuration(tmp_path, free_port(), (8001, 8002))
+    )
     assert "warn" not in output
 
 
 class Replica(ThreadingHTTPServer):
-    """A stand-in for a server: answers `status`, and streams two pieces with a pause that the test ends."""
+    """A stand-in for a server: answers `status`, and streams two pieces with a pause that the test ends.
+
+    `dies`: it closes the connection before it answers, or amid its answer.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
         self.status = 200
+        self.dies: Literal["before", "amid"] | None = None
         self.bodies: list[bytes] = []
         self.headers_seen: dict[str, str] = {}
         self.go_on = threading.Event()
@@ -683,13 +683,26 @@ class _Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.headers_seen = dict(self.headers.items())
+        if self.server.dies == "before":
+            self.close_connection = True
+            return
+        if self.headers.get("Upgrade"):
+            self.send_response(101)
+            self.send_header("Upgrade", self.headers["Upgrade"])
+            self.send_header("Connection", "upgrade")
+            self.end_headers()
+            self.close_connection = True
+            return
         self.send_response(self.server.status)
         self.send_header("X-Path", self.path)
-        if self.path == "/v1/stream":
+        if self.path == "/v1/stream" or self.server.dies:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             for piece in (b"5\r\nfirst\r\n", b"4\r\nlast\r\n0\r\n\r\n"):
                 self.wfile.write(piece)
+                if self.server.dies:
+                    self.close_connection = True
+                    return
                 self.server.go_on.wait(10)
             return
         self.send_header("Content-Length", "2")
@@ -717,7 +730,7 @@ def proxied(tmp_path: Path) -> Iterator[tuple[httpx.Client, Replica, Replica]]:
     with ExitStack() as stack:
         one, two = (stack.enter_context(_running(Replica())) for _ in range(2))
         port = free_port()
-        conf = _nginx_here(tmp_path, port, (one.server_port, two.server_port))
+        conf = try_stack.nginx_configuration(tmp_path, port, (one.server_port, two.server_port))
         process = subprocess.Popen([nginx, "-p", str(tmp_path), "-c", str(conf), "-g", "daemon off;"])
         stack.callback(process.wait, 20)
         stack.callback(process.terminate)
@@ -745,9 +758,14 @@ class TestNginx:
             assert client.get(path).status_code == 403, path
         for path in ("/", "/docs", "/pause", "/server_info"):
             assert client.get(path).status_code == 404, path
-        client.get("/v1/models", headers={"X-Forwarded-For": "10.0.0.1", "Authorization": "Bearer k"})
+        headers = {"X-Forwarded-For": "10.0.0.1", "Authorization": "Bearer k", "Host": "models.example"}
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as elsewhere:
+            elsewhere.get(f"{client.base_url}/v1/models", headers=headers)
         last = next(r.headers_seen for r in (one, two) if r.headers_seen.get("Authorization") == "Bearer k")
-        assert last["X-Forwarded-For"] == "127.0.0.1"
+        assert last["X-Forwarded-For"] == "127.0.0.2"
+        assert last["Host"] == "models.example"
+        assert last["X-Request-Id"]
+        assert "Upgrade" not in last
 
     def test_a_draining_replica_is_passed_by(self, proxied: tuple[httpx.Client, Replica, Replica]):
         client, one, two = proxied
@@ -763,6 +781,53 @@ class TestNginx:
         one.server_close()
         assert [client.post("/v1/completions", content=b"{}").status_code for _ in range(6)] == [200] * 6
         assert len(two.bodies) == 6
+
+    def test_without_any_replica_clients_may_try_again(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, *replicas = proxied
+        for replica in replicas:
+            replica.shutdown()
+            replica.server_close()
+        answers = [client.post("/v1/completions", content=b"{}") for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert answers[0].json()["error"]["code"] == 503
+
+    @pytest.mark.parametrize("method", ["POST", "GET"])
+    def test_a_request_that_ends_a_server_does_not_reach_the_other(
+        self, proxied: tuple[httpx.Client, Replica, Replica], method: str
+    ):
+        client, one, two = proxied
+        one.dies = two.dies = "before"
+        for replica in (one, two):
+            replica.headers_seen = {}
+        answer = client.request(method, "/v1/completions", content=b"{}")
+        assert answer.status_code == 502
+        assert answer.json()["error"]["code"] == 502
+        assert len([replica for replica in (one, two) if replica.headers_seen]) == 1
+
+    def test_an_answer_that_breaks_off_is_not_begun_again(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        one.dies = two.dies = "amid"
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/v1/completions", content=b"{}")
+        assert len(one.bodies) + len(two.bodies) == 1
+
+    @pytest.mark.parametrize("status", [500, 502, 504])
+    def test_other_errors_are_not_tried_again(self, proxied: tuple[httpx.Client, Replica, Replica], status: int):
+        client, one, two = proxied
+        one.status = two.status = status
+        answer = client.post("/v1/completions", content=b"{}")
+        assert (answer.status_code, answer.text) == (status, "ok")
+        assert len(one.bodies) + len(two.bodies) == 1
+
+    def test_a_connection_can_become_a_websocket(self, proxied: tuple[httpx.Client, Replica, Replica]):
+        client, one, two = proxied
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as sock:
+            sock.sendall(
+                b"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+            )
+            assert b" 101 " in sock.recv(1000).splitlines()[0]
+        seen = next(r.headers_seen for r in (one, two) if "Upgrade" in r.headers_seen)
+        assert (seen["Upgrade"], seen["Connection"]) == ("websocket", "upgrade")
 
     def test_a_clients_error_is_the_clients(self, proxied: tuple[httpx.Client, Replica, Replica]):
         client, one, two = proxied
