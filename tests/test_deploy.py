@@ -871,6 +871,21 @@ def test_systemd_takes_the_unit_and_finds_it_closed(tmp_path: Path, command: lis
         assert output.strip() == ""
 
 
+def test_the_unit_waits_for_its_mounts_and_for_the_adapters(tmp_path: Path):
+    unit = _unit()
+    start = shlex.split(unit["ExecStart"][0])
+    adapters = start[start.index("--adapters") + 1]
+    (mounts,) = unit["RequiresMountsFor"]
+    assert mounts.split() == [start[2], adapters]
+    assert unit["TimeoutStartSec"] == ["infinity"]
+    command = [part.replace(adapters, str(tmp_path / "adapters")) for part in shlex.split(unit["ExecStartPre"][0])]
+    with subprocess.Popen(command) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        (tmp_path / "adapters").mkdir()
+        assert waiting.wait(30) == 0
+
+
 def test_the_unit_waits_for_the_drain_and_gets_its_keys():
     unit = _unit()
     (start,), (stop,) = unit["ExecStart"], unit["TimeoutStopSec"]
