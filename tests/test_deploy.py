@@ -34,7 +34,6 @@ from qaa_serve.server.metrics import FAMILIES
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
-OVERLAYS = ["cpu", "cuda"]
 
 #: Versions of the Kubernetes API that the manifests are held against: the oldest meant to work, and a newer one.
 API_VERSIONS = ["1.29", "1.33"]
@@ -474,91 +473,152 @@ def test_what_is_provisioned_fits_compose():
 # ------------------------------------------------------------------------------------------------------ Kubernetes
 
 
-@pytest.fixture(scope="module")
-def rendered() -> dict[str, list[dict[str, Any]]]:
-    """What `kubectl apply -k` would send, by overlay."""
+@cache
+def rendered(overlay: str) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send."""
     kubectl = tool("kubectl", "a release of Kubernetes from 1.27 on")
-    return {
-        name: [d for d in yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "overlays" / name)) if d]
-        for name in OVERLAYS
-    }
+    return [d for d in yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "overlays" / overlay)) if d]
 
 
-def _one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = (item for item in objects if item["kind"] == kind)
+def _one(objects: list[dict[str, Any]], kind: str, name: str = "qaa-serve") -> dict[str, Any]:
+    (found,) = (item for item in objects if item["kind"] == kind and item["metadata"]["name"] == name)
     return found
 
 
-#: The fields of the Prometheus operator's kinds that the manifests use: their own schemas come with the operator.
+def _container(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = _one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+#: The fields that the manifests use of kinds that are not Kubernetes' own: their schemas come with operators.
 _LABELS = {"type": "object", "additionalProperties": {"type": "string"}}
 _DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
 _NAMED = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}, "labels": _LABELS}}
+_TEXT, _NUMBER = {"type": "string"}, {"type": "integer", "minimum": 0}
 
 
 def _closed(required: list[str], **properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 
-def _kind(spec: dict[str, Any]) -> dict[str, Any]:
-    version = {"const": "monitoring.coreos.com/v1"}
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+def _kind(version: str, spec: dict[str, Any]) -> dict[str, Any]:
     return _closed(
-        ["apiVersion", "kind", "metadata", "spec"], apiVersion=version, kind={}, metadata=_NAMED, spec=spec
+        ["apiVersion", "kind", "metadata", "spec"],
+        apiVersion={"const": version},
+        kind={},
+        metadata=_NAMED,
+        spec=spec,
     )
 
 
 _RULE = _closed(
     ["expr"],
     record={"type": "string", "pattern": r"^[a-zA-Z_:][a-zA-Z0-9_:]*$"},
-    alert={"type": "string"},
+    alert=_TEXT,
     expr={"type": "string", "minLength": 1},
     labels=_LABELS,
     annotations=_LABELS,
     **{"for": _DURATION},
 )
-_GROUP = _closed(["name", "rules"], name={"type": "string"}, rules={"type": "array", "items": _RULE})
-_ENDPOINT = _closed(
-    ["port"], port={"type": "string"}, path={"type": "string"}, interval=_DURATION, scrapeTimeout=_DURATION
-)
+_SELECTOR = _closed(["matchLabels"], matchLabels=_LABELS)
+_TARGET = _closed(["kind", "name"], apiVersion=_TEXT, kind=_TEXT, name=_TEXT)
+_REFERENCE = _closed(["name"], group=_TEXT, kind=_TEXT, name=_TEXT)
 OPERATOR_SCHEMAS = {
-    "PrometheusRule": _kind(_closed(["groups"], groups={"type": "array", "items": _GROUP})),
+    "PrometheusRule": _kind(
+        "monitoring.coreos.com/v1",
+        _closed(["groups"], groups=_list(_closed(["name", "rules"], name=_TEXT, rules=_list(_RULE)))),
+    ),
     "ServiceMonitor": _kind(
+        "monitoring.coreos.com/v1",
         _closed(
             ["selector", "endpoints"],
-            selector=_closed([], matchLabels=_LABELS),
-            endpoints={"type": "array", "minItems": 1, "items": _ENDPOINT},
-        )
+            selector=_SELECTOR,
+            endpoints=_list(
+                _closed(["port"], port=_TEXT, path=_TEXT, interval=_DURATION, scrapeTimeout=_DURATION)
+            ),
+        ),
     ),
+    "ScaledObject": _kind(
+        "keda.sh/v1alpha1",
+        _closed(
+            ["scaleTargetRef", "triggers"],
+            scaleTargetRef=_TARGET,
+            minReplicaCount=_NUMBER,
+            maxReplicaCount=_NUMBER,
+            pollingInterval=_NUMBER,
+            fallback=_closed(
+                ["failureThreshold", "replicas"],
+                failureThreshold=_NUMBER,
+                replicas=_NUMBER,
+                behavior={"enum": ["static", "currentReplicas", "currentReplicasIfHigher"]},
+            ),
+            advanced={"type": "object"},
+            triggers=_list(_closed(["type", "metadata"], type=_TEXT, metricType=_TEXT, metadata=_LABELS)),
+        ),
+    ),
+    "InferencePool": _kind(
+        "inference.networking.k8s.io/v1",
+        _closed(
+            ["selector", "targetPorts", "endpointPickerRef"],
+            selector=_SELECTOR,
+            targetPorts=_list(_closed(["number"], number=_NUMBER)),
+            endpointPickerRef=_closed(
+                ["name"],
+                name=_TEXT,
+                port=_closed(["number"], number=_NUMBER),
+                failureMode={"enum": ["FailOpen", "FailClose"]},
+            ),
+        ),
+    ),
+    "HTTPRoute": _kind(
+        "gateway.networking.k8s.io/v1",
+        _closed(
+            ["parentRefs", "rules"],
+            parentRefs=_list(_REFERENCE),
+            rules=_list(
+                _closed(
+                    ["backendRefs"],
+                    matches=_list({"type": "object"}),
+                    backendRefs=_list(_REFERENCE),
+                    timeouts=_closed([], request=_DURATION),
+                )
+            ),
+        ),
+    ),
+}
+OURS = {
+    "Deployment", "NetworkPolicy", "PersistentVolumeClaim", "PodDisruptionBudget", "Service", "ServiceAccount",
+}  # fmt: skip
+MONITORED = OURS | {"ConfigMap", "PrometheusRule", "ServiceMonitor"}
+KINDS = {
+    "cpu": MONITORED | {"HorizontalPodAutoscaler"},
+    "cuda": MONITORED | {"HorizontalPodAutoscaler"},
+    "example": OURS | {"Job"},
+    "inference-pool": MONITORED | {"HorizontalPodAutoscaler", "InferencePool", "HTTPRoute"},
+    "object-store": MONITORED | {"ScaledObject"},
 }
 
 
-@covers("kubernetes/base/*.yaml", "kubernetes/overlays/*/*.yaml", "kubernetes/components/*/kustomization.yaml")
-@covers("kubernetes/components/autoscaling/horizontal-pod-autoscaler.yaml", "grafana/kustomization.yaml")
+@covers("kubernetes/base/*.yaml", "kubernetes/overlays/*/*.yaml", "kubernetes/components/*/*.yaml")
+@covers("grafana/kustomization.yaml")
 @pytest.mark.parametrize("version", API_VERSIONS)
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_manifests_are_what_the_api_takes(rendered: dict[str, list[dict[str, Any]]], overlay: str, version: str):
+@pytest.mark.parametrize("overlay", KINDS)
+def test_manifests_are_what_the_api_takes(overlay: str, version: str):
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
-    checked = []
-    for item in rendered[overlay]:
-        if item["kind"] not in OPERATOR_SCHEMAS:
-            kubernetes_validate.validate(item, version, strict=True)
-            checked.append(item["kind"])
-    assert sorted(checked) == [
-        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy",
-        "PersistentVolumeClaim", "PersistentVolumeClaim", "PodDisruptionBudget", "Service", "ServiceAccount",
-    ]  # fmt: skip
-
-
-@covers("kubernetes/components/monitoring/service-monitor.yaml")
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_operators_objects_have_known_fields(rendered: dict[str, list[dict[str, Any]]], overlay: str):
     jsonschema = pytest.importorskip("jsonschema")
-    found = [item for item in rendered[overlay] if item["kind"] in OPERATOR_SCHEMAS]
-    assert {item["kind"] for item in found} == set(OPERATOR_SCHEMAS)
-    for item in found:
-        jsonschema.validate(item, OPERATOR_SCHEMAS[item["kind"]])
+    for item in rendered(overlay):
+        if item["kind"] in OPERATOR_SCHEMAS:
+            jsonschema.validate(item, OPERATOR_SCHEMAS[item["kind"]])
+        else:
+            kubernetes_validate.validate(item, version, strict=True)
+    assert {item["kind"] for item in rendered(overlay)} == KINDS[overlay]
 
 
-@covers("kubernetes/make_prometheus_rule.py", "kubernetes/components/monitoring/prometheus-rule.yaml")
+@covers("kubernetes/make_prometheus_rule.py")
 def test_the_prometheus_rule_is_a_copy_of_the_rules():
     script = module(KUBERNETES / "make_prometheus_rule.py")
     assert script.prometheus_rule() == script.TARGET.read_text(), "run deploy/kubernetes/make_prometheus_rule.py"
@@ -566,6 +626,7 @@ def test_the_prometheus_rule_is_a_copy_of_the_rules():
 
 
 def test_every_manifest_is_part_of_an_overlay():
+    assert {path.name for path in (KUBERNETES / "overlays").iterdir()} == set(KINDS)
     seen: set[Path] = set()
 
     def visit(directory: Path) -> None:
@@ -576,79 +637,249 @@ def test_every_manifest_is_part_of_an_overlay():
             visit(path) if path.is_dir() else seen.add(path)
         seen.update((directory / patch["path"]).resolve() for patch in listed.get("patches", []))
 
-    for overlay in OVERLAYS:
+    for overlay in KINDS:
         visit(KUBERNETES / "overlays" / overlay)
-    beside = {KUBERNETES / "components" / "autoscaling" / "prometheus-adapter-values.yaml"}
+    beside = {
+        KUBERNETES / "components" / "autoscaling" / "prometheus-adapter-values.yaml",
+        KUBERNETES / "components" / "inference-pool" / "llm-d-router-values.yaml",
+    }
     assert set(KUBERNETES.rglob("*.yaml")) - seen == beside
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_pod_is_restricted_and_ends_in_time(rendered: dict[str, list[dict[str, Any]]], overlay: str):
-    pod = _one(rendered[overlay], "Deployment")["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    security = pod["securityContext"] | container["securityContext"]
-    assert security["runAsNonRoot"] is True
-    assert security["readOnlyRootFilesystem"] is True
-    assert security["allowPrivilegeEscalation"] is False
-    assert security["capabilities"] == {"drop": ["ALL"]}
-    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+def _check_restricted(pod: dict[str, Any]) -> None:
+    uid = re.search(r"ARG UID=(\d+)", DOCKERFILE.read_text())
+    assert uid is not None
     assert pod["automountServiceAccountToken"] is False
-    assert {"memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
-    assert ("nvidia.com/gpu" in container["resources"]["limits"]) is (overlay == "cuda")
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        security = pod["securityContext"] | container["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] == int(uid[1])
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert "memory" in container["resources"]["limits"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
+
+
+@pytest.mark.parametrize("overlay", KINDS)
+def test_a_pod_is_restricted_and_ends_in_time(overlay: str):
+    pod = _one(rendered(overlay), "Deployment")["spec"]["template"]["spec"]
+    _check_restricted(pod)
+    container = _container(rendered(overlay))
+    assert "ephemeral-storage" in container["resources"]["limits"]
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) is (overlay in ("cuda", "inference-pool"))
     sleep = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= sleep + _drain_timeout(container["args"]) + 15
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
     assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    uid = re.search(r"ARG UID=(\d+)", DOCKERFILE.read_text())
-    assert uid is not None
-    assert security["runAsUser"] == int(uid[1])
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_objects_find_each_other(rendered: dict[str, list[dict[str, Any]]], overlay: str):
-    objects = rendered[overlay]
+@pytest.mark.parametrize("overlay", KINDS)
+def test_a_start_waits_for_no_adapter_and_later_ones_fit(overlay: str):
+    arguments = _parser().parse_args(_container(rendered(overlay))["args"][1:])
+    assert arguments.adapters_check == "background"
+    assert not arguments.strict_adapters
+    assert arguments.max_loras > 1
+    assert arguments.max_lora_rank >= 32
+
+
+@pytest.mark.parametrize("overlay", KINDS)
+def test_the_objects_find_each_other(overlay: str):
+    objects = rendered(overlay)
     deployment, service = _one(objects, "Deployment"), _one(objects, "Service")
+    admin = _one(objects, "Service", "qaa-serve-admin")
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
-    assert service["spec"]["selector"].items() <= labels
-    for kind, field in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
-        assert _one(objects, kind)["spec"][field]["matchLabels"].items() <= labels
-    monitor = _one(objects, "ServiceMonitor")["spec"]
-    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
-    assert service["metadata"]["name"] == "qaa-serve"  # the job's name in every rule
-    target = _one(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
-    assert target == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
-    pod = deployment["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
-    named = {
-        c["metadata"]["name"]: c["spec"]["accessModes"] for c in objects if c["kind"] == "PersistentVolumeClaim"
-    }
+    for item in (service, admin):
+        assert item["spec"]["selector"].items() <= labels
+    assert _one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels
+    for item in objects:
+        if item["kind"] == "NetworkPolicy":
+            assert item["spec"]["podSelector"]["matchLabels"].items() <= labels
+        if item["kind"] == "ServiceMonitor":
+            assert item["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+            assert item["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+            assert service["metadata"]["name"] == "qaa-serve"  # the job's name in every rule
+            # A second service that it finds would scrape the pods under a second job.
+            assert not item["spec"]["selector"]["matchLabels"].items() <= admin["metadata"]["labels"].items()
+        if item["kind"] in ("HorizontalPodAutoscaler", "ScaledObject"):
+            target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+            assert item["spec"]["scaleTargetRef"] == target
+
+
+@pytest.mark.parametrize("overlay", KINDS)
+def test_the_model_is_read_only_and_the_adapters_are_written_by_all(overlay: str):
+    objects = rendered(overlay)
+    claims = {c["metadata"]["name"]: c["spec"] for c in objects if c["kind"] == "PersistentVolumeClaim"}
+    pod = _one(objects, "Deployment")["spec"]["template"]["spec"]
     used = {v["persistentVolumeClaim"]["claimName"]: v for v in pod["volumes"] if "persistentVolumeClaim" in v}
-    assert named == {"qaa-serve-models": ["ReadOnlyMany"], "qaa-serve-adapters": ["ReadWriteMany"]}
-    assert used.keys() == named.keys()
+    assert used.keys() == claims.keys()
+    container = _container(objects)
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    models = used["qaa-serve-models"]
+    assert claims["qaa-serve-models"]["accessModes"] == [
+        "ReadWriteMany" if overlay == "example" else "ReadOnlyMany"
+    ]
+    assert models["persistentVolumeClaim"]["readOnly"] is True
+    assert mounts[models["name"]]["readOnly"] is True
+    assert container["args"][1] == f"{mounts[models['name']]['mountPath']}/base"
+    assert "--adapters=$(ADAPTERS)" in container["args"]
+    where = next(variable["value"] for variable in container["env"] if variable["name"] == "ADAPTERS")
+    if overlay == "object-store":
+        assert where.startswith("s3://")
+        assert claims.keys() == {"qaa-serve-models"}
+        assert container["envFrom"] == [{"secretRef": {"name": "qaa-serve-s3", "optional": True}}]
+        return
+    assert claims["qaa-serve-adapters"]["accessModes"] == ["ReadWriteMany"]
     adapters = used["qaa-serve-adapters"]
-    assert f"--adapters={mounts[adapters['name']]['mountPath']}" in container["args"]
+    assert where == mounts[adapters["name"]]["mountPath"]
     for mount_or_claim in (adapters["persistentVolumeClaim"], mounts[adapters["name"]]):
         assert "readOnly" not in mount_or_claim, "the admin API writes there"
-    assert used["qaa-serve-models"]["persistentVolumeClaim"]["readOnly"] is True
 
 
-@covers("kubernetes/components/autoscaling/prometheus-adapter-values.yaml")
+@pytest.mark.parametrize("overlay", KINDS)
+def test_the_admin_api_has_a_port_that_clients_do_not_reach(overlay: str):
+    container = _container(rendered(overlay))
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert f"--admin-listen=0.0.0.0:{ports['admin']}" in container["args"]
+    services = {s["metadata"]["name"]: s["spec"]["ports"] for s in rendered(overlay) if s["kind"] == "Service"}
+    assert [port["targetPort"] for port in services["qaa-serve"]] == ["http"]
+    assert [port["targetPort"] for port in services["qaa-serve-admin"]] == ["admin"]
+    for policy in (item for item in rendered(overlay) if item["kind"] == "NetworkPolicy"):
+        for rule in policy["spec"].get("ingress", []):
+            (port,) = rule["ports"]
+            if port["port"] == "admin":
+                assert rule["from"] == [{"podSelector": {"matchLabels": {"qaa-serve-admin": "true"}}}]
+
+
+@pytest.mark.parametrize("overlay", KINDS)
+def test_pods_reach_names_traces_and_their_bucket_and_nothing_else(overlay: str):
+    way_out = {
+        (port["port"], port["protocol"]): rule["to"]
+        for item in rendered(overlay)
+        if item["kind"] == "NetworkPolicy"
+        for rule in item["spec"].get("egress", [])
+        for port in rule["ports"]
+    }
+    expected = {(53, "UDP"), (53, "TCP"), (4317, "TCP"), (4318, "TCP")}
+    assert way_out.keys() == expected | ({(443, "TCP")} if overlay == "object-store" else set())
+    assert all("ipBlock" not in peer for key in expected for peer in way_out[key])
+    if overlay == "object-store":
+        ((peer,),) = (way_out[443, "TCP"],)
+        assert "169.254.0.0/16" in peer["ipBlock"]["except"], "nodes give credentials away there"
+
+
+class TestTheFillingJob:
+    def test_it_is_restricted_and_has_both_claims(self):
+        pod = _one(rendered("example"), "Job", "qaa-serve-fill")["spec"]["template"]["spec"]
+        _check_restricted(pod)
+        claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
+        assert claims == {"qaa-serve-models", "qaa-serve-adapters"}
+
+    def test_it_puts_there_what_is_missing_and_servers_wait_for_it(self, tmp_path: Path):
+        def here(text: str) -> str:
+            return re.sub(r"(?<![\w./*$\"])/(example|models|adapters)\b", rf"{tmp_path}/\1", text).replace(
+                '"/adapters/', f'"{tmp_path}/adapters/'
+            )
+
+        example = ROOT / "examples" / "assistant"
+        (tmp_path / "example").mkdir()
+        for name in ("base", "adapters"):
+            (tmp_path / "example" / name).symlink_to(example / name)
+        for name in ("models", "adapters"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "adapters" / "json").mkdir()  # somebody's own
+        (tmp_path / "models" / ".new-base").mkdir()  # what a Job left that ended amid it
+        job = _one(rendered("example"), "Job", "qaa-serve-fill")["spec"]["template"]["spec"]["containers"][0]
+        deployment = _one(rendered("example"), "Deployment")["spec"]["template"]["spec"]
+        waiting = [here(part) for part in deployment["initContainers"][0]["command"]]
+        with subprocess.Popen(waiting) as server:
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(0.3)
+            for _ in range(2):
+                run(*[here(part) for part in job["command"]])
+                expected = {p.relative_to(example / "base") for p in (example / "base").rglob("*")}
+                base = tmp_path / "models" / "base"
+                assert {p.relative_to(base) for p in base.rglob("*")} == expected
+                assert [p.name for p in (tmp_path / "models").iterdir()] == ["base"]
+                adapters = {p.name: p for p in (tmp_path / "adapters").iterdir()}
+                assert adapters.keys() == {p.name for p in (example / "adapters").iterdir()}
+                assert not list(adapters["json"].iterdir())
+                assert (adapters["brief"] / "adapter_config.json").is_file()
+                assert adapters["brief"].stat().st_mode & 0o070 == 0o070, "the admin API replaces it"
+            assert server.wait(30) == 0
+
+
+def _check_parses(tmp_path: Path, *queries: str) -> None:
+    """Promtool reads the queries."""
+    file = tmp_path / "rules.yml"
+    rules = [{"record": f"query{number}", "expr": query} for number, query in enumerate(queries)]
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    assert f"{len(queries)} rules found" in run(tool("promtool", PROMTOOL), "check", "rules", file)
+
+
+def _check_waiting(query: str) -> None:
+    """A query adds up the two series of waiting requests, both of which there are."""
+    names = re.search(r'__name__=~"([^"]+)"', query)
+    assert names is not None
+    assert set(names[1].split("|")) == {"qaa_requests_waiting", "vllm:num_requests_waiting"}
+    for name in names[1].split("|"):
+        check_series(name)
+
+
 def test_the_autoscalers_metric_is_made(tmp_path: Path):
     values = load(KUBERNETES / "components" / "autoscaling" / "prometheus-adapter-values.yaml")
     (rule,) = values["rules"]["custom"]
-    autoscaler = load(KUBERNETES / "components" / "autoscaling" / "horizontal-pod-autoscaler.yaml")
+    autoscaler = _one(rendered("cpu"), "HorizontalPodAutoscaler")
     assert autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
     check_series(rule["seriesQuery"])
     query = rule["metricsQuery"].replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'pod=~"a|b"')
-    for name in re.findall(r"[a-z]+[_:][\w:]+", re.search(r'__name__=~"([^"]+)"', query)[1]):  # type: ignore[index]
+    _check_waiting(query)
+    _check_parses(tmp_path, query, rule["seriesQuery"])
+
+
+def test_keda_scales_as_the_autoscaler_does(tmp_path: Path):
+    scaled = _one(rendered("object-store"), "ScaledObject")["spec"]
+    autoscaler = _one(rendered("cpu"), "HorizontalPodAutoscaler")["spec"]
+    assert scaled["minReplicaCount"] == autoscaler["minReplicas"]
+    assert scaled["maxReplicaCount"] == autoscaler["maxReplicas"]
+    assert scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == autoscaler["behavior"]
+    (trigger,) = scaled["triggers"]
+    assert trigger["metadata"]["threshold"] == autoscaler["metrics"][0]["pods"]["target"]["averageValue"]
+    _check_waiting(trigger["metadata"]["query"])
+    _check_parses(tmp_path, trigger["metadata"]["query"])
+
+
+def test_the_endpoint_picker_finds_the_pods_and_their_metrics():
+    objects = rendered("inference-pool")
+    pool = _one(objects, "InferencePool")["spec"]
+    container = _container(objects)
+    assert [port["number"] for port in pool["targetPorts"]] == [container["ports"][0]["containerPort"]]
+    labels = _one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    assert pool["selector"]["matchLabels"].items() <= labels
+    (rule,) = _one(objects, "HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"][0]["name"] == "qaa-serve"
+    values = load(KUBERNETES / "components" / "inference-pool" / "llm-d-router-values.yaml")["router"]
+    assert values["modelServers"]["matchLabels"] == pool["selector"]["matchLabels"]
+    assert values["modelServers"]["targetPorts"] == pool["targetPorts"]
+    picker = values["epp"]["pluginsCustomConfig"][values["epp"]["pluginsConfigFile"]]
+    config = yaml.safe_load(picker)
+    known = {plugin["type"] for plugin in config["plugins"]}
+    (profile,) = config["schedulingProfiles"]
+    assert {plugin["pluginRef"] for plugin in profile["plugins"]} == known - {"single-profile-handler"}
+    # What the picker reads, the server has, under these names and labels.
+    text = (KUBERNETES / "components" / "inference-pool" / "inference-pool.yaml").read_text()
+    for name in re.findall(r"vllm:\w+", text):
         check_series(name)
-    file = tmp_path / "rules.yml"
-    rules = [{"record": "a", "expr": query}, {"record": "b", "expr": rule["seriesQuery"]}]
-    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
-    assert "2 rules found" in run(tool("promtool", PROMTOOL), "check", "rules", file)
+    assert GAUGES_AND_COUNTERS["vllm:lora_requests_info"] == {
+        "running_lora_adapters", "waiting_lora_adapters", "max_lora",
+    }  # fmt: skip
+    for label in GAUGES_AND_COUNTERS["vllm:lora_requests_info"]:
+        assert label in text
+    ingress = _one(objects, "NetworkPolicy", "qaa-serve-endpoint-picker")["spec"]["ingress"]
+    (peer,) = ingress[0]["from"]
+    assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": pool["endpointPickerRef"]["name"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- nginx
