@@ -882,6 +882,102 @@ def test_the_endpoint_picker_finds_the_pods_and_their_metrics():
     assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": pool["endpointPickerRef"]["name"]}
 
 
+# ------------------------------------------------------------------------------------------------------------ Helm
+
+
+CHART = DEPLOY / "helm"
+BUCKET = {
+    "adapters": "s3://bucket/adapters",
+    "replicas": 3,
+    "image": {"repository": "registry.example/qaa-serve", "tag": "1-cuda"},
+    "options": ["--otlp-traces-endpoint=http://collector.monitoring:4317"],
+    "env": [{"name": "OMP_NUM_THREADS", "value": "8"}],
+    "resources": {"limits": {"memory": "48Gi", "nvidia.com/gpu": "1"}},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    "nodeSelector": {"disk": "fast"},
+    "claims": {"models": {"storageClassName": "nfs"}},
+    "autoscaling": {"enabled": True, "maxReplicas": 4},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+}
+
+
+def charted(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `helm install` would send: rendered by Helm's own library."""
+    helm = pytest.importorskip("helm_python", reason="pip install helm-python-sdk")
+    with helm.Chart.load(CHART) as chart:
+        chart.validate_schema(values)
+        files = chart.render(values, name="qaa-serve", namespace="qaa-serve").values()
+    return [item for text in files for item in yaml.safe_load_all(text) if item]
+
+
+@covers("helm/Chart.yaml", "helm/values.yaml", "helm/values.schema.json", "helm/templates/*.yaml")
+class TestHelm:
+    def test_by_itself_the_chart_is_the_base(self):
+        """One truth in two forms: what is changed in one must be changed in the other."""
+
+        def plain(objects: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+            for item in objects:
+                item["metadata"].pop("annotations", None)
+            return {(item["kind"], item["metadata"]["name"]): item for item in objects}
+
+        kubectl = tool("kubectl", "a release of Kubernetes from 1.27 on")
+        base = plain(list(yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "base"))))
+        chart = plain(charted({}))
+        container = _container(list(chart.values()))
+        assert (container.pop("image"), container.pop("imagePullPolicy")) == ("qaa-serve:cpu", "IfNotPresent")
+        assert _container(list(base.values())).pop("image") == "qaa-serve"
+        assert chart == base
+
+    def test_its_values_arrive(self):
+        objects = charted(BUCKET)
+        deployment, container = _one(objects, "Deployment"), _container(objects)
+        pod = deployment["spec"]["template"]["spec"]
+        assert deployment["spec"]["replicas"] == 3
+        assert container["image"] == "registry.example/qaa-serve:1-cuda"
+        assert container["args"][-1] == BUCKET["options"][0]
+        assert {"name": "ADAPTERS", "value": BUCKET["adapters"]} in container["env"]
+        assert BUCKET["env"][0] in container["env"]
+        assert container["envFrom"] == [{"secretRef": {"name": "qaa-serve-s3", "optional": True}}]
+        assert container["resources"] == BUCKET["resources"]
+        assert pod["tolerations"] == BUCKET["tolerations"]
+        assert pod["nodeSelector"] == BUCKET["nodeSelector"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        (claim,) = (item for item in objects if item["kind"] == "PersistentVolumeClaim")
+        assert claim["metadata"]["name"] == "qaa-serve-models"
+        assert claim["spec"]["storageClassName"] == "nfs"
+        assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert 443 in [rule["ports"][0]["port"] for rule in _one(objects, "NetworkPolicy")["spec"]["egress"]]
+        assert _one(objects, "HorizontalPodAutoscaler")["spec"]["maxReplicas"] == 4
+        assert _one(objects, "ServiceMonitor")["metadata"]["labels"]["release"] == "prometheus"
+
+    @pytest.mark.parametrize("values", [{}, BUCKET], ids=["by itself", "bucket"])
+    def test_the_api_and_the_server_take_it(self, values: dict[str, Any]):
+        kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+        jsonschema = pytest.importorskip("jsonschema")
+        objects = charted(values)
+        for item in objects:
+            if item["kind"] in OPERATOR_SCHEMAS:
+                jsonschema.validate(item, OPERATOR_SCHEMAS[item["kind"]])
+            else:
+                for version in API_VERSIONS:
+                    kubernetes_validate.validate(item, version, strict=True)
+        assert _parser().parse_args(_container(objects)["args"][1:]).max_loras == 8
+
+    @pytest.mark.parametrize(
+        "values", [{"replica": 1}, {"adapters": "adapters"}, {"maxLoraRank": 7}, {"options": ["extra"]}]
+    )
+    def test_wrong_values_are_refused(self, values: dict[str, Any]):
+        helm = pytest.importorskip("helm_python", reason="pip install helm-python-sdk")
+        with pytest.raises(helm.HelmError, match=next(iter(values))):
+            charted(values)
+
+    def test_helm_has_nothing_to_say(self):
+        helm = pytest.importorskip("helm_python", reason="pip install helm-python-sdk")
+        found = helm.lint(CHART)
+        assert found["errors"] == []
+        assert [m["error"] for m in found["messages"]] == ["icon is recommended"]
+
+
 # ----------------------------------------------------------------------------------------------------------- nginx
 
 
@@ -1084,6 +1180,65 @@ class TestNginx:
             one.go_on.set()
             two.go_on.set()
             assert b"".join(pieces) == b"last"
+
+
+# --------------------------------------------------------------------------------------------------- without a cluster
+
+
+@covers("try_stack.py")
+class TestStack:
+    @pytest.mark.vllm
+    def test_the_whole_stack_answers_with_one_server_and_is_counted(self, tmp_path: Path):
+        """Two real servers of a tiny model, nginx and Prometheus as deploy/ configures them, in one command."""
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+        tool("nginx", "apt-get install nginx-light")
+        tool("prometheus", PROMTOOL)
+        from tiny_models import ATTENTION, make_lora, make_model, make_qaa
+
+        base = make_model(tmp_path / "base", "llama")
+        make_qaa(tmp_path / "adapters" / "qaa", base, ATTENTION["llama"], 1)
+        make_lora(tmp_path / "adapters" / "lora", base, ATTENTION["llama"], 2)
+        command = [
+            sys.executable, DEPLOY / "try_stack.py", "--check", "--port", str(free_port()),
+            "--adapters", tmp_path / "adapters", "--", base, "--served-model-name", "base", "--dtype", "float32",
+            "--kv-cache-memory-bytes", "64M", "--adapter-cache-bytes", "64Mi", "--max-num-seqs", "8",
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert result.returncode == 0, result.stdout + result.stderr
+        lines = result.stdout.splitlines()
+        (answered,) = (line for line in lines if line.startswith("answered: "))
+        assert set(answered.removeprefix("answered: ").split(", ")) == {"base", "qaa", "lora"}
+        assert lines[-2:] == ["counted by Prometheus", "answered with one server gone"]
+
+    def test_what_does_not_start_says_so_and_leaves_nothing(self, tmp_path: Path):
+        with try_stack.Stack(tmp_path) as stack:
+            stack.start("sleeper", ["sh", "-c", "sleep 300 & echo started; wait"])
+            stack.start("broken", ["sh", "-c", "echo no such model; exit 3"])
+            with pytest.raises(try_stack.StackError, match=r"broken ended with status 3:\nno such model"):
+                stack.wait_for("broken", f"http://127.0.0.1:{free_port()}/ready", 20)
+            group = stack.processes["sleeper"].pid
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
+
+    def test_configuration_that_has_changed_is_noticed(self):
+        with pytest.raises(try_stack.StackError, match="localhost:9090"):
+            try_stack._replaced("targets: [prometheus:9090]", {"localhost:9090": "127.0.0.1:1"})
+
+    def test_changes_do_not_meet(self):
+        assert try_stack._replaced("a b", {"a": "b", "b": "a"}) == "b a"
+
+    def test_prometheus_takes_what_is_made_of_its_configuration(self, tmp_path: Path):
+        path = try_stack.prometheus_configuration(tmp_path, 9, [7, 8], "1s")
+        run(tool("promtool", PROMTOOL), "check", "config", path)
+        (servers, _) = load(path)["scrape_configs"]
+        assert servers["static_configs"] == [{"targets": ["127.0.0.1:7", "127.0.0.1:8"]}]
+
+    def test_grafana_gets_the_dashboard_and_this_prometheus(self, tmp_path: Path):
+        folder = try_stack.grafana_configuration(tmp_path, "http://127.0.0.1:9")
+        (source,) = load(folder / "datasources" / "prometheus.yaml")["datasources"]
+        (provider,) = load(folder / "dashboards" / "qaa-serve.yaml")["providers"]
+        assert source["url"] == "http://127.0.0.1:9"
+        assert (Path(provider["options"]["path"]) / "qaa-serve.json").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------- systemd
