@@ -24,10 +24,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 import httpx
+import psutil
 import pytest
 import try_stack
 import yaml
-from server_process import free_port
+from server_process import free_port, gone
 
 from qaa_serve.server.metrics import FAMILIES
 
@@ -1182,7 +1183,7 @@ class TestNginx:
             assert b"".join(pieces) == b"last"
 
 
-# --------------------------------------------------------------------------------------------------- without a cluster
+# ----------------------------------------------------------------------------------------------- without a cluster
 
 
 @covers("try_stack.py")
@@ -1216,9 +1217,10 @@ class TestStack:
             stack.start("broken", ["sh", "-c", "echo no such model; exit 3"])
             with pytest.raises(try_stack.StackError, match=r"broken ended with status 3:\nno such model"):
                 stack.wait_for("broken", f"http://127.0.0.1:{free_port()}/ready", 20)
-            group = stack.processes["sleeper"].pid
-        with pytest.raises(ProcessLookupError):
-            os.killpg(group, 0)
+            sleeper = psutil.Process(stack.processes["sleeper"].pid)
+            family = [sleeper, *sleeper.children(recursive=True)]
+            assert len(family) == 2
+        assert gone(family, 10) == []
 
     def test_configuration_that_has_changed_is_noticed(self):
         with pytest.raises(try_stack.StackError, match="localhost:9090"):
