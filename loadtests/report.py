@@ -18,7 +18,12 @@ COLOURS = dict(
 )  # from grey for the base over greens for warm to reds for cold
 #: Labels by which a series is told apart; over all others it is summed.
 LABELS = ("outcome", "result", "reason", "tier", "kind", "state")
-PREFIXES = ("qaa_", "vllm:")
+#: Of vLLM's series these are shown; summary.json has all.
+SHOWN = (
+    "qaa_", "vllm:num_preemptions", "vllm:prefix_cache", "vllm:prompt_tokens_total", "vllm:generation_tokens",
+    "vllm:request_queue_time", "vllm:iteration_tokens", "vllm:kv_cache_usage",
+)  # fmt: skip
+HIDDEN = ("qaa_catalogue_fingerprint", "qaa_engine_account_age_seconds", "qaa_source_age_seconds")
 
 
 # ---------------------------------------------------------------------------------------- the server's series
@@ -31,7 +36,9 @@ def read_series(text: str) -> dict[str, float]:
     found: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name.startswith(PREFIXES) and not sample.name.endswith(("_bucket", "_created", "_info")):
+            if sample.name.startswith(("qaa_", "vllm:")) and not sample.name.endswith(
+                ("_bucket", "_created", "_info")
+            ):
                 labels = ",".join(f'{name}="{sample.labels[name]}"' for name in LABELS if name in sample.labels)
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] += sample.value
     return dict(found)
@@ -41,6 +48,8 @@ def series_table(before: Mapping[str, float], after: Mapping[str, float]) -> lis
     """Markdown rows: how far counters went, how many values histograms got and their mean, and gauges' values."""
     rows = ["| series | change | mean, or before -> after |", "|---|---:|---:|"]
     for name, value in sorted(after.items()):
+        if not name.startswith(SHOWN) or name in HIDDEN:
+            continue
         change = value - before.get(name, 0.0)
         series, _, labels = name.partition("{")
         total = f"{series.removesuffix('_count')}_sum{'{' * bool(labels)}{labels}"
@@ -182,6 +191,15 @@ def share_table(summary: Summary) -> list[str]:
 # --------------------------------------------------------------------------------------------------- plots
 
 
+def label_decades(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade: a few times to first token are seldom a decade apart."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def plot_first_token(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
     """How many of a tier's requests have their first token after so long."""
     for tier in TIERS:
@@ -194,8 +212,7 @@ def plot_first_token(axes: Any, summary: Summary, records: Sequence[Record]) -> 
             shares = [(i + 1) / len(firsts) for i in range(len(firsts))]
             axes.step(firsts, shares, where="post", color=COLOURS[tier], label=f"{tier} ({len(firsts)})")
     axes.set(xscale="log", xlabel="time to first token, ms", ylabel="share of the requests", ylim=(0, 1.02))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    label_decades(axes.xaxis)
     axes.legend(title="adapter was in")
 
 
@@ -228,8 +245,7 @@ def plot_time(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
     if summary["began"]:
         axes.axvspan(0, summary["began"], color="#eeeeee", label="warm-up")
     axes.set(xlabel="seconds", ylabel="time to first token, ms", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    label_decades(axes.yaxis)
     axes.legend(markerscale=3, ncols=2)
 
 

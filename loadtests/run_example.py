@@ -29,11 +29,11 @@ from make_adapters import make_adapters
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 600
 STOP_LIMIT_S = 60
-ADAPTERS = 100
+ADAPTERS = {"qaa": 80, "lora": 20}
 
 #: The limits are for noticing that something is wrong on any machine, not for what a good one can do.
 PROFILE = [
-    "--users", "8", "--spawn-rate", "8", "--models", "qaa-*,json,pirate,brief*,swapping", "--base-share", "0.1",
+    "--users", "8", "--spawn-rate", "8", "--base-share", "0.1",
     "--cold-share", "0,0.1,0.3,1", "--hot", "4", "--popularity", "zipf:1",
     "--prompt-tokens", "uniform:8-24", "--output-tokens", "lognormal:24,0.5",
     "--swap", "swapping=brief,pirate", "--swap-every", "10",
@@ -42,15 +42,14 @@ PROFILE = [
 
 
 def stage(adapters: Path, place: Path) -> int:
-    """The example's adapters and as many random ones as make ADAPTERS in a source of their own.
+    """The example's adapters and random ones in a source of their own.
 
     Returns:
         bytes of a quarter of all.
     """
     shutil.copytree(adapters, place, ignore=shutil.ignore_patterns(".*"))
-    base = str(adapters.parent / "base")
-    for _ in make_adapters(base, place, "qaa", ADAPTERS - len(list(place.iterdir())), size=0.02):
-        pass
+    for kind, count in ADAPTERS.items():
+        list(make_adapters(str(adapters.parent / "base"), place, kind, count, rank=8, size=0.02))
     return sum(file.stat().st_size for file in place.glob("*/*.safetensors")) // 4
 
 

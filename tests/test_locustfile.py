@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -358,6 +359,33 @@ def test_options_that_cannot_be_carried_out_end_it_and_say_why(stub, tmp_path, o
     assert done.status == 2, done.output
     assert message in " ".join(done.output.split())
     assert stub.bodies == []
+
+
+@pytest.mark.vllm
+def test_make_load_loads_the_example_on_the_real_server_and_leaves_a_report(tmp_path):
+    made = subprocess.run(["make", "-n", "load"], cwd=ROOT, check=True, capture_output=True, text=True)
+    joined = made.stdout.replace("\\\n", " ")
+    (line,) = (line for line in joined.splitlines() if "run_example.py" in line)
+    words = shlex.split(line)
+    given = {"--port": str(free_port()), "--seconds": "20", "--output": str(tmp_path / "out")}
+    for option, value in given.items():
+        words[words.index(option) + 1] = value
+    words[words.index("--") : words.index("--")] = ["--warm-up", "5", "--turn", "5"]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    done = Done(0, "", tmp_path)
+    assert done.summary["failures"] == {}
+    assert set(done.summary["kinds"]) >= {"base", "qaa", "lora"}
+    assert {"source", "store"} & set(done.summary["tiers"])
+    assert {"host", "device"} & set(done.summary["tiers"])
+    assert done.summary["ttft_s"]["cold"]["count"] > 0
+    assert done.summary["swaps"]["swapping"]["failed"] == 0
+    # The server counted what locust did.
+    before, after = (done.summary["server"][which] for which in ("before", "after"))
+    success = 'qaa_requests_total{outcome="success"}'
+    assert after[success] == sum(record["outcome"] == "answered" for record in done.records)
+    assert before[success] < after[success]
+    assert "![cold-share](cold-share.png)" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_run_by_itself_the_locust_file_explains_our_options_beside_locusts():
