@@ -251,7 +251,7 @@ def measure(
     if kind == "stock":
         server = start_stock(args, base, adapters, place / "stock.log")
     else:
-        shutil.copytree(next((root / "pool" / "lora").iterdir()), adapters / WEIGHED)
+        shutil.copytree(root / "pool" / "lora" / "lora-00000", adapters / WEIGHED / "lora-00000")
         server = start(args, base, adapters, place / "state", "--strict-adapters")
     try:
         server.wait_ready(START_LIMIT_S)
