@@ -325,7 +325,8 @@ def test_users_of_ones_own_choose_what_they_ask_for(stub, tmp_path):
     assert json.loads(asked) == [
         "/v1/completions",
         {
-            "model": f"a05@{DIGEST}", "prompt": "Where is my order?", "max_tokens": 7, "temperature": 0, "ignore_eos": True,
+            "model": f"a05@{DIGEST}", "prompt": "Where is my order?", "max_tokens": 7, "temperature": 0,
+            "ignore_eos": True,
         },
     ]  # fmt: skip
     assert {record["tokens"] for record in done.records if record["outcome"] == "answered"} == {TOKENS}
