@@ -235,6 +235,8 @@ def main() -> None:
     bundle = BUNDLES[args.name]
     if bundle.resolved and args.have is None:
         parser.error(f"{args.name} needs --have FILE, what `pip freeze` says on the GPU machine")
+    if bundle.resolved and shutil.which("uv") is None:
+        parser.error(f"{args.name} needs uv to find what is missing: pip install uv")
     with tempfile.TemporaryDirectory() as temporary:
         gather(bundle, args.have, Path(temporary))
         pieces = pack(args.name, Path(temporary), args.into)
