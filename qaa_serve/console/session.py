@@ -24,7 +24,7 @@ class Settings:
         host: address that the page is at.
         port: its port.
         adapters: a directory of adapters; None: what the API says is all there is.
-        end_with_parent: end when the process that started this one does.
+        end_with: end when the process of this id does; None: at a signal.
     """
 
     url: str
@@ -32,7 +32,7 @@ class Settings:
     host: str
     port: int
     adapters: Path | None
-    end_with_parent: bool
+    end_with: int | None
 
 
 class Session:
