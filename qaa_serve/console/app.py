@@ -100,9 +100,7 @@ async def _show(session: Session, section: str, name: str) -> None:
                 ui.tab(key, title)
         ui.space()
         keys = ui.button("Keys", icon="key").props("flat dense no-caps")
-        ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props(
-            'flat dense round aria-label="Dark or light"'
-        )
+        contrast = ui.button(icon="contrast").props('flat dense round aria-label="Dark or light"')
     away = ui.label().classes("qaa-away").props("role=alert")
     away.set_visibility(False)
     # Panels stay as they are while another one is shown: an answer goes on.
@@ -140,6 +138,10 @@ async def _show(session: Session, section: str, name: str) -> None:
         if tabs.value == "now":
             await now.refresh()
 
+    async def turn() -> None:
+        dark.value = not await ui.run_javascript("return document.body.classList.contains('body--dark')")
+
+    contrast.on_click(turn)
     tabs.on_value_change(open_section)
     adapters.on_look_inside = look_inside
     keys.on_click(lambda: _ask_keys(session))

@@ -57,5 +57,5 @@ class Changes:
 
     def clear(self) -> None:
         """Take away what was said of the last change."""
-        self._said.text = ""
+        self._said.text = self._audit.text = ""
         self._audit.set_visibility(False)
