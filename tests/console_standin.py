@@ -83,10 +83,10 @@ class StandIn:
         async def events() -> AsyncIterator[str]:
             yield _event({"choices": [{"delta": {"content": "It begins"}}]})
             if "for ever" in self.bodies[-1]["messages"][-1]["content"]:
-                while not await request.is_disconnected():
-                    await asyncio.sleep(0.05)
-                self.bodies.append({"gone": True})
-                return
+                try:
+                    await asyncio.Event().wait()  # starlette cancels it when the client goes
+                finally:
+                    self.bodies.append({"gone": True})
             yield _event({"error": {"message": "the engine is gone"}})
 
         return StreamingResponse(events(), media_type="text/event-stream")

@@ -108,7 +108,7 @@ def test_who_stops_or_leaves_ends_the_request(page, stand_in, how):
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".qaa-card .qaa-bad")).to_have_text("stopped")
     else:
-        page.goto("about:blank")
+        page.close()
     deadline = time.monotonic() + 60
     while "gone" not in stand_in.bodies[-1]:
         assert time.monotonic() < deadline
