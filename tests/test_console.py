@@ -314,7 +314,6 @@ def test_the_shares_of_an_alias_are_set_with_sliders(page, server):
 def test_inside_an_adapter_are_its_circuit_norms_card_and_facts(page):
     open_adapter(page, "pirate")
     page.get_by_role("button", name="Look inside").click()
-    page.get_by_role("button", name="Look", exact=True).click()
     picture = page.get_by_alt_text("the circuit with its trained angles")
     expect(picture).to_be_visible(timeout=120_000)
     assert picture.evaluate("image => image.naturalWidth") > 300

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +20,9 @@ from qaa_serve.console.upload_part import UploadPart
 from qaa_serve.console.widgets import models_of, show_bytes, show_seconds
 
 _PAGE = 50
+
+#: The list that is shown is asked for anew so often.
+_LIST_AGE_S = 10.0
 
 _COLUMNS = {
     "id": "Adapter", "state": "State", "kind": "Kind", "revision": "Revision", "store": "On disk",
@@ -60,9 +64,10 @@ class AdaptersPage:
     def __init__(self, session: Session):
         self._session = session
         self.chosen = ""
-        self.on_look_inside: Callable[[str], None] = lambda name: None
+        self.on_look_inside: Callable[[str], Awaitable[None]] | None = None
         self._pages = [""]  # the name that each page so far comes after
         self._next: str | None = None
+        self._listed = 0.0
         self._note = ui.label().classes("qaa-quiet")
         self._list = ui.element("div").classes("qaa-page").style("padding: 0")
         self._one = ui.element("div").classes("qaa-page").style("padding: 0")
@@ -96,6 +101,11 @@ class AdaptersPage:
                 await self._show_list()
         except ApiError as error:
             self._note.text = str(error)
+
+    async def tick(self) -> None:
+        """Keep the list up to date; one adapter's page stays as it is, for who is about to press a button."""
+        if not self.chosen and time.monotonic() - self._listed >= _LIST_AGE_S:
+            await self.refresh()
 
     # ------------------------------------------------------------------------------------------------- the list
 
@@ -135,6 +145,7 @@ class AdaptersPage:
             await self.refresh()
 
     async def _show_list(self) -> None:
+        self._listed = time.monotonic()
         query, after = str(self._query.value or ""), self._pages[-1]
         if self._session.api.is_admin:
             answer = await self._session.api.adapters(q=query, state=self._state.value, limit=_PAGE, after=after)
@@ -222,10 +233,14 @@ class AdaptersPage:
         async def back() -> None:
             await self.choose("")
 
+        async def look() -> None:
+            if self.on_look_inside is not None:
+                await self.on_look_inside(name)
+
         with ui.element("div").classes("qaa-row"):
             ui.button("All adapters", icon="arrow_back", on_click=back).props("flat no-caps")
             ui.label(name).classes("qaa-number").style("overflow-wrap: anywhere")
-            ui.button("Look inside", on_click=lambda: self.on_look_inside(name)).props("flat no-caps")
+            ui.button("Look inside", on_click=look).props("flat no-caps")
 
     def _show_history(self, adapter: dict[str, Any]) -> None:
         rows = [

@@ -122,9 +122,10 @@ async def _show(session: Session, section: str, name: str) -> None:
         if tabs.value == "adapters":
             await adapters.refresh()
 
-    def look_inside(adapter: str) -> None:
+    async def look_inside(adapter: str) -> None:
         inside.name.field.value = adapter
         tabs.value = "inside"
+        await inside.look()
 
     async def tick() -> None:
         problem = session.observer.problem
@@ -137,6 +138,8 @@ async def _show(session: Session, section: str, name: str) -> None:
         away.set_visibility(bool(problem))
         if tabs.value == "now":
             await now.refresh()
+        if tabs.value == "adapters":
+            await adapters.tick()
 
     async def turn() -> None:
         dark.value = not await ui.run_javascript("return document.body.classList.contains('body--dark')")
