@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ pytest.importorskip("httpx", reason="the server's packages are not installed")
 from qaa_serve.console.api import Connection
 from qaa_serve.console.differences import mark
 from qaa_serve.console.metrics import PERIOD_S, Histogram, Observer, read
+
+ROOT = Path(__file__).parents[1]
 
 
 def page(json: int, pirate: int, waits: dict[str, int] | None = None) -> str:
@@ -95,3 +98,22 @@ def test_the_help_needs_nothing_of_the_page():
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "imported" not in ran.stderr, ran.stderr
     assert "--adapters DIR" in ran.stdout
+
+
+def test_make_serve_starts_it_beside_the_server_which_goes_on_without_it(tmp_path):
+    """The recipe of the Makefile, with a program that writes down how it was called in place of ours."""
+    program = tmp_path / "bin" / "qaa-serve"
+    program.parent.mkdir()
+    log = tmp_path / "log"
+    program.write_text(f'#!/bin/sh\necho "$$ $*" >> {log}\n[ $1 = serve ] && sleep 2 && exit 3\nexit 2\n')
+    program.chmod(0o755)
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / ".installed-cpu").touch()
+    made = subprocess.run(
+        ["make", "serve", f"VENV={tmp_path}", "PORT=8123"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "Error 3" in made.stderr, "the server's status, not the console's"
+    calls = {line.split()[1]: line.split() for line in log.read_text().splitlines()}
+    asked = calls["console"]
+    assert asked[asked.index("--end-with") + 1] == calls["serve"][0], "it ends with the server's process"
+    assert asked[asked.index("--url") + 1] == "http://127.0.0.1:8123"
