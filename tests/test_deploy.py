@@ -179,7 +179,7 @@ def test_the_locks_have_what_the_project_asks_for(accelerator: str):
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [accelerator, "serve", "load", "train", "compare", "bertscore", "inspect", "dev"]
+    named = [accelerator, "serve", "console", "load", "train", "compare", "bertscore", "inspect", "dev"]
     asked = [Requirement(text) for text in sum((extras[extra] for extra in named), project["dependencies"])]
     wrong = [
         f"{requirement} is locked as {locked.get(canonicalize_name(requirement.name))}"
