@@ -496,13 +496,13 @@ def _options_of(
 
 def _at_the_edge(name: str, chosen: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Where a grid of numbers should go on, since its best point is its first or last one."""
-    for key, value in _differing(chosen, points).items():
-        tried = {point.get(key) for point in points}
-        if len(tried) < 3 or not all(isinstance(other, (int, float)) for other in tried):
+    for key, best in _differing(chosen, points).items():
+        tried = {value for point in points if isinstance(value := point.get(key), (int, float))}
+        if len(tried) < 3:
             continue
-        if value in (min(tried), max(tried)):
+        if best in (min(tried), max(tried)):
             yield (
-                f"{name}: the best {key} of those tried, {value:g}, is at the end of its grid "
+                f"{name}: the best {key} of those tried, {best:g}, is at the end of its grid "
                 f"({min(tried):g} to {max(tried):g}): a value beyond it may be better"
             )
 
