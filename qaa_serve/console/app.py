@@ -82,7 +82,7 @@ def run(settings: Settings) -> None:
     app.on_shutdown(stop)
     ui.run(
         host=settings.host, port=settings.port, title="qaa-serve", dark=None, tailwind=False, show=False,
-        reload=False, show_welcome_message=False, access_log=False, reconnect_timeout=10.0,
+        reload=False, show_welcome_message=False, access_log=False, reconnect_timeout=30.0,
     )  # fmt: skip
 
 
