@@ -134,7 +134,7 @@ async def _show(session: Session, section: str, name: str) -> None:
                 f"The server at {session.settings.url} is away: {problem}. The page goes on when it is back."
             )
         elif away.visible and not problem:
-            await _forgiving(adapters.refresh())
+            await adapters.refresh()
         away.set_visibility(bool(problem))
         if tabs.value == "now":
             await now.refresh()
@@ -157,11 +157,6 @@ async def _show(session: Session, section: str, name: str) -> None:
     if section == "inside" and name:
         await inside.look()
     ui.timer(1.0, tick)
-
-
-async def _forgiving(call: object) -> None:
-    with suppress(ApiError):
-        await call  # type: ignore[misc]
 
 
 async def _ask_keys(session: Session) -> None:
