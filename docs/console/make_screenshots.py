@@ -81,7 +81,7 @@ def main() -> None:
                 keep(page, "adapters")
                 page.get_by_role("button", name="Dark or light").click()
                 page.get_by_role("tab", name="Now").click()
-                page.wait_for_timeout(45_000)  # so that there is something to show
+                page.wait_for_timeout(20_000)  # so that there is something to show
                 keep(page, "now")
         finally:
             stop.set()

@@ -82,7 +82,7 @@ def run(settings: Settings) -> None:
     app.on_shutdown(stop)
     ui.run(
         host=settings.host, port=settings.port, title="qaa-serve", dark=None, tailwind=False, show=False,
-        reload=False, show_welcome_message=False, access_log=False, reconnect_timeout=10.0,
+        reload=False, show_welcome_message=False, access_log=False, reconnect_timeout=30.0,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ async def _show(session: Session, section: str, name: str) -> None:
                 f"The server at {session.settings.url} is away: {problem}. The page goes on when it is back."
             )
         elif away.visible and not problem:
-            await _forgiving(adapters.refresh())
+            await adapters.refresh()
         away.set_visibility(bool(problem))
         if tabs.value == "now":
             await now.refresh()
@@ -157,11 +157,6 @@ async def _show(session: Session, section: str, name: str) -> None:
     if section == "inside" and name:
         await inside.look()
     ui.timer(1.0, tick)
-
-
-async def _forgiving(call: object) -> None:
-    with suppress(ApiError):
-        await call  # type: ignore[misc]
 
 
 async def _ask_keys(session: Session) -> None:

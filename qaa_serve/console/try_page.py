@@ -163,11 +163,12 @@ class TryPage:
         ui.run_javascript(f"qaaConsole.remember({json.dumps(entry)})")
 
     async def _ask(self, answer: _Answer, body: Mapping[str, Any]) -> None:
-        first = last = tokens = revision = None
+        first: float | None = None
+        last, tokens, revision = 0.0, 0, None
         try:
             async for piece in self._session.api.stream(body):
                 if piece.text:
-                    first, last = first if first is not None else piece.seconds, piece.seconds
+                    first, last = piece.seconds if first is None else first, piece.seconds
                     answer.add(piece.text)
                 tokens, revision = piece.tokens or tokens, piece.revision
         except ApiError as error:
@@ -176,7 +177,7 @@ class TryPage:
             answer.fail("stopped")
         else:
             facts = [f"first token after {show_seconds(first)}"] if first is not None else ["no text"]
-            if tokens and first is not None and last is not None and last > first:
+            if tokens and first is not None and last > first:
                 facts.append(f"{(tokens - 1) / (last - first):.3g} tokens/s")
             facts += [f"{tokens} tokens"] if tokens else []
             answer.facts.text = " · ".join(facts + ([revision] if revision else []))
