@@ -153,11 +153,14 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def tier_of(adapter: dict[str, Any]) -> str:
-    """Where an adapter is, from what GET /v1/adapters/NAME says of it."""
+def tier_of(adapter: dict[str, Any], model: str) -> str:
+    """Where a NAME or NAME@REVISION is, from what GET /v1/adapters/NAME says."""
     if adapter.get("state") == "known":
         return "source"
-    sizes = adapter.get("bytes")
+    told = adapter
+    if "@" in model:
+        told = next((one for one in adapter.get("revisions", ()) if one["revision"] == model), {})
+    sizes = told.get("bytes")
     if not sizes:
         return "unknown"
     return "device" if sizes["slot"] else "host" if sizes["host"] else "store"
@@ -244,9 +247,11 @@ class Load:
 
     def list_kinds(self) -> dict[str, str] | None:
         """Adapter -> qaa or lora; adapter for those that are not checked. None if the server does not tell."""
-        answer = requests.get(f"{self.admin_host}/v1/adapters", headers=self.admin_headers, timeout=60)
-        if answer.status_code != 200:
-            log.warning("GET /v1/adapters answers %s: kinds and tiers are unknown", answer.status_code)
+        try:
+            answer = requests.get(f"{self.admin_host}/v1/adapters", headers=self.admin_headers, timeout=60)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            log.warning("kinds and tiers of adapters are unknown: %s", error)
             return None
         return {adapter["id"]: (adapter.get("kind") or "adapter").lower() for adapter in answer.json()["data"]}
 
@@ -421,7 +426,7 @@ class AdapterUser(FastHttpUser):
         body = {"model": model, "max_tokens": self.draw_max_tokens() if max_tokens is None else max_tokens}
         if self.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        kind, asked_cold, wait = test.kinds.get(model, "unknown"), test.asked_cold(), 0.0
+        kind, asked_cold, wait = test.kinds.get(model.partition("@")[0], "unknown"), test.asked_cold(), 0.0
         tier = self.look_for(model, kind)
         outcome, problem, answer = "unfinished", "", Answer()
         began, at = time.perf_counter(), test.now
@@ -467,7 +472,7 @@ class AdapterUser(FastHttpUser):
         try:
             url = f"{test.admin_host}/v1/adapters/{model.partition('@')[0]}"
             answer = self.admin.get(url, headers=test.admin_headers, timeout=60)
-            return tier_of(answer.json()) if answer.status_code == 200 else "unknown"
+            return tier_of(answer.json(), model) if answer.status_code == 200 else "unknown"
         except (requests.RequestException, ValueError):
             return "unknown"
 
@@ -477,7 +482,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.text = ""
+        self.text, self.choices = "", 0
         self.usage: dict[str, int] = {}
 
     @property
@@ -502,8 +507,8 @@ class Answer:
         """
         if not stream:
             self.take(response.text)
-            if not self.text:
-                raise BrokenAnswerError(f"the answer has no text: {response.text[:200]}")
+            if not self.choices:
+                raise BrokenAnswerError(f"the answer has no choices: {response.text[:200]}")
             return
         done = False
         while line := response.stream.readline(b"\n"):
@@ -529,6 +534,7 @@ class Answer:
         self.usage = chunk.get("usage") or self.usage
         brings = False
         for choice in chunk.get("choices") or ():
+            self.choices += 1
             part = choice.get("delta") or choice.get("message") or choice
             for key in ("content", "text", "reasoning", "reasoning_content", "tool_calls"):
                 if part.get(key):
@@ -563,7 +569,7 @@ def start(environment: Environment, **_: Any) -> None:
     load = Load(environment)
     try:
         load.prepare()
-    except (WorkloadError, requests.RequestException) as error:
+    except WorkloadError as error:
         load.unusable = str(error)
         environment.process_exit_code = UNUSABLE
         return

@@ -35,6 +35,7 @@ LOADTESTS = ROOT / "loadtests"
 WARM_S, COLD_S = 0.1, 0.4
 GAP_S = 0.02
 TOKENS = 3
+DIGEST = "0123456789ab"
 ADAPTERS = tuple(f"a{i:02}" for i in range(14))
 
 
@@ -67,6 +68,7 @@ class Stub:
             "bytes": {"store": 9, "host": int(name in self.memory), "slot": slot}
             if name in self.checked
             else None,
+            "revisions": [{"revision": f"{name}@{DIGEST}", "bytes": {"store": 9, "host": 7, "slot": 0}}],
         }
 
     async def list_adapters(self, request: Request) -> Response:
@@ -306,6 +308,7 @@ def test_several_processes_add_up(stub, tmp_path):
 
 
 def test_users_of_ones_own_choose_what_they_ask_for(stub, tmp_path):
+    stub.checked.add("a05")
     (tmp_path / "mine.py").write_text(
         "from adapter_users import AdapterUser\n"
         "from locust import constant, task\n"
@@ -314,7 +317,7 @@ def test_users_of_ones_own_choose_what_they_ask_for(stub, tmp_path):
         "    stream = False\n"
         "    @task\n"
         "    def question(self):\n"
-        "        assert self.complete('a05', 'Where is my order?', 7, temperature=0).answered\n"
+        "        assert self.complete('a05@0123456789ab', 'Where is my order?', 7, temperature=0).answered\n"
     )
     done = run_locust(stub, tmp_path, "-u", "2", "--extra-body", '{"ignore_eos": true}', file=tmp_path / "mine.py")
     assert done.status == 0, done.output
@@ -322,11 +325,13 @@ def test_users_of_ones_own_choose_what_they_ask_for(stub, tmp_path):
     assert json.loads(asked) == [
         "/v1/completions",
         {
-            "model": "a05", "prompt": "Where is my order?", "max_tokens": 7, "temperature": 0, "ignore_eos": True,
+            "model": f"a05@{DIGEST}", "prompt": "Where is my order?", "max_tokens": 7, "temperature": 0,
+            "ignore_eos": True,
         },
     ]  # fmt: skip
     assert {record["tokens"] for record in done.records if record["outcome"] == "answered"} == {TOKENS}
     assert {record["first_s"] for record in done.records} == {None}
+    assert {(record["kind"], record["tier"]) for record in done.records} == {("qaa", "host")}, "the revision's"
 
 
 def test_with_a_tokenizer_prompts_are_exactly_as_long_as_was_asked_for(stub, tmp_path):

@@ -200,6 +200,7 @@ def test_percentiles_are_values_that_were_measured():
 def test_figures_are_of_what_was_sent_after_the_warm_up_and_rates_of_what_came_in_the_time():
     records = [
         answer(1.0, "host", 9.0, 2.5),  # sent in the warm-up, came after it: counts in the rate alone
+        answer(1.5, "host", 9.0, 2.5),
         answer(0.0, "host", 9.0, 1.0),  # all in the warm-up
         answer(3.0, "device", 0.1),
         answer(4.0, "host", 0.3),
@@ -208,8 +209,8 @@ def test_figures_are_of_what_was_sent_after_the_warm_up_and_rates_of_what_came_i
     ]
     summary = summarise(records, 2.0, 12.0)
     assert summary["all"]["answered"] == 4
-    assert summary["all"]["requests_per_second"] == 4 / 10
-    assert summary["all"]["tokens_per_second"] == 40 / 10
+    assert summary["all"]["requests_per_second"] == 5 / 10
+    assert summary["all"]["tokens_per_second"] == 50 / 10
     assert list(summary["tiers"]) == ["device", "host", "store", "source"]
     assert summary["tiers"]["host"]["ttft_s"] == {
         "count": 1, "mean": 0.3, "p50": 0.3, "p90": 0.3, "p95": 0.3, "p99": 0.3, "max": 0.3,
