@@ -3,7 +3,8 @@
 #              model, which comes from the package index
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
-# make load    two minutes of load on the bundled example, on a port of its own: reports/load/report.md
+# make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
+#              reports/load/report.md
 # ACCEL=cuda   with an NVIDIA GPU instead of a CPU (docs/install.md)
 
 ACCEL ?= cpu

@@ -468,7 +468,9 @@ def show_starts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[di
 
 def show(found: dict[str, Any]) -> None:
     def ratio(value: dict[str, float] | None) -> str:
-        return f"{value['median']:.3f} ({value['least']:.3f} to {value['most']:.3f})" if value else "-"
+        if value is None:
+            return "-"
+        return f"{value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})"
 
     table = Table(
         "server", "adapters", "requests/s", "to its first", "to stock", "TTFT p50/p95 ms", "ITL p50 ms", "RSS MiB",

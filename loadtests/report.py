@@ -44,25 +44,25 @@ def read_series(text: str) -> dict[str, float]:
     return dict(found)
 
 
-def series_table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Markdown rows: how far counters went, how many values histograms got and their mean, and gauges' values."""
-    rows = ["| series | change | mean, or before -> after |", "|---|---:|---:|"]
+def series_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """A head, how far counters went, how many values histograms got and their mean, and gauges' values."""
+    rows: list[tuple[str, ...]] = [("series", "change", "mean, or before -> after")]
     for name, value in sorted(after.items()):
         if not name.startswith(SHOWN) or name in HIDDEN:
             continue
         change = value - before.get(name, 0.0)
         series, _, labels = name.partition("{")
         total = f"{series.removesuffix('_count')}_sum{'{' * bool(labels)}{labels}"
+        if not change or series.endswith("_sum"):
+            continue
         if series.endswith("_count") and total in after:
-            if change:
-                mean = (after[total] - before.get(total, 0.0)) / change
-                rows.append(f"| `{name.replace('_count', '', 1)}` | {change:,.0f} | {mean:.4g} |")
+            mean = (after[total] - before.get(total, 0.0)) / change
+            rows.append((f"`{name.replace('_count', '', 1)}`", f"{change:,.0f}", f"{mean:.4g}"))
         elif series.endswith("_total"):
-            if change:
-                rows.append(f"| `{name}` | {change:,.0f} | |")
-        elif not series.endswith("_sum") and change:
-            rows.append(f"| `{name}` | | {before.get(name, 0.0):,.6g} -> {value:,.6g} |")
-    return rows if len(rows) > 2 else []
+            rows.append((f"`{name}`", f"{change:,.0f}", ""))
+        else:
+            rows.append((f"`{name}`", "", f"{before.get(name, 0.0):,.6g} -> {value:,.6g}"))
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------- tables
@@ -92,24 +92,38 @@ def groups_of(summary: Summary) -> list[tuple[str, Summary]]:
     return [*summary["tiers"].items(), *kinds, ("all", summary["all"])]
 
 
+HEAD = (
+    "", "answered", "failed", "429", "requests/s", "tokens/s", "TTFT p50 / p95 / p99, ms", "ITL p50 / p95, ms",
+    "longest gap p50 / p95, ms", "end to end p50 / p95, ms",
+)  # fmt: skip
+
+
+def latency_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """A head, and a line for each tier, each kind and all."""
+    rows: list[tuple[str, ...]] = [HEAD]
+    for name, f in groups_of(summary):
+        counts = (str(f[key]) for key in ("answered", "failed", "refused"))
+        rates = (f"{f['requests_per_second'] or 0:.2f}", f"{f['tokens_per_second'] or 0:.1f}")
+        times = (percentiles(f[key], "p50", "p95") for key in ("inter_token_s", "longest_gap_s", "end_to_end_s"))
+        rows.append((name, *counts, *rates, percentiles(f["ttft_s"], "p50", "p95", "p99"), *times))
+    return rows
+
+
 def text_table(summary: Summary) -> list[str]:
     """The essence, for a terminal."""
-    head = ("", "answered", "failed", "429", "req/s", "tok/s", "TTFT p50/p95 ms", "ITL p50/p95 ms", "SLO")
-    rows = [head]
-    for name, f in groups_of(summary):
-        share = "-" if summary["slo"] is None or f["attainment"] is None else f"{f['attainment']:.1%}"
-        rows.append(
-            (
-                name, f["answered"], f["failed"], f["refused"], f"{f['requests_per_second'] or 0:.2f}",
-                f"{f['tokens_per_second'] or 0:.1f}", percentiles(f["ttft_s"], "p50", "p95"),
-                percentiles(f["inter_token_s"], "p50", "p95"), share,
-            )
-        )  # fmt: skip
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
+    rows = [row[:8] for row in latency_rows(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(f"{cell!s:{'<' if not i else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
+        f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
     ]
     return [*lines, *notes(summary)]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines, numbers to the right."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]]
 
 
 def cold_over_warm(summary: Summary) -> str | None:
@@ -151,41 +165,18 @@ def notes(summary: Summary) -> list[str]:
     return [*lines, *(f"Failed {count} times: {problem}" for problem, count in summary["failures"].items())]
 
 
-def latency_table(summary: Summary) -> list[str]:
-    """Markdown rows: one for each tier, each kind and all."""
-    rows = [
-        "| | answered | failed | 429 | requests/s | tokens/s | TTFT p50 / p95 / p99, ms | ITL p50 / p95, ms "
-        "| longest gap p50 / p95, ms | end to end p50 / p95, ms |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, f in groups_of(summary):
-        cells = (
-            name, f["answered"], f["failed"], f["refused"], f"{f['requests_per_second'] or 0:.2f}",
-            f"{f['tokens_per_second'] or 0:.1f}", percentiles(f["ttft_s"], "p50", "p95", "p99"),
-            *(percentiles(f[key], "p50", "p95") for key in ("inter_token_s", "longest_gap_s", "end_to_end_s")),
-        )  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return rows
-
-
-def share_table(summary: Summary) -> list[str]:
-    """Markdown rows: rates for each share of cold requests that was asked for, median over its turns (spread)."""
-    rows = [
-        "| asked to be cold | turns | were cold | requests/s | tokens/s | TTFT warm, ms | TTFT cold, ms |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+def share_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """A head, and rates for each share of cold requests that was asked for, median over its turns (spread)."""
+    rows: list[tuple[str, ...]] = [
+        ("asked to be cold", "turns", "were cold", "requests/s", "tokens/s", "TTFT warm, ms", "TTFT cold, ms")
     ]
     for asked, turns in by_asked_share(summary["turns"]).items():
-        columns = [
-            middle((turn[key] for turn in turns), form)
-            for key, form in (
-                ("cold_share", "{:.0%}".format), ("requests_per_second", "{:.2f}".format),
-                ("tokens_per_second", "{:.0f}".format),
-            )
-        ]  # fmt: skip
+        forms = {"cold_share": "{:.0%}", "requests_per_second": "{:.2f}", "tokens_per_second": "{:.0f}"}
+        columns = [middle((turn[key] for turn in turns), form.format) for key, form in forms.items()]
         firsts = [turn["ttft_p50_s"] for turn in turns]
         columns += [middle((first[which] for first in firsts), milliseconds) for which in ("warm", "cold")]
-        rows.append(f"| {asked:.0%} | {len(turns)} | {' | '.join(columns)} |")
-    return rows if len(rows) > 2 else []
+        rows.append((f"{asked:.0%}", str(len(turns)), *columns))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------- plots
@@ -281,15 +272,14 @@ def write_report(directory: Path, summary: Summary, records: Sequence[Record]) -
     for name in plots:
         draw(directory / f"{name}.png", PLOTS[name], summary, records)
     models = ", ".join(f"{count} {kind}" for kind, count in summary["models"].items())
-    shares = share_table(summary)
-    series = series_table(summary["server"]["before"], summary["server"]["after"])
+    shares, series = share_rows(summary), series_rows(summary["server"]["before"], summary["server"]["after"])
     lines = [
         "# Load test", "", f"    {summary['command']}", "",
         f"{summary['seconds']:.0f} seconds after {summary['began']:.0f} of warm-up, {summary['users']} users, "
         f"against {summary['host']} with {models}; locust {summary['locust']}.", "",
-        *latency_table(summary), "", *(f"- {line}" for line in notes(summary)), "",
-        *(["## Cold requests", "", *shares, ""] if shares else []),
+        *markdown(latency_rows(summary)), "", *(f"- {line}" for line in notes(summary)), "",
+        *(["## Cold requests", "", *markdown(shares), ""] if shares[1:] else []),
         *(f"![{name}]({name}.png)" for name in plots), "",
-        *(["## The server's series", "", *series] if series else []),
+        *(["## The server's series", "", *markdown(series)] if series[1:] else []),
     ]  # fmt: skip
     (directory / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

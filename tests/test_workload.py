@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "loadtests"))
 
 from records import Objective, Record, percentile, summarise
-from report import latency_table, notes, read_series, series_table, share_table
+from report import latency_rows, markdown, notes, read_series, series_rows, share_rows, text_table
 from workload import (
     QUESTIONS,
     Lengths,
@@ -218,7 +218,9 @@ def test_figures_are_of_what_was_sent_after_the_warm_up_and_rates_of_what_came_i
     assert summary["cold_share"] == 0.5
     assert (summary["ttft_s"]["cold"]["p50"], summary["ttft_s"]["warm"]["p50"]) == (0.8, 0.1)
     assert any("after 800 ms" in note and "8.00 times" in note for note in notes({**summary, "swaps": {}}))
-    assert any(row.startswith("| store | 1 | 0 | 0 |") for row in latency_table(summary))
+    assert ("store", "1", "0", "0", "0.10") in [row[:5] for row in latency_rows(summary)]
+    assert markdown(latency_rows(summary))[-1].startswith("| all | 4 | 0 | 0 | 0.50 | 5.0 | 300 / 1,000 / 1,000 |")
+    assert len({len(line) for line in text_table({**summary, "swaps": {}})[:5]}) == 1, "in columns"
 
 
 @pytest.mark.parametrize(
@@ -258,12 +260,12 @@ def test_turns_show_throughput_against_the_share_of_cold_requests():
     assert found == [(0.0, 0.0), (0.0, 0.0), (0.5, 0.5), (0.0, 0.0)], "the last one lacks a tenth"
     assert summary["turns"][2]["requests_per_second"] == 4
     assert summary["turns"][2]["ttft_p50_s"] == {"cold": 0.4, "warm": 0.2}
-    none, half = share_table(summary)[2:]
-    assert none.startswith("| 0% | 3 | 0% (0% to 0%) | 10.")
-    rates = "4.00 (4.00 to 4.00) | 40 (40 to 40)"
-    assert half == f"| 50% | 1 | 50% (50% to 50%) | {rates} | 200 (200 to 200) | 400 (400 to 400) |"
+    _, none, half = share_rows(summary)
+    assert none[:3] == ("0%", "3", "0% (0% to 0%)")
+    rates = ("4.00 (4.00 to 4.00)", "40 (40 to 40)")
+    assert half == ("50%", "1", "50% (50% to 50%)", *rates, "200 (200 to 200)", "400 (400 to 400)")
     assert len(summarise(records, 0.0, 18.0, every=5)["turns"]) == 3, "the last one lacks two fifths"
-    assert share_table(summarise([answer(1, "host", 0.1)], 0.0, 9.0, every=3)) == []
+    assert share_rows(summarise([answer(1, "host", 0.1)], 0.0, 9.0, every=3))[1:] == []
 
 
 def test_a_share_of_cold_requests_that_was_not_reached_is_said():
@@ -289,9 +291,9 @@ def test_the_servers_series_are_read_without_most_labels_and_their_changes_shown
     )
     before, after = read_series(page.format(10, 1.0)), read_series(page.format(30, 3.0))
     assert after['qaa_requests_total{outcome="success"}'] == 60
-    assert series_table(before, after)[2:] == [
-        "| `qaa_adapter_cache_bytes` | | 10 -> 30 |",
-        "| `qaa_adapter_load_seconds` | 20 | 0.1 |",
-        '| `qaa_requests_total{outcome="success"}` | 40 | |',
+    assert series_rows(before, after)[1:] == [
+        ("`qaa_adapter_cache_bytes`", "", "10 -> 30"),
+        ("`qaa_adapter_load_seconds`", "20", "0.1"),
+        ('`qaa_requests_total{outcome="success"}`', "40", ""),
     ]
-    assert series_table(after, after) == []
+    assert series_rows(after, after)[1:] == []
