@@ -173,7 +173,8 @@ class Load:
     """
 
     def __init__(self, environment: Environment) -> None:
-        self.environment, self.options = environment, environment.parsed_options
+        self.environment = environment
+        self.options: Any = environment.parsed_options
         self.host = (environment.host or "").rstrip("/")
         self.admin_host = self.options.admin_host.rstrip("/") or self.host
         self.leads = not isinstance(environment.runner, WorkerRunner)
@@ -528,8 +529,8 @@ class Answer:
             chunk = json.loads(payload)
         except (ValueError, TypeError) as error:
             raise BrokenAnswerError(f"the answer is not JSON: {error}") from error
-        if error := chunk.get("error"):
-            message = error.get("message") if isinstance(error, dict) else error
+        if problem := chunk.get("error"):
+            message = problem.get("message") if isinstance(problem, dict) else problem
             raise BrokenAnswerError(f"error in the answer: {message}")
         self.usage = chunk.get("usage") or self.usage
         brings = False
