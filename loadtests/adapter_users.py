@@ -142,7 +142,8 @@ def add_options(parser: Any) -> None:
 def objective_of(options: Any) -> Objective | None:
     """The SLO on the command line; None if there is none."""
     limits = (options.slo_ttft_ms / 1000, options.slo_itl_ms / 1000, options.slo_seconds)
-    return Objective(*(limit or float("inf") for limit in limits), options.slo_share) if any(limits) else None
+    first, between, whole = (limit or float("inf") for limit in limits)
+    return Objective(first, between, whole, options.slo_share) if any(limits) else None
 
 
 # --------------------------------------------------------------------------------------------------- a test

@@ -244,7 +244,8 @@ def exact_english(tokenizer: Any) -> Callable[[random.Random, int], str]:
     def text(rng: random.Random, tokens: int) -> str:
         for _ in range(50):
             ids = tokenizer.encode(english(rng, 4 * tokens), add_special_tokens=False).ids[:tokens]
-            if count(cut := tokenizer.decode(ids)) == tokens:
+            cut: str = tokenizer.decode(ids)
+            if count(cut) == tokens:
                 return cut
         raise WorkloadError(f"no text was found that the tokenizer cuts into exactly {tokens} tokens")
 
