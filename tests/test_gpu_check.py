@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import gpu_check
@@ -94,3 +95,25 @@ def test_log_probabilities_that_are_off_or_lack_an_adapter_fail() -> None:
     assert mixed_logprobs.compare(off, exact, plain, 0.01)[0].startswith("FAILED: logprobs, graphs")
     without = mixed_logprobs.compare(good, exact, exact, 0.01)
     assert sum(line.startswith("FAILED") for line in without) == rows - 1
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("vllm", "peft", "transformers")),
+    reason="vllm, peft or transformers is not installed",
+)
+def test_serving_is_set_beside_vllms_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks themselves run in tests of their own; here they only leave what they found."""
+    asked: list[str] = []
+
+    def run(command: list[str], **_: object) -> None:
+        asked.append(f"{Path(command[1]).stem} {'--stock' in command}")
+        kinds = {kind: {"ms": 10.0, "ratio": 1.0} for kind in ("base", "LoRA", "QAA")}
+        found = {"lines": ["logprobs"], "results": {"decode 1": kinds}, "activation_ms": {"QAA": 3.0}}
+        Path(command[-1]).write_text(json.dumps(found))
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    file = tmp_path / "report.json"
+    assert gpu_check.main(["--dry-run", "--parts", "5", "--json", str(file)], SMALLEST) == 0
+    assert asked == ["mixed_logprobs False", "serving True", "serving False"]
+    (part,) = json.loads(file.read_text())["parts"]
+    assert [aim["met"] for aim in part["aims"]] == [True, True, False]
