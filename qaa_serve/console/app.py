@@ -94,7 +94,8 @@ async def _show(session: Session, section: str, name: str) -> None:
     dark = ui.dark_mode(None)
     with ui.element("header").classes("qaa-bar").style("width: 100%"):
         ui.label("qaa-serve").classes("qaa-title")
-        tabs = ui.tabs(value=section).props("dense no-caps inline-label")
+        tabs = ui.tabs(value=section)  # type: ignore[arg-type]  # a tab's name does too
+        tabs.props("dense no-caps inline-label")
         with tabs:
             for key, title in _TITLES.items():
                 ui.tab(key, title)
