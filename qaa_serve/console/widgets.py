@@ -34,7 +34,7 @@ class NameInput:
         found = [name for name in names if self.value in name][:_SUGGESTED]
         self._names.set_content("".join(f'<option value="{escape(name)}">' for name in found))
 
-    async def _suggest(self, _: ValueChangeEventArguments[str]) -> None:
+    async def _suggest(self, _: ValueChangeEventArguments[str | None]) -> None:
         await self.suggest()
 
 
