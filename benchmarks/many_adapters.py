@@ -2,19 +2,22 @@
 
     python benchmarks/many_adapters.py                    5, 100 and 1,000 adapters, three rounds
     python benchmarks/many_adapters.py --full             5,000 too
+    python benchmarks/many_adapters.py --servers qaa lora stock --base examples/smollm2/base
     python benchmarks/many_adapters.py --counts 5 50 --rounds 1 --seconds 10      short, to see that it works
     python benchmarks/many_adapters.py --starts           what a start costs, and a cold adapter, with 10,000
     python benchmarks/many_adapters.py --starts --counts 40 --rounds 1 --cold 3   short, to see that it works
 
-A small random Llama is served by a real qaa-serve with that many random QAA adapters and fewer slots for them
-(--max-loras) than there are, save for the 5 that the others are compared with. Clients wait for their answers (a
-closed load) and ask for the adapters by Zipf's law, so that the engine keeps exchanging what is in its slots.
-Prompts and answers have fixed lengths.
+A small random Llama, or the model that --base names, is served with that many random adapters and fewer slots for
+them (--max-loras) than there are, save for the 5 that the others are compared with. Clients wait for their answers
+(a closed load) and ask for the adapters by Zipf's law, so that the engine keeps exchanging what is in its slots.
+Prompts and answers have fixed lengths. --servers: `qaa` is qaa-serve with QAA adapters, `lora` qaa-serve with LoRA
+r = 16 of the same modules, `stock` vLLM without the plugin, with the same LoRA adapters, all in its host memory.
 
-Each round starts a server anew for every count, in turn, so that a slow spell of the machine falls on all of them;
-the ratio to the first count is taken within a round, and medians over the rounds are printed. Memory is resident
-(RSS), summed over the server's processes, before the first request; pages that two processes share count twice.
-Bytes per adapter are those of GET /v1/adapters, for QAA and for LoRA r = 16 of the same modules.
+Each round starts a server anew for every count and kind, in turn, every other round backwards, so that a slow
+spell or a drift of the machine falls on all of them. Ratios, to the first count and to stock vLLM, are taken
+within a round; medians over the rounds are printed, with the least and the most. Memory is resident (RSS), summed
+over the server's processes, before the first request; pages that two processes share count twice. Bytes per
+adapter are those of GET /v1/adapters, for QAA and for LoRA r = 16 of the same modules.
 
 Nothing is measured before it is checked: two adapters must answer differently, and each the same twice. S-LoRA's
 paper reports 5.5 % less throughput with 2,000 LoRA adapters than with 5, on a GPU and with models of billions of
@@ -43,7 +46,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ import torch
 import transformers
 import workload
 from make_adapters import make_adapters
+from records import Objective, Record, figures
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,6 +70,10 @@ from transformers import LlamaConfig
 
 START_LIMIT_S = 3600
 LORA_RANK = 16
+#: Kinds of servers, and of the adapters that each has.
+SERVERS = {"qaa": "qaa", "lora": "lora", "stock": "lora"}
+#: Different contents for --base, whose adapters are large; their names are as many as --counts says.
+CONTENTS = 32
 #: Where the LoRA adapter that is only weighed lies inside the adapters directory.
 WEIGHED = ".weighed"
 
@@ -97,10 +104,10 @@ def words(rng: random.Random, tokens: int) -> str:
     return " ".join(f"t{rng.randrange(4, tiny_models.VOCAB)}" for _ in range(tokens))
 
 
-def take(adapters: list[Path], directory: Path) -> Path:
-    """An adapters directory with these, by hard links."""
-    for adapter in adapters:
-        shutil.copytree(adapter, directory / adapter.name, copy_function=os.link)
+def take(contents: list[Path], names: list[str], directory: Path) -> Path:
+    """An adapters directory with these names, whose contents are taken in turn, by hard links."""
+    for i, name in enumerate(names):
+        shutil.copytree(contents[i % len(contents)], directory / name, copy_function=os.link)
     return directory
 
 
@@ -112,6 +119,21 @@ def start(args: argparse.Namespace, base: Path, adapters: Path, state: Path, *op
         "--disable-uvicorn-access-log", *options, *shlex.split(args.server_options),
     ]  # fmt: skip
     return ServerProcess(command, state.with_suffix(".log"), measuring=True)
+
+
+def start_stock(args: argparse.Namespace, base: Path, adapters: Path, log: Path) -> ServerProcess:
+    """vLLM's own server without the plugin; it reads all adapters before it is ready."""
+    names = sorted(path.name for path in adapters.iterdir())
+    command = [
+        "python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", "float32",
+        "--served-model-name", "base", "--host", "127.0.0.1", "--enable-lora",
+        "--lora-modules", *(f"{name}={adapters / name}" for name in names),
+        "--max-loras", str(args.max_loras), "--max-cpu-loras", str(max(len(names), args.max_loras)),
+        "--max-lora-rank", str(LORA_RANK), "--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(args.clients),
+        "--max-model-len", "512", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    environment = {"VLLM_PLUGINS": "none", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return ServerProcess(command, log, "Application startup complete", measuring=True, environment=environment)
 
 
 def resident_bytes(server: ServerProcess) -> dict[str, int]:
@@ -153,54 +175,53 @@ async def check(client: openai.AsyncOpenAI, names: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------- load
 
 
+Text = Callable[[random.Random, int], str]
+
+
 async def load(
-    client: openai.AsyncOpenAI, names: list[str], args: argparse.Namespace, seed: int
-) -> workload.Tally:
-    """A closed load for --warm-up and then --seconds; what ended in the second part is tallied."""
-    source = workload.requests(
-        {"qaa": names},
-        popularity=workload.parse_popularity(args.popularity),
-        prompt_tokens=workload.parse_lengths(args.prompt_tokens),
-        output_tokens=workload.parse_lengths(args.output_tokens),
-        chat_share=0.0,
-        seed=seed,
-        text=words,
-    )
-    tally = workload.Tally()
-    counted_from = time.perf_counter() + args.warm_up
-    until = counted_from + args.seconds
+    client: openai.AsyncOpenAI, names: list[str], args: argparse.Namespace, seed: int, text: Text
+) -> dict[str, Any]:
+    """A closed load for --warm-up and then --seconds; the figures of the second part."""
+    rng, records = random.Random(seed), []
+    models = workload.Models([], names, workload.parse_popularity(args.popularity), rng)
+    prompts, answers = (workload.parse_lengths(form) for form in (args.prompt_tokens, args.output_tokens))
+    began = time.perf_counter()
+    until = began + args.warm_up + args.seconds
 
     async def ask() -> None:
-        while (began := time.perf_counter()) < until:
-            request = next(source)
-            stream = await client.completions.create(**request.body(), extra_body={"ignore_eos": True})
+        while (sent := time.perf_counter()) < until:
+            name = models.next()
+            stream = await client.completions.create(
+                model=name, prompt=text(rng, prompts.draw(rng)), max_tokens=answers.draw(rng), stream=True,
+                stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+            )  # fmt: skip
             times, tokens = [], 0
             async for chunk in stream:
                 if chunk.choices and chunk.choices[0].text:
-                    times.append(time.perf_counter())
+                    times.append(time.perf_counter() - sent)
                 tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-            ended = time.perf_counter()
-            if counted_from <= ended <= until:
-                timing = workload.Timing(ended - began, times[0] - began, times[-1] - began, tokens)
-                tally.add_answer(timing, workload.Objective())
-                for before, after in pairwise(times):
-                    tally.inter_token.add(after - before)
+            took = time.perf_counter() - sent
+            between = (times[-1] - times[0]) / (tokens - 1) if tokens > 1 else None
+            outcome = ("adapter", "unknown", None, "answered", "")
+            records.append(Record(sent - began, name, *outcome, took, times[0], between, tokens=tokens))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(args.clients):
             group.create_task(ask())
-    return tally
+    return figures(records, args.warm_up, args.warm_up + args.seconds, Objective())
 
 
 # ------------------------------------------------------------------------------------------------- measure
 
 
-async def use(server: ServerProcess, names: list[str], args: argparse.Namespace, seed: int) -> workload.Tally:
+async def use(
+    server: ServerProcess, names: list[str], args: argparse.Namespace, seed: int, text: Text
+) -> dict[str, Any]:
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
     ) as client:
-        await check(client, [names[0], names[-1]])
-        return await load(client, names, args, seed)
+        await check(client, names[:2])
+        return await load(client, names, args, seed, text)
 
 
 def bytes_of(server: ServerProcess) -> dict[str, dict[str, int | None]]:
@@ -219,56 +240,71 @@ def weigh_lora(server: ServerProcess) -> None:
 
 
 def measure(
-    args: argparse.Namespace, root: Path, base: Path, pool: list[Path], count: int, round_: int
+    args: argparse.Namespace, root: Path, base: Path, kind: str, count: int, round_: int, text: Text
 ) -> dict[str, Any]:
     """One server with ``count`` adapters: started, checked, loaded and ended."""
-    place = root / f"{count}-{round_}"
-    adapters = take(pool[:count], place / "adapters")
-    shutil.copytree(root / "lora", adapters / WEIGHED)
+    place = root / f"{kind}-{count}-{round_}"
+    contents = sorted((root / "pool" / SERVERS[kind]).iterdir())
+    names = [f"{SERVERS[kind]}-{i:05}" for i in range(count)]
+    adapters = take(contents, names, place / "adapters")
     began = time.perf_counter()
-    server = start(args, base, adapters, place / "state", "--strict-adapters")
+    if kind == "stock":
+        server = start_stock(args, base, adapters, place / "stock.log")
+    else:
+        shutil.copytree(root / "pool" / "lora" / "lora-00000", adapters / WEIGHED / "lora-00000")
+        server = start(args, base, adapters, place / "state", "--strict-adapters")
     try:
-        server.wait_ready(900)
-        row: dict[str, Any] = {"adapters": count, "round": round_, "start_s": time.perf_counter() - began}
+        server.wait_ready(START_LIMIT_S)
+        row: dict[str, Any] = {"server": kind, "adapters": count, "round": round_}
+        row["start_s"] = time.perf_counter() - began
         time.sleep(2)
         row["resident_bytes"] = resident_bytes(server)
         row["resident_total_bytes"] = sum(row["resident_bytes"].values())
-        console.print(f"[dim]{count:,} adapters: started in {row['start_s']:.0f} s; load[/dim]")
-        tally = asyncio.run(use(server, [adapter.name for adapter in pool[:count]], args, seed=round_))
-        if not tally.first.count:
+        console.print(f"[dim]{kind}, {count:,} adapters: started in {row['start_s']:.0f} s; load[/dim]")
+        found = asyncio.run(use(server, names, args, round_, text))
+        if not found["requests_per_second"] or not found["answered"]:
             raise SystemExit(
                 f"no request with {count:,} adapters began and ended within {args.seconds:g} s: raise --seconds"
             )
-        row["requests"] = tally.answered
-        row["requests_per_second"] = tally.answered / args.seconds
-        row["tokens_per_second"] = tally.tokens / args.seconds
-        row["ttft_p50_s"], row["ttft_p95_s"] = tally.first.percentile(0.5), tally.first.percentile(0.95)
-        row["inter_token_p50_s"] = tally.inter_token.percentile(0.5)
+        row["requests"] = found["answered"]
+        row["requests_per_second"], row["tokens_per_second"] = (
+            found["requests_per_second"], found["tokens_per_second"],
+        )  # fmt: skip
+        row["ttft_p50_s"], row["ttft_p95_s"] = found["ttft_s"]["p50"], found["ttft_s"]["p95"]
+        row["inter_token_p50_s"] = found["inter_token_s"]["p50"]
         row["resident_after_bytes"] = sum(resident_bytes(server).values())
-        weigh_lora(server)
-        row["bytes"] = bytes_of(server)
+        if kind != "stock":
+            weigh_lora(server)
+            row["bytes"] = bytes_of(server)
     finally:
         server.stop()
     shutil.rmtree(place)
     return row
 
 
-def medians(rows: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
-    """Medians over the rounds for each count, with the ratio to the first count within a round."""
-    first = {row["round"]: row["requests_per_second"] for row in rows if row["adapters"] == counts[0]}
+def ratios_of(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Requests/s of rows over those of others in the same round: median, least and most; None without any."""
+    beside = {row["round"]: row["requests_per_second"] for row in others}
+    ratios = [row["requests_per_second"] / beside[row["round"]] for row in rows if beside.get(row["round"])]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)} if ratios else None
+
+
+def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over the rounds for each server and count, with the ratios to its first count and to stock vLLM."""
+    of: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        of.setdefault((row["server"], row["adapters"]), []).append(row)
     result = []
-    for count in counts:
-        of_count = [row for row in rows if row["adapters"] == count]
-        ratios = [row["requests_per_second"] / first[row["round"]] for row in of_count if first[row["round"]]]
+    for (kind, count), mine in of.items():
         middle = {
-            key: statistics.median(row[key] for row in of_count)
-            for key, value in of_count[0].items()
+            key: statistics.median(row[key] for row in mine)
+            for key, value in mine[0].items()
             if isinstance(value, float) or key.endswith("_total_bytes")
         }
-        spread = {"ratio_least": min(ratios, default=None), "ratio_most": max(ratios, default=None)}
-        result.append(
-            {"adapters": count, **middle, "ratio": statistics.median(ratios) if ratios else None, **spread}
-        )
+        first = next(others for (other, _), others in of.items() if other == kind)
+        stock = of.get(("stock", count), []) if kind != "stock" else []
+        ratios = {"to_first": ratios_of(mine, first), "to_stock": ratios_of(mine, stock)}
+        result.append({"server": kind, "adapters": count, **middle, **ratios})
     return result
 
 
@@ -430,45 +466,55 @@ def show_starts(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[di
 # ------------------------------------------------------------------------------------------------- output
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
+    def ratio(value: dict[str, float] | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f})"
+
     table = Table(
-        "adapters", "requests/s", "to the first", "TTFT p50/p95 ms", "inter-token p50 ms", "RSS MiB", "start s"
-    )
-    for row in figures["medians"]:
+        "server", "adapters", "requests/s", "to its first", "to stock", "TTFT p50/p95 ms", "ITL p50 ms", "RSS MiB",
+        "start s",
+    )  # fmt: skip
+    for row in found["medians"]:
         table.add_row(
-            f"{row['adapters']:,}", f"{row['requests_per_second']:.2f}",
-            f"{row['ratio']:.3f} ({row['ratio_least']:.3f} to {row['ratio_most']:.3f})",
-            f"{1e3 * row['ttft_p50_s']:.0f} / {1e3 * row['ttft_p95_s']:.0f}",
-            f"{1e3 * row['inter_token_p50_s']:.1f}",
+            row["server"], f"{row['adapters']:,}", f"{row['requests_per_second']:.2f}", ratio(row["to_first"]),
+            ratio(row["to_stock"]), f"{1e3 * row['ttft_p50_s']:.0f} / {1e3 * row['ttft_p95_s']:.0f}",
+            f"{1e3 * row['inter_token_p50_s']:.1f}" if "inter_token_p50_s" in row else "-",
             f"{row['resident_total_bytes'] / 2**20:,.0f}", f"{row['start_s']:.0f}",
         )  # fmt: skip
     console.print(table)
-    for kind, size in figures["bytes"].items():
+    for kind, size in found["bytes"].items():
         console.print(f"{kind}: {size['store']:,} bytes on disk, {size['host']:,} in host memory, an adapter")
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Requests/s relative to the first count, and memory, against the number of adapters."""
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Requests/s relative to each server's first count, and memory, against the number of adapters."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    counts = [row["adapters"] for row in figures["medians"]]
-    for round_ in sorted({row["round"] for row in figures["rounds"]}):
-        rows = {row["adapters"]: row["requests_per_second"] for row in figures["rounds"] if row["round"] == round_}
-        left.plot(counts, [rows[c] / rows[counts[0]] for c in counts], "o", color="#1f77b4", alpha=0.4)
-    left.plot(counts, [row["ratio"] for row in figures["medians"]], color="#1f77b4")
+    for kind, colour in zip(SERVERS, ("#1f77b4", "#d95f02", "#777777"), strict=True):
+        if not (mine := [row for row in found["medians"] if row["server"] == kind]):
+            continue
+        counts = sorted(row["adapters"] for row in mine)
+        mine.sort(key=lambda row: row["adapters"])
+        ratios = [row["to_first"] for row in mine]
+        spread = [[r["median"] - r["least"] for r in ratios], [r["most"] - r["median"] for r in ratios]]
+        left.errorbar(counts, [r["median"] for r in ratios], spread, fmt="o-", color=colour, capsize=3, label=kind)
+        resident = [row["resident_total_bytes"] / 2**20 for row in mine]
+        right.plot(counts, resident, "o-", color=colour, label=kind)
     left.axhline(1, color="#999999", linewidth=0.8)
     left.set(xscale="log", xlabel="adapters", ylabel=f"requests/s, {counts[0]} adapters = 1")
-    right.plot(counts, [row["resident_total_bytes"] / 2**20 for row in figures["medians"]], "o-", color="#d95f02")
     right.set(xscale="log", xlabel="adapters", ylabel="resident memory after start, MiB")
     for axes in (left, right):
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -492,7 +538,9 @@ def parse() -> argparse.Namespace:
     add("--starts", action="store_true", help="starts and cold adapters (--counts: 10000)")
     add("--cold", type=int, default=10, help="cold adapters that are asked for alone (default: 10)")
     add("--at-once", type=int, default=20, help="cold adapters that are asked for together (default: 20)")
-    add("--rounds", type=int, default=3, help="servers started for each count (default: 3)")
+    add("--rounds", type=int, default=3, help="servers started of each kind for each count (default: 3)")
+    add("--servers", nargs="+", choices=SERVERS, default=["qaa"], help="kinds of servers (default: qaa)")
+    add("--base", type=Path, help="a model's directory in place of the random Llama")
     add("--seconds", type=float, default=60, help="load that is measured (default: 60)")
     add("--warm-up", type=float, default=10, help="seconds of load before that (default: 10)")
     add("--clients", type=int, default=16, help="requests under way at once (default: 16)")
@@ -516,8 +564,10 @@ def parse() -> argparse.Namespace:
             setattr(args, name, value)
     if args.starts and min(args.counts) < (needed := 2 + args.cold + args.at_once):
         parser.error(f"--counts: {needed} are asked for, so at least as many are needed")
-    if args.starts and args.plot:
-        parser.error("--plot: there is none of --starts")
+    if args.starts and (args.plot or args.base or args.servers != ["qaa"]):
+        parser.error("--starts: without --plot, --base and --servers")
+    if args.base and not (args.base / "tokenizer.json").is_file():
+        parser.error(f"--base: {args.base} has no tokenizer.json")
     if min(args.counts) < 2:
         parser.error("--counts: two adapters are compared, so at least 2 are needed")
     for parse_form, form in (
@@ -532,7 +582,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Print where the figures are from, and write them into --json's file."""
     origin = {
         "command": shlex.join(["python", "benchmarks/many_adapters.py", *sys.argv[1:]]),
@@ -544,7 +594,7 @@ def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     console.print(f"{origin['hardware']}, {origin['cores']} cores, torch {origin['torch']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**origin, **figures}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**origin, **found}, indent=1, default=str) + "\n")
 
 
 def main() -> None:
@@ -561,23 +611,30 @@ def main() -> None:
         if args.starts:
             write(args, {"rounds": (found := measure_starts(args, root)), "medians": show_starts(args, found)})
             return
-        base = make_base(root / "base", args.hidden, args.layers)
-        most = max(args.counts)
-        made = make_adapters(str(base), root / "pool", "qaa", most, size=1.0)
-        pool = list(track(made, total=most, description="adapters", console=console))
-        list(make_adapters(str(base), root / "lora", "lora", 1, rank=LORA_RANK))
+        base = args.base.resolve() if args.base else make_base(root / "base", args.hidden, args.layers)
+        text = workload.exact_english(workload.load_tokenizer(str(base))) if args.base else words
+        contents = min(max(args.counts), CONTENTS) if args.base else max(args.counts)
+        for kind in sorted({"lora", *(SERVERS[server] for server in args.servers)}):
+            count = contents if kind in (SERVERS[server] for server in args.servers) else 1
+            made = make_adapters(
+                str(base), root / "pool" / kind, kind, count, rank=LORA_RANK, size=0.1 if args.base else 1.0
+            )
+            for _ in track(made, total=count, description=f"{kind} adapters", console=console):
+                pass
         for round_ in range(args.rounds):
-            for count in args.counts:
-                rows.append(measure(args, root, base, pool, count, round_))
+            order = [(count, server) for count in args.counts for server in args.servers]
+            for count, server in order[:: -1 if round_ % 2 else 1]:
+                rows.append(measure(args, root, base, server, count, round_, text))
                 console.print(
-                    f"round {round_ + 1} of {args.rounds}, {count:,} adapters: "
+                    f"round {round_ + 1} of {args.rounds}, {server}, {count:,} adapters: "
                     f"{rows[-1]['requests_per_second']:.2f} requests/s, started in {rows[-1]['start_s']:.0f} s"
                 )
-    figures = {"medians": medians(rows, args.counts), "bytes": rows[0]["bytes"], "rounds": rows}
-    show(figures)
-    write(args, figures)
+    found = {"medians": medians(rows), "rounds": rows}
+    found["bytes"] = next((row["bytes"] for row in rows if "bytes" in row), {})
+    show(found)
+    write(args, found)
     if args.plot:
-        plot(figures, args.plot)
+        plot(found, args.plot)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,29 @@ class Engine:
         if not checked:
             raise SystemExit("no layer has circuits: nothing is measured")
 
+    def activation_ms(self, runs: int) -> dict[str, float]:
+        """Median milliseconds until an adapter that was loaded is in its slot, on the device too."""
+        import torch
+
+        executor: Any = self.llm.llm_engine.model_executor
+        manager = executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+        wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        medians = {}
+        for kind, name in (("LoRA", "lora0"), ("QAA", "qaa0")):
+            if name not in self._ids:
+                continue
+            seconds = []
+            for _ in range(runs):
+                manager.deactivate_adapter(self._ids[name])
+                wait()
+                begun = time.perf_counter()
+                manager.activate_adapter(self._ids[name])
+                wait()
+                seconds.append(time.perf_counter() - begun)
+            medians[kind] = 1e3 * statistics.median(seconds)
+            print(f"into a slot              {kind:5} {medians[kind]:8.2f} ms", flush=True)
+        return medians
+
 
 def batches(stock: bool, sizes: list[int]) -> dict[str, dict[str, list[str | None]]]:
     """What is timed: situation -> kind -> the adapter of each request."""
@@ -259,8 +282,11 @@ def main() -> None:
             about["backend"] = TIMER.backend
         print(json.dumps(about, indent=2))
         results = measure(engine, args)
+        activation_ms = engine.activation_ms(max(args.runs, 3))
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"about": about, "results": results, "activation_ms": activation_ms}, indent=2) + "\n"
+        )
     if args.plot:
         plot(results, args.plot)
 

@@ -1,128 +1,71 @@
-"""Plots and a short report.md from the summary of a load test and locust's CSV files.
-
-    python loadtests/report.py reports/load/summary.json --csv reports/load/load --output reports/load
-
-The plots over time need locust's --csv PREFIX with --csv-full-history; without them they are left out.
-"""
+"""What a load test leaves: a page with tables and plots, its figures, and a line for each request."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from records import COLD, TIERS, WARM, Record, by_asked_share
 
-matplotlib.use("Agg")
+Summary = Mapping[str, Any]
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+COLOURS = dict(
+    zip(TIERS, ("#777777", "#1b7837", "#7fbf7b", "#d95f02", "#a50026", "#1f77b4"), strict=True)
+)  # from grey for the base over greens for warm to reds for cold
+#: Labels by which a series is told apart; over all others it is summed.
+LABELS = ("outcome", "result", "reason", "tier", "kind", "state")
+#: Of vLLM's series these are shown; summary.json has all.
+SHOWN = (
+    "qaa_", "vllm:num_preemptions", "vllm:prefix_cache", "vllm:prompt_tokens_total", "vllm:generation_tokens",
+    "vllm:request_queue_time", "vllm:iteration_tokens", "vllm:kv_cache_usage",
+)  # fmt: skip
+HIDDEN = ("qaa_catalogue_fingerprint", "qaa_engine_account_age_seconds", "qaa_source_age_seconds")
 
-#: One colour for a class in every plot.
-COLOURS = {"base": "#555555", "qaa": "#1f77b4", "lora": "#d95f02", "adapter": "#1b9e77", "all": "#000000"}
 
-History = Mapping[tuple[str, str], Sequence[Mapping[str, str]]]
+# ---------------------------------------------------------------------------------------- the server's series
 
 
-def read_history(path: Path) -> History:
-    """Rows of locust's PREFIX_stats_history.csv by type and name, in the order of time; none if it is missing."""
-    rows: defaultdict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows[row["Type"], row["Name"]].append(row)
+def read_series(text: str) -> dict[str, float]:
+    """Our and vLLM's series of a page of /metrics: `name{outcome="success"}` -> value. Buckets are left out."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith(("qaa_", "vllm:")) and not sample.name.endswith(
+                ("_bucket", "_created", "_info")
+            ):
+                labels = ",".join(f'{name}="{sample.labels[name]}"' for name in LABELS if name in sample.labels)
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] += sample.value
+    return dict(found)
+
+
+def series_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """A head, how far counters went, how many values histograms got and their mean, and gauges' values."""
+    rows: list[tuple[str, ...]] = [("series", "change", "mean, or before -> after")]
+    for name, value in sorted(after.items()):
+        if not name.startswith(SHOWN) or name in HIDDEN:
+            continue
+        change = value - before.get(name, 0.0)
+        series, _, labels = name.partition("{")
+        total = f"{series.removesuffix('_count')}_sum{'{' * bool(labels)}{labels}"
+        if not change or series.endswith("_sum"):
+            continue
+        if series.endswith("_count") and total in after:
+            mean = (after[total] - before.get(total, 0.0)) / change
+            rows.append((f"`{name.replace('_count', '', 1)}`", f"{change:,.0f}", f"{mean:.4g}"))
+        elif series.endswith("_total"):
+            rows.append((f"`{name}`", f"{change:,.0f}", ""))
+        else:
+            rows.append((f"`{name}`", "", f"{before.get(name, 0.0):,.6g} -> {value:,.6g}"))
     return rows
 
 
-def column(rows: Sequence[Mapping[str, str]], name: str, began: float) -> tuple[list[float], list[float]]:
-    """Seconds since the beginning, and a column; rows in which it is not a number are left out."""
-    pairs = [(float(row["Timestamp"]) - began, row[name]) for row in rows if row[name] not in ("", "N/A")]
-    return [pair[0] for pair in pairs], [float(pair[1]) for pair in pairs]
-
-
-# --------------------------------------------------------------------------------------------------- plots
-
-
-def plot_throughput(axes: Axes, summary: Mapping[str, Any], history: History) -> None:
-    """HTTP requests a second, and users (or requests under way, if arrivals are open) over time."""
-    rows = history[("", "Aggregated")]
-    axes.plot(*column(rows, "Requests/s", summary["began"]), color=COLOURS["qaa"], label="requests/s")
-    axes.plot(*column(rows, "Failures/s", summary["began"]), color="#c00000", label="failures/s")
-    axes.set(xlabel="seconds", ylabel="HTTP requests a second", ylim=(0, None))
-    right = axes.twinx()
-    if summary["open"] is not None and summary["in_flight"]:
-        right.step(*zip(*summary["in_flight"], strict=True), color="#999999", where="post")
-        right.set(ylabel="requests under way (grey)", ylim=(0, None))
-    else:
-        right.step(*column(rows, "User Count", summary["began"]), color="#999999", where="post")
-        right.set(ylabel="users (grey)", ylim=(0, None))
-    axes.legend(loc="lower right")
-
-
-def plot_percentiles(kind: str) -> Callable[[Axes, Mapping[str, Any], History], None]:
-    """A plot of the median and the 95th percentile of the last ten seconds by class, for a type of statistic."""
-
-    def plot(axes: Axes, summary: Mapping[str, Any], history: History) -> None:
-        for name in summary["classes"]:
-            rows = history[kind, name]
-            for percentile, style in (("50%", "-"), ("95%", ":")):
-                pairs = zip(*column(rows, percentile, summary["began"]), strict=True)
-                known = [(when, value) for when, value in pairs if value]  # 0: none in the last ten seconds
-                label = f"{name} {percentile}"
-                axes.plot(
-                    [w for w, _ in known], [v for _, v in known], style, color=COLOURS.get(name), label=label
-                )
-        limit = (summary["slo"] or {}).get({"TTFT": "ttft_ms", "inter-token": "inter_token_ms"}[kind])
-        if limit:
-            axes.axhline(limit, color="#c00000", linewidth=0.8, label="SLO")
-        # A limit may be a hundred times what is measured.
-        axes.set(xlabel="seconds", ylabel=f"{kind}, ms (last 10 s)", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.legend(ncols=2, fontsize="small")
-
-    return plot
-
-
-def plot_attainment(axes: Axes, summary: Mapping[str, Any], history: History) -> None:
-    """Share of requests that met the SLO by class, beside the share that was wanted."""
-    figures = [*summary["classes"].items(), ("all", summary["all"])]
-    shares = [(name, 100 * f["attainment"]) for name, f in figures if f["attainment"] is not None]
-    bars = axes.bar(
-        [n for n, _ in shares], [s for _, s in shares], color=[COLOURS.get(n, "#777777") for n, _ in shares]
-    )
-    axes.bar_label(bars, fmt="%.1f %%")
-    if summary["slo"] is not None:
-        axes.axhline(100 * summary["slo"]["share"], color="#c00000", linewidth=0.8)
-    axes.set(ylabel="requests that met the SLO, %" if summary["slo"] else "requests that were answered, %")
-    axes.set(ylim=(0, 110))
-
-
-def plot_ramp(axes: Axes, summary: Mapping[str, Any], history: History) -> None:
-    """Answers a second against users, with the knee."""
-    ramp = summary["ramp"]
-    steps = ramp["steps"]
-    axes.plot([s["users"] for s in steps], [s["requests_per_second"] for s in steps], "o-", color=COLOURS["qaa"])
-    if ramp["knee"]:
-        axes.axvline(ramp["knee"]["users"], color="#c00000", linewidth=0.8, label=f"knee: {ramp['knee']['users']}")
-        axes.legend()
-    axes.set(xlabel="users", ylabel="answers a second", ylim=(0, None))
-
-
-def draw(path: Path, plot: Callable[[Axes, Mapping[str, Any], History], None], *data: Any) -> None:
-    """One plot as a PNG file."""
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    plot(axes, *data)
-    axes.grid(alpha=0.3)
-    axes.spines["top"].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# -------------------------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------------------------- tables
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -130,113 +73,213 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:,.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
 
 
-def table(summary: Mapping[str, Any]) -> list[str]:
-    """Markdown rows, one for each class and one for all."""
-    rows = [
-        "| class | models | answered | failed | 429 | requests/s | tokens/s | TTFT p50 / p95 / p99, ms "
-        "| inter-token p50 / p95 / p99, ms | end to end p50 / p95, s | SLO |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, f in [*summary["classes"].items(), ("all", summary["all"])]:
-        models = summary["models"].get(name, sum(summary["models"].values()) if name == "all" else 0)
-        ttft, gap = (
-            " / ".join(milliseconds(f[key][p]) for p in ("p50", "p95", "p99"))
-            for key in ("ttft_s", "inter_token_s")
-        )
-        ends = " / ".join(
-            "-" if f["end_to_end_s"][p] is None else f"{f['end_to_end_s'][p]:.2f}" for p in ("p50", "p95")
-        )
-        share = "-" if f["attainment"] is None else f"{f['attainment']:.1%}"
-        rates = f"{f['requests_per_second'] or 0:.2f} | {f['tokens_per_second'] or 0:.1f}"
-        cells = (name, models, f["answered"], f["failed"], f["refused"], rates, ttft, gap, ends, share)
-        rows.append(f"| {' | '.join(map(str, cells))} |")
+def percentiles(figures: Mapping[str, float | None], *which: str) -> str:
+    """Such as `12 / 18` milliseconds."""
+    return " / ".join(milliseconds(figures[name]) for name in which)
+
+
+def middle(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+    """Median (least to most)."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{form(statistics.median(known))} ({form(min(known))} to {form(max(known))})"
+
+
+def groups_of(summary: Summary) -> list[tuple[str, Summary]]:
+    """What there is a line for: each tier, each kind that is no tier, and all."""
+    kinds = [(name, figures) for name, figures in summary["kinds"].items() if name not in summary["tiers"]]
+    return [*summary["tiers"].items(), *kinds, ("all", summary["all"])]
+
+
+HEAD = (
+    "", "answered", "failed", "429", "requests/s", "tokens/s", "TTFT p50 / p95 / p99, ms", "ITL p50 / p95, ms",
+    "longest gap p50 / p95, ms", "end to end p50 / p95, ms",
+)  # fmt: skip
+
+
+def latency_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """A head, and a line for each tier, each kind and all."""
+    rows: list[tuple[str, ...]] = [HEAD]
+    for name, f in groups_of(summary):
+        counts = (str(f[key]) for key in ("answered", "failed", "refused"))
+        rates = (f"{f['requests_per_second'] or 0:.2f}", f"{f['tokens_per_second'] or 0:.1f}")
+        times = (percentiles(f[key], "p50", "p95") for key in ("inter_token_s", "longest_gap_s", "end_to_end_s"))
+        rows.append((name, *counts, *rates, percentiles(f["ttft_s"], "p50", "p95", "p99"), *times))
     return rows
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
+def text_table(summary: Summary) -> list[str]:
+    """The essence, for a terminal."""
+    rows = [row[:8] for row in latency_rows(summary)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{row[0]:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return [*lines, *notes(summary)]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines, numbers to the right."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|---|{'---:|' * (len(rows[0]) - 1)}", *lines[1:]]
+
+
+def cold_over_warm(summary: Summary) -> str | None:
+    """How much later the first token of a cold adapter comes, in words; None if there was none of either."""
+    cold, warm = (summary["ttft_s"][which]["p50"] for which in ("cold", "warm"))
+    if not cold or not warm:
+        return None
+    return (
+        f"First token of a cold adapter ({', '.join(COLD)}) after {milliseconds(cold)} ms, of a warm one "
+        f"({', '.join(WARM)}) after {milliseconds(warm)} ms (medians): {cold / warm:.2f} times; "
+        f"{summary['cold_share']:.1%} were cold."
+    )
+
+
+def notes(summary: Summary) -> list[str]:
     """What else there is to say, a line each."""
-    lines = []
+    lines = [line] if (line := cold_over_warm(summary)) else []
     if slo := summary["slo"]:
         limits = [
-            f"{label} at most {slo[key]:g}{unit}"
-            for key, label, unit in (
-                ("ttft_ms", "TTFT", " ms"), ("inter_token_ms", "mean inter-token time", " ms"),
-                ("seconds", "the whole answer", " s"),
-            )
-            if slo[key] is not None
-        ]  # fmt: skip
-        reached = "no request ended" if slo["attainment"] is None else f"{slo['attainment']:.2%} did"
+            f"{label} at most {slo[key]:g} s"
+            for key, label in (("ttft_s", "TTFT"), ("inter_token_s", "ITL"), ("seconds", "the whole answer"))
+            if key in slo
+        ]
+        reached = summary["all"]["attainment"]
         lines.append(
-            f"SLO **{'met' if slo['met'] else 'missed'}**: {', '.join(limits) or 'an answer'}, for "
-            f"{slo['share']:.1%} of the requests; {reached}."
+            f"SLO {'met' if slo['met'] else 'missed'}: {', '.join(limits)}, for {slo['share']:.1%} of the requests"
+            + ("; none ended." if reached is None else f"; {reached:.2%} did.")
         )
-    else:
-        lines.append("No SLO was given; the column SLO is the share of requests that were answered.")
+    for asked, turns in by_asked_share(summary["turns"]).items():
+        shares = [turn["cold_share"] for turn in turns if turn["cold_share"] is not None]
+        if shares and abs((were := statistics.median(shares)) - asked) > 0.2:
+            lines.append(
+                f"{asked:.0%} were to be cold, {were:.0%} were: the server's memory (--adapter-cache-bytes) holds "
+                + ("some of those that were to be cold." if were < asked else "not all that were to be hot.")
+            )
     if unfinished := summary["all"]["unfinished"]:
-        lines.append(f"{unfinished} requests still ran when the test ended, and count nowhere (--stop-timeout).")
-    if summary["open"]:
-        late = summary["open"]["late"]
-        lines.append(
-            f"Open arrivals: {summary['open']['sent']} requests sent, {late} of them late"
-            + (
-                f", by up to {summary['open']['late_s']['max']:.2f} s; times count from when they were due."
-                if late
-                else "."
-            )
+        lines.append(f"{unfinished} requests still ran at the end and count nowhere (--stop-timeout).")
+    lines += [f"{name}: swapped {n['done']} times, {n['failed']} failed." for name, n in summary["swaps"].items()]
+    return [*lines, *(f"Failed {count} times: {problem}" for problem, count in summary["failures"].items())]
+
+
+def share_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """A head, and rates for each share of cold requests that was asked for, median over its turns (spread)."""
+    rows: list[tuple[str, ...]] = [
+        ("asked to be cold", "turns", "were cold", "requests/s", "tokens/s", "TTFT warm, ms", "TTFT cold, ms")
+    ]
+    for asked, turns in by_asked_share(summary["turns"]).items():
+        forms = {"cold_share": "{:.0%}", "requests_per_second": "{:.2f}", "tokens_per_second": "{:.0f}"}
+        columns = [middle((turn[key] for turn in turns), form.format) for key, form in forms.items()]
+        firsts = [turn["ttft_p50_s"] for turn in turns]
+        columns += [middle((first[which] for first in firsts), milliseconds) for which in ("warm", "cold")]
+        rows.append((f"{asked:.0%}", str(len(turns)), *columns))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------- plots
+
+
+def label_decades(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade: a few times to first token are seldom a decade apart."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def plot_first_token(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
+    """How many of a tier's requests have their first token after so long."""
+    for tier in TIERS:
+        firsts = sorted(
+            1000 * record.first_s
+            for record in records
+            if record.tier == tier and record.first_s is not None and record.at >= summary["began"]
         )
-    for name, swap in summary["swaps"].items():
-        took = " and ".join(milliseconds(swap["seconds"][key]) for key in ("p50", "max"))
-        lines.append(
-            f"`{name}` was swapped {swap['done']} times, {swap['failed']} failed; median and most: {took} ms."
-        )
-    if ramp := summary["ramp"]:
-        knee = ramp["knee"]
-        found = f"{knee['users']} users, {knee['requests_per_second']:.2f} answers/s" if knee else "none"
-        lines.append(f"Knee: {found}. The ramp ended because {ramp['ended']}.")
-    lines += [f"Failed {count} times: {problem}" for problem, count in summary["failures"].items()]
-    return lines
+        if firsts:
+            shares = [(i + 1) / len(firsts) for i in range(len(firsts))]
+            axes.step(firsts, shares, where="post", color=COLOURS[tier], label=f"{tier} ({len(firsts)})")
+    axes.set(xscale="log", xlabel="time to first token, ms", ylabel="share of the requests", ylim=(0, 1.02))
+    label_decades(axes.xaxis)
+    axes.legend(title="adapter was in")
 
 
-def write_report(summary: Mapping[str, Any], history: History, output: Path) -> Path:
-    """Write report.md and the plots.
+def plot_cold_share(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
+    """Answers a second against the share of cold requests, a point for each turn."""
+    turns = [turn for turn in summary["turns"] if turn["cold_share"] is not None]
+    axes.plot(
+        [100 * turn["cold_share"] for turn in turns], [turn["requests_per_second"] for turn in turns], "o",
+        color=COLOURS["store"], alpha=0.6, label="a turn",
+    )  # fmt: skip
+    middles = [
+        [statistics.median(turn[key] for turn in mine) for key in ("cold_share", "requests_per_second")]
+        for mine in by_asked_share(turns).values()
+    ]
+    if middles:
+        axes.plot([100 * x for x, _ in middles], [y for _, y in middles], color=COLOURS["store"], label="median")
+    axes.set(xlabel="requests for cold adapters, %", ylabel="answers a second", ylim=(0, None), xlim=(-2, 102))
+    axes.legend()
 
-    Returns:
-        the path of report.md.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, Callable[[Axes, Mapping[str, Any], History], None]] = {}
-    if history:
-        plots["throughput"] = plot_throughput
-        for kind, name in (("TTFT", "first-token"), ("inter-token", "inter-token")):
-            if any(history[kind, model_class] for model_class in summary["classes"]):
-                plots[name] = plot_percentiles(kind)
-    plots["attainment"] = plot_attainment
-    if summary["ramp"] and summary["ramp"]["steps"]:
-        plots["ramp"] = plot_ramp
-    for name, plot in plots.items():
-        draw(output / f"{name}.png", plot, summary, history)
+
+def plot_time(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
+    """Each request's time to first token, when it was sent, the warm-up too."""
+    for tier in TIERS:
+        mine = [record for record in records if record.tier == tier and record.first_s is not None]
+        if mine:
+            axes.plot(
+                [record.at for record in mine], [1000 * (record.first_s or 0) for record in mine], ".",
+                markersize=3, color=COLOURS[tier], label=tier,
+            )  # fmt: skip
+    if summary["began"]:
+        axes.axvspan(0, summary["began"], color="#eeeeee", label="warm-up")
+    axes.set(xlabel="seconds", ylabel="time to first token, ms", yscale="log")
+    label_decades(axes.yaxis)
+    axes.legend(markerscale=3, ncols=2)
+
+
+PLOTS = {"first-token": plot_first_token, "cold-share": plot_cold_share, "time": plot_time}
+
+
+def draw(path: Path, plot: Callable[[Any, Summary, Sequence[Record]], None], *data: Any) -> None:
+    """One plot as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    plot(axes, *data)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+# -------------------------------------------------------------------------------------------------- report
+
+
+def write_report(directory: Path, summary: Summary, records: Sequence[Record]) -> None:
+    """Write report.md with its plots, summary.json and records.jsonl."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    with (directory / "records.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record._asdict()) + "\n" for record in records)
+    plots = list(PLOTS) if any(record.first_s is not None for record in records) else []
+    if not any(turn["cold_share"] is not None for turn in summary["turns"]):
+        plots = [name for name in plots if name != "cold-share"]
+    for name in plots:
+        draw(directory / f"{name}.png", PLOTS[name], summary, records)
+    models = ", ".join(f"{count} {kind}" for kind, count in summary["models"].items())
+    shares, series = share_rows(summary), series_rows(summary["server"]["before"], summary["server"]["after"])
     lines = [
         "# Load test", "", f"    {summary['command']}", "",
-        f"{summary['seconds']:.0f} seconds against {summary['host']}, locust {summary['locust']}.", "",
-        *table(summary), "", *(f"- {line}" for line in notes(summary)), "",
-        *(f"![{name}]({name}.png)" for name in plots),
+        f"{summary['seconds']:.0f} seconds after {summary['began']:.0f} of warm-up, {summary['users']} users, "
+        f"against {summary['host']} with {models}; locust {summary['locust']}.", "",
+        *markdown(latency_rows(summary)), "", *(f"- {line}" for line in notes(summary)), "",
+        *(["## Cold requests", "", *markdown(shares), ""] if shares[1:] else []),
+        *(f"![{name}]({name}.png)" for name in plots), "",
+        *(["## The server's series", "", *markdown(series)] if series[1:] else []),
     ]  # fmt: skip
-    path = output / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("summary", type=Path, help="what locust wrote for --summary")
-    parser.add_argument("--csv", metavar="PREFIX", type=Path, help="what locust was given for --csv")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="where to (default: here)")
-    args = parser.parse_args()
-    summary = json.loads(args.summary.read_text(encoding="utf-8"))
-    history = read_history(Path(f"{args.csv}_stats_history.csv")) if args.csv else {}
-    print(write_report(summary, history, args.output))
-
-
-if __name__ == "__main__":
-    main()
+    (directory / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

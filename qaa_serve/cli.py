@@ -19,6 +19,8 @@ qaa-serve {__version__}: many quantum-circuit (QAA) and LoRA adapters on one lan
       train several ways under the same budget and write a report: quality, size, memory, time
   qaa-serve adapters list|show|put|delete|rollback|pin|unpin [NAME] [options]
       look at and change what a running server serves
+  qaa-serve console --url http://127.0.0.1:8000
+      a web page to try, watch and change what a running server serves
   qaa-serve inspect DIR [options]
       say what an adapter is, draw or export its circuits, try them on imperfect quantum hardware
 
@@ -61,6 +63,12 @@ def _adapters(arguments: Sequence[str]) -> int:
     return adapters(arguments)
 
 
+def _console(arguments: Sequence[str]) -> int:
+    from qaa_serve.console.cli import main as console
+
+    return console(arguments)
+
+
 def _inspect(arguments: Sequence[str]) -> int:
     from qaa_serve.inspection.cli import main as inspect
 
@@ -78,6 +86,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "compare": _compare,
     "adapters": _adapters,
+    "console": _console,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -20,8 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# Programs that measure, whose short forms are tests too.
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests")]
+# Programs that measure or try something, whose short forms are tests too.
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests", "deploy")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

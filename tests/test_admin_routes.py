@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_of
 from qaa_serve.registry import Catalogue
 from qaa_serve.server.admin import make_router
 from qaa_serve.server.aliases import make_alias_router
+from qaa_serve.server.audit import AuditLog
 from qaa_serve.server.errors import answer_errors
 from qaa_serve.sources import DirectorySource, ReadOnlyError
 
@@ -183,6 +185,20 @@ def test_what_an_alias_may_be(place: Place, body: Any, status: int) -> None:
             assert (await client.delete("/v1/aliases/chat")).status_code == 404
 
     run()
+
+
+@in_a_loop
+async def test_the_audit_log_can_be_asked_for(place: Place) -> None:
+    audit: Any = AuditLog(logging.getLogger("test"))
+    async with admin(place, audit) as (client, _):
+        assert (await client.delete("/v1/adapters/a")).status_code == 404
+        assert (await client.delete("/v1/adapters/b")).status_code == 404
+        answer = (await client.get("/v1/audit", params={"adapter": "a"})).json()
+        (line,) = answer["data"]
+        assert (line["action"], line["adapter"], line["result"][:4]) == ("delete", "a", "404:")
+        assert {"time", "key", "from", "before", "after"} < set(line)
+        (newest,) = (await client.get("/v1/audit", params={"limit": 1})).json()["data"]
+        assert newest["adapter"] == "b"
 
 
 @in_a_loop

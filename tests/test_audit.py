@@ -72,6 +72,16 @@ def test_without_a_file_the_servers_log_has_the_lines(caplog):
     assert json.loads(caplog.records[0].getMessage().removeprefix("audit "))["action"] == "put"
 
 
+def test_the_last_lines_are_kept_for_the_api_the_newest_first():
+    audit = AuditLog(logger)
+    for number in range(300):
+        audit.changed("put", f"n{number % 2}", None, f"n{number % 2}@{number:012x}")
+    audit.close()
+    assert [line["after"] for line in audit.last("n1")[:2]] == [f"n1@{299:012x}", f"n1@{297:012x}"]
+    assert 100 <= len(audit.last()) < 300
+    assert audit.last("unheard-of") == []
+
+
 @pytest.mark.parametrize("text", ["two\nlines", "100 %s %d %(x)s", "\N{SNOWMAN}", "\udcff", '"quoted"', "\x1b[0m"])
 def test_whatever_a_client_sends_is_one_line(tmp_path, caplog, text):
     file = tmp_path / "audit.log"

@@ -20,9 +20,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
 import faults
+import try_stack
 from faults import PROMPTS, Stage, rename_into_place
 from server_process import ADMIN_KEY, ServerProcess, free_port, gone
-from test_deploy import _nginx_here, tool
+from test_deploy import tool
+from try_stack import Stack, query
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,62 +54,25 @@ def servers(stage):
 @pytest.fixture(scope="module")
 def prometheus(stage, servers):
     """Prometheus' URL; it scrapes both servers every second and evaluates the rules of deploy/."""
-    binary = tool("prometheus", "apt-get install prometheus")
-    targets = [f"127.0.0.1:{server.port}" for server in servers]
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(ROOT / "deploy" / "prometheus" / "rules.yml")],
-        "scrape_configs": [{"job_name": "qaa-serve", "static_configs": [{"targets": targets}]}],
-    }
-    path = stage.root / "prometheus.yml"
-    path.write_text(json.dumps(config))
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            binary, f"--config.file={path}", f"--storage.tsdb.path={stage.root / 'tsdb'}",
-            f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
-        ]
-    )  # fmt: skip
-    try:
-        wait_until(lambda: status(f"http://127.0.0.1:{port}/-/ready") == 200)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    tool("prometheus", "apt-get install prometheus")
+    directory = stage.root / "prometheus"
+    directory.mkdir()
+    with Stack(directory) as stack:
+        yield stack.start_prometheus([server.port for server in servers], interval="1s")
 
 
 @pytest.fixture(scope="module")
 def front(stage, servers):
     """nginx as deploy/ configures it."""
-    binary = tool("nginx", "apt-get install nginx-light")
-    directory, port = stage.root / "nginx", free_port()
+    tool("nginx", "apt-get install nginx-light")
+    directory = stage.root / "front"
     directory.mkdir()
-    conf = _nginx_here(directory, port, (servers[0].port, servers[1].port))
-    process = subprocess.Popen([binary, "-p", str(directory), "-c", str(conf), "-g", "daemon off;"])
-    try:
-        wait_until(lambda: status(f"http://127.0.0.1:{port}/v1/models") == 200)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def status(url: str) -> int | None:
-    """None: nothing answers yet."""
-    try:
-        return httpx.get(url).status_code
-    except httpx.TransportError:
-        return None
+    with Stack(directory) as stack:
+        yield stack.start_nginx(free_port(), [server.port for server in servers])
 
 
 def fetch(url):
     return httpx.get(url, timeout=60).json()
-
-
-def query(prometheus: str, expression: str) -> list[dict]:
-    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expression}, timeout=30).json()
-    assert answer["status"] == "success", answer
-    return answer["data"]["result"]
 
 
 def values(prometheus: str, expression: str, *labels: str) -> dict[tuple[str, ...], float]:
@@ -119,10 +84,7 @@ def values(prometheus: str, expression: str, *labels: str) -> dict[tuple[str, ..
 
 
 def wait_until(condition, limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.25)
+    assert try_stack.wait_until(condition, limit_s)
 
 
 def test_prometheus_agrees_with_what_the_clients_counted(servers, prometheus):
@@ -226,7 +188,7 @@ def test_every_query_of_dashboard_and_rules_finds_series(servers, prometheus):
         filled = (
             expression.replace("$__rate_interval", "30s").replace("$__range", "1m").replace("$__interval", "5s")
         )
-        filled = re.sub(r"\$\{?(job|instance|adapter|datasource)(:\w+)?\}?", ".*", filled)
+        filled = re.sub(r"\$\{?(namespace|job|instance|adapter|datasource)(:\w+)?\}?", ".*", filled)
         # What is there only when something is wrong: its other labels must find something all the same.
         filled = re.sub(r', outcome="\w+"', "", re.sub(r" (==|>) \d+$", "", filled))
         if "qaa_key_" in filled:  # these servers have no keys; tests/test_server_rules.py looks for the series

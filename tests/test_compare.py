@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 
 from qaa_serve.training import TrainingError, TrainOptions, train
-from qaa_serve.training.compare import cli
+from qaa_serve.training.compare import cli, study
 from qaa_serve.training.compare.evaluate import generate
 from qaa_serve.training.compare.files import model_digest, owned
 from qaa_serve.training.compare.metrics import BertScore, bleu, exact_match, rouge, unseen_by_rouge
@@ -523,3 +523,21 @@ class TestCommand:
             "qaa-serve compare: sacrebleu is not installed; comparing needs the extra: "
             'pip install "qaa-serve[compare]"\n'
         )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "tried", "at_the_end"),
+    [
+        (0.1, (0.1, 0.2, 0.4), True),
+        (0.4, (0.1, 0.2, 0.4), True),
+        (0.2, (0.1, 0.2, 0.4), False),
+        (1, (1, 2), False),
+    ],
+)
+def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out(
+    chosen: float, tried: tuple[float, ...], at_the_end: bool
+) -> None:
+    points = [{"lr": value, "layers": 2} for value in tried]
+    notes = list(study._at_the_edge("qaa", {"lr": chosen, "layers": 2}, points))
+    assert len(notes) == at_the_end
+    assert all(note.startswith(f"qaa: the best lr of those tried, {chosen:g}, is at the end") for note in notes)

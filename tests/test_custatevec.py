@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -218,16 +219,101 @@ def bindings() -> Iterator[Any]:
                 del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["create", "destroy", "set_stream", "apply_matrix_batched", "apply_matrix_batched_get_workspace_size"],
-)
+CALLS = ("create", "destroy", "set_stream", "apply_matrix_batched", "apply_matrix_batched_get_workspace_size")
+#: What is said where a library is missing.
+MISSING = r"libcublasLt\.so|libcustatevec\.so"
+ENUMERATIONS = ("MatrixMapType", "MatrixLayout", "ComputeType")
+
+
+class Checked:
+    """The interpreter behind the real bindings: what the backend asks for must be there and take what it is given.
+
+    Enumerations are the real ones. A real function binds the arguments and turns them into C's types before it
+    looks for the library; where the library cannot be loaded that is as far as it gets, so it is called too.
+    """
+
+    def __init__(self, interpreter: Interpreter, bindings: Any, loadable: bool):
+        self._interpreter, self._bindings, self._loadable = interpreter, bindings, loadable
+        self.used: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._bindings, name)
+        self.used.add(name)
+        if inspect.isclass(real):
+            return real
+
+        def call(*positional: Any, **named: Any) -> Any:
+            inspect.signature(real).bind(*positional, **named)
+            if not self._loadable:
+                with pytest.raises(RuntimeError, match=MISSING):
+                    real(*positional, **named)
+            return getattr(self._interpreter, name)(*positional, **named)
+
+        return call
+
+
+def loads(bindings: Any) -> bool:
+    """Whether cuStateVec's library, and the cuBLAS that it needs, can be loaded."""
+    try:
+        bindings.get_version()
+    except RuntimeError as error:  # cuda.pathfinder's DynamicLibNotFoundError
+        if re.search(MISSING, str(error)):
+            return False
+        raise
+    return True
+
+
+def test_the_real_bindings_take_what_the_backend_gives_them(
+    bindings: Any, library: Interpreter, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """The whole life of a session: all calls, by name and by place, and the values of the enumerators."""
+    checked = Checked(library, bindings, loads(bindings))
+    monkeypatch.setattr(custatevec, "_library", lambda: checked)
+    ansatz = Ansatz("ryrz_ring_ry", 7, 2, readouts=3)
+    theta, x = random_theta(generator, 2, ansatz), random_x(generator, 3, 100)
+    index = numbers([1], [0], [-1])
+    z: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: z.append(circuits_with(theta, ansatz).run(x, index)))
+    thread.start()  # whose end ends the session
+    thread.join()
+    assert_close(z[0], judge(x, theta, ansatz, index), SINGLE)
+    assert not library.streams
+    assert checked.used == {*CALLS, *ENUMERATIONS}
+
+
+def test_the_real_bindings_notice_what_they_cannot_take(bindings: Any, library: Interpreter) -> None:
+    checked = Checked(library, bindings, loads(bindings))
+    with pytest.raises(AttributeError):
+        checked.apply_matrices_batched()
+    with pytest.raises(TypeError):
+        checked.set_stream(1, stream=2)
+    if not checked._loadable:
+        with pytest.raises(TypeError):
+            checked.set_stream(1, 7.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the library starts")
+def test_what_the_real_library_says_without_a_gpu(
+    bindings: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as torch can tell there is a GPU; the library finds that cuBLAS, or else the driver, is missing."""
+    monkeypatch.setattr(custatevec, "_library", lambda: bindings)
+    reason = str(missing(CUDA))
+    if loads(bindings):
+        assert "cuStateVec does not start on cuda:0 (cuStateVecError: NOT_INITIALIZED (1)" in reason
+        assert "version 580" in reason
+    else:
+        assert "cuStateVec does not start on cuda:0 (DynamicLibNotFoundError: " in reason
+        assert "pip install custatevec-cu13 nvidia-cublas" in reason
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_the_real_calls_have_the_interpreters_parameters(bindings: Any, name: str) -> None:
     ours = inspect.signature(getattr(Interpreter(), name))
     assert list(inspect.signature(getattr(bindings, name)).parameters) == list(ours.parameters)
 
 
-@pytest.mark.parametrize("name", ["MatrixMapType", "MatrixLayout", "ComputeType"])
+@pytest.mark.parametrize("name", ENUMERATIONS)
 def test_the_real_enumerators_have_the_interpreters_values(bindings: Any, name: str) -> None:
     ours, real = getattr(Interpreter, name), getattr(bindings, name)
     assert {member.name: int(member) for member in real} == {member.name: int(member) for member in ours}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import os
+import shlex
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,26 +27,29 @@ import uvicorn
 from server_process import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-LOADTESTS = Path(__file__).resolve().parents[1] / "loadtests"
-FIRST_S = 0.15
-GAP_S = 0.03
-KINDS = {"one": "QAA", "two": "QAA", "three": "LORA"}
+ROOT = Path(__file__).resolve().parents[1]
+LOADTESTS = ROOT / "loadtests"
+WARM_S, COLD_S = 0.1, 0.4
+GAP_S = 0.02
+TOKENS = 3
+DIGEST = "0123456789ab"
+ADAPTERS = tuple(f"a{i:02}" for i in range(14))
 
 
 @dataclass
 class Stub:
-    """What the stand-in serves, and what it was asked."""
+    """What the stand-in serves, and what it was asked. Its memory holds the last five adapters."""
 
     port: int
-    models: tuple[str, ...] = ("base", "one", "two", "three")
-    tells_kinds: bool = True
+    models: tuple[str, ...] = ("base", *ADAPTERS)
+    tells_tiers: bool = True
     bodies: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     puts: list[tuple[str, str, str]] = field(default_factory=list)
-    under_way: int = 0
-    most_under_way: int = 0
+    checked: set[str] = field(default_factory=set)
+    memory: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     @property
     def url(self) -> str:
@@ -53,17 +59,49 @@ class Stub:
         parents = {name: None if name.startswith("base") else "base" for name in self.models}
         return JSONResponse({"data": [{"id": name, "parent": parent} for name, parent in parents.items()]})
 
+    def describe(self, name: str) -> dict[str, Any]:
+        slot = 1 if self.memory and name == next(reversed(self.memory)) else 0
+        return {
+            "id": name,
+            "state": "served" if name in self.checked else "known",
+            "kind": ("LORA" if name == "a00" else "QAA") if name in self.checked else None,
+            "bytes": {"store": 9, "host": int(name in self.memory), "slot": slot}
+            if name in self.checked
+            else None,
+            "revisions": [{"revision": f"{name}@{DIGEST}", "bytes": {"store": 9, "host": 7, "slot": 0}}],
+        }
+
     async def list_adapters(self, request: Request) -> Response:
-        if not self.tells_kinds:
+        if not self.tells_tiers:
             return JSONResponse({"detail": "Not Found"}, 404)
-        return JSONResponse({"data": [{"id": name, "kind": kind} for name, kind in KINDS.items()]})
+        return JSONResponse({"data": [self.describe(name) for name in self.models if name in ADAPTERS]})
+
+    async def get_adapter(self, request: Request) -> Response:
+        return JSONResponse(self.describe(request.path_params["name"]))
 
     async def put_adapter(self, request: Request) -> Response:
         path = (await request.json())["path"]
         self.puts.append((request.path_params["name"], path, request.headers.get("authorization", "")))
-        return JSONResponse(
-            {} if path != "missing" else {"error": "no such path"}, 200 if path != "missing" else 404
+        return JSONResponse({}, 404 if path == "missing" else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(
+            "# TYPE qaa_requests counter\n"
+            f'qaa_requests_total{{adapter="a00",outcome="success"}} {100 + len(self.bodies)}\n'
+            f'qaa_requests_total{{adapter="a01",outcome="success"}} 100\n'
         )
+
+    def load(self, model: str) -> float:
+        """Seconds to the first token of a model, which is in memory then."""
+        if model not in ADAPTERS:
+            return WARM_S
+        warm = model in self.memory
+        self.checked.add(model)
+        self.memory[model] = None
+        self.memory.move_to_end(model)
+        while len(self.memory) > 5:
+            self.memory.popitem(last=False)
+        return WARM_S if warm else COLD_S
 
     async def answer(self, request: Request) -> Response:
         body = await request.json()
@@ -72,32 +110,27 @@ class Stub:
             return JSONResponse({"error": {"message": "later"}}, 429, {"Retry-After": "0.3"})
         if body["model"] == "base-down":
             return JSONResponse({"error": {"message": "the engine is gone"}}, 500)
+        first = self.load(body["model"])
         if body.get("stream"):
-            return StreamingResponse(self.stream(body), media_type="text/event-stream")
-        await asyncio.sleep(FIRST_S + GAP_S * (body["max_tokens"] - 1))
-        usage = {"prompt_tokens": 5, "completion_tokens": body["max_tokens"]}
-        return JSONResponse({"choices": [{"text": "word"}], "usage": usage})
+            return StreamingResponse(self.stream(body, first), media_type="text/event-stream")
+        await asyncio.sleep(first)
+        return JSONResponse(
+            {"choices": [{"text": "word"}], "usage": {"prompt_tokens": 5, "completion_tokens": TOKENS}}
+        )
 
-    async def stream(self, body: dict[str, Any]) -> Any:
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
-        try:
-            if "messages" in body:
-                yield _event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-            for i in range(body["max_tokens"]):
-                await asyncio.sleep(GAP_S if i else FIRST_S)
-                if body["model"] == "base-broken" and i:
-                    yield _event({"error": {"message": "the worker died"}})
-                    break
-                yield _event(
-                    {"choices": [{"delta": {"content": "word"}} if "messages" in body else {"text": "word"}]}
-                )
-            usage = {"prompt_tokens": 5, "completion_tokens": body["max_tokens"]}
-            yield _event({"choices": [], "usage": usage})
-            if body["model"] != "base-cut":
-                yield "data: [DONE]\n\n"
-        finally:
-            self.under_way -= 1
+    async def stream(self, body: dict[str, Any], first: float) -> Any:
+        chat = "messages" in body
+        if chat:
+            yield _event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for i in range(TOKENS):
+            await asyncio.sleep(GAP_S if i else first)
+            if body["model"] == "base-broken" and i:
+                yield _event({"error": {"message": "the worker died"}})
+                break
+            yield _event({"choices": [{"delta": {"content": "word"}} if chat else {"text": "word"}]})
+        yield _event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": TOKENS}})
+        if body["model"] != "base-cut":
+            yield "data: [DONE]\n\n"
 
 
 def _event(chunk: dict[str, Any]) -> str:
@@ -109,8 +142,10 @@ def server():
     stub = Stub(free_port())
     app = Starlette(
         routes=[
+            Route("/metrics", stub.metrics),
             Route("/v1/models", stub.list_models),
             Route("/v1/adapters", stub.list_adapters),
+            Route("/v1/adapters/{name}", stub.get_adapter),
             Route("/v1/adapters/{name}", stub.put_adapter, methods=["PUT"]),
             Route("/v1/chat/completions", stub.answer, methods=["POST"]),
             Route("/v1/completions", stub.answer, methods=["POST"]),
@@ -129,10 +164,9 @@ def server():
 
 @pytest.fixture
 def stub(server):
-    server.models, server.tells_kinds = Stub.models, True
-    server.bodies.clear()
-    server.puts.clear()
-    server.most_under_way = 0
+    server.models, server.tells_tiers = Stub.models, True
+    for kept in (server.bodies, server.puts, server.checked, server.memory):
+        kept.clear()
     return server
 
 
@@ -146,7 +180,11 @@ class Done:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.directory / "summary.json").read_text())
+        return json.loads((self.directory / "out" / "summary.json").read_text())
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / "out" / "records.jsonl").read_text().splitlines()]
 
     def entries(self) -> dict[tuple[str, str], dict[str, str]]:
         """Locust's statistics by type and name."""
@@ -154,134 +192,211 @@ class Done:
             return {(row["Type"], row["Name"]): row for row in csv.DictReader(file)}
 
 
-def run_locust(stub: Stub, directory: Path, *options: str, seconds: int = 3) -> Done:
+def run_locust(stub: Stub, directory: Path, *options: str, seconds: int = 3, file: Path | None = None) -> Done:
     command = [
-        sys.executable, "-m", "locust", "-f", str(LOADTESTS / "locustfile.py"), "--host", stub.url, "--headless",
-        "--csv", str(directory / "load"), "--csv-full-history", "--html", str(directory / "report.html"),
-        "--summary", str(directory / "summary.json"), "--only-summary", "--stop-timeout", "2",
+        sys.executable, "-m", "locust", "-f", str(file or LOADTESTS / "locustfile.py"), "--host", stub.url,
+        "--headless", "--csv", str(directory / "load"), "--report", "out", "--only-summary", "--stop-timeout", "2",
         "--prompt-tokens", "uniform:8-40", "--output-tokens", "fixed:5", "--run-time", f"{seconds}s", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=directory)
+    environment = os.environ | {"PYTHONPATH": str(LOADTESTS)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=directory, env=environment)
     return Done(done.returncode, done.stdout + done.stderr, directory)
 
 
-def test_closed_users_are_timed_by_class_and_adapters_swapped_meanwhile(stub, tmp_path):
+def test_cold_adapters_are_told_from_warm_ones_and_throughput_from_their_share(stub, tmp_path):
     done = run_locust(
-        stub, tmp_path, "-u", "6", "-r", "100", "--endpoint", "mix", "--stream-share", "0.8",
-        "--popularity", "zipf:1", "--mix", "base=0.4,qaa=0.4,lora=0.2",
-        "--swap", "two=here,there", "--swap-every", "0.5", "--admin-key", "top", "--api-key", "secret",
-        "--slo-ttft-ms", "1500", "--slo-inter-token-ms", "500", "--slo-attainment", "0.9",
-        seconds=5,
+        stub, tmp_path, "-u", "4", "-r", "100", "--warm-up", "2", "--cold-share", "0,1", "--turn", "3",
+        "--hot", "2", "--base-share", "0.2", "--api-key", "secret", "--admin-key", "top",
+        "--slo-ttft-ms", "300", "--slo-share", "0.2",
+        seconds=8,
     )  # fmt: skip
     assert done.status == 0, done.output
-    entries, summary = done.entries(), done.summary
-    for name in ("base", "qaa", "lora"):
-        first = float(entries["TTFT", name]["Median Response Time"])
-        gap = float(entries["inter-token", name]["Average Response Time"])
-        assert 1000 * FIRST_S * 0.95 <= first <= 1000 * FIRST_S * 4
-        assert 1000 * GAP_S * 0.9 <= gap <= 1000 * GAP_S * 4
-        assert FIRST_S * 0.95 <= summary["classes"][name]["ttft_s"]["p50"] <= FIRST_S * 4
-        assert ("end-to-end", name) in entries
-        assert ("tokens/s", name) in entries
-    # All HTTP requests are answered requests, swaps among them, and nothing else is in locust's total.
-    answered, swaps = summary["all"]["answered"], summary["swaps"]["two"]["done"]
-    assert int(entries["", "Aggregated"]["Request Count"]) == answered + swaps
-    assert answered == len(stub.bodies) - summary["all"]["unfinished"]
-    assert summary["all"]["tokens"] == 5 * answered
-    assert summary["all"]["prompt_tokens"] == 5 * answered
+    summary, records = done.summary, done.records
+    assert len(records) == len(stub.bodies)
+    # Of the measured time alone: the warm-up's requests are in the records only.
+    measured = [record for record in records if record["at"] >= 2]
+    assert summary["all"]["answered"] == sum(record["outcome"] == "answered" for record in measured)
+    assert 0 < len(measured) < len(records)
+    tiers = summary["tiers"]
+    for tier in ("base", "host"):
+        assert WARM_S <= tiers[tier]["ttft_s"]["p50"] <= 2.5 * WARM_S
+    assert COLD_S <= tiers["store"]["ttft_s"]["p50"] <= 2.5 * COLD_S
+    assert GAP_S * 0.9 <= summary["all"]["inter_token_s"]["p50"] <= 3 * GAP_S
+    assert summary["ttft_s"]["cold"]["p50"] > 2 * summary["ttft_s"]["warm"]["p50"]
+    # One turn with none cold and one with all.
+    warm, cold = summary["turns"]
+    assert (warm["asked_cold"], cold["asked_cold"]) == (0, 1)
+    assert warm["cold_share"] <= 0.2
+    assert cold["cold_share"] >= 0.8
+    assert warm["requests_per_second"] > 1.5 * cold["requests_per_second"]
+    # The stand-in's adapters had no kind before they were asked for.
+    assert set(summary["kinds"]) <= {"base", "qaa", "lora"}
+    assert {record["kind"] for record in records} >= {"base", "qaa"}
+    assert summary["all"]["tokens"] == TOKENS * summary["all"]["answered"]
+    # The SLO leaves out those that were cold.
     assert summary["slo"]["met"] is True
-    assert summary["slo"]["attainment"] >= 0.9
-    streamed = sum(body.get("stream", False) for _, body in stub.bodies)
-    assert 0.5 < streamed / len(stub.bodies) < 1
-    assert {path for path, _ in stub.bodies} == {"/v1/chat/completions", "/v1/completions"}
-    # Swaps: the first before the load, then every half second, in turn, with the admin's key.
-    assert stub.puts[:3] == [("two", path, "Bearer top") for path in ("here", "there", "here")]
-    assert swaps in (len(stub.puts), len(stub.puts) - 1), "the end may have cut one off"
-    assert "secret" not in (tmp_path / "summary.json").read_text()
-    assert "<html" in (tmp_path / "report.html").read_text()[:2000]
-    assert (tmp_path / "load_stats_history.csv").stat().st_size > 0
+    assert summary["all"]["attainment"] < 0.9
 
-    made = subprocess.run(
-        [sys.executable, str(LOADTESTS / "report.py"), "summary.json", "--csv", "load", "--output", "out"],
-        capture_output=True, text=True, timeout=180, cwd=tmp_path,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "SLO" in report
-    assert "two" in report
-    for name in ("throughput", "first-token", "inter-token", "attainment"):
-        assert f"{name}.png" in report
+    assert "First token of a cold adapter" in done.output
+    assert "secret" not in (tmp_path / "out" / "summary.json").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "secret" not in page
+    assert "| 0% | 1 |" in page
+    assert "| 100% | 1 |" in page
+    (series,) = (line for line in page.splitlines() if "qaa_requests_total" in line)
+    change = int(series.split("|")[2])
+    assert abs(change - len(measured)) <= 8, "what was asked for after the warm-up, and what ran when it ended"
+    for name in ("first-token", "cold-share", "time"):
+        assert f"{name}.png" in page
         assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_poisson_arrivals_do_not_wait_and_a_missed_slo_is_the_exit_status(stub, tmp_path):
-    stub.tells_kinds = False
+def test_locusts_tables_have_first_tokens_by_tier_beside_the_requests(stub, tmp_path):
     done = run_locust(
-        stub, tmp_path, "--arrivals", "poisson:30", "--slo-ttft-ms", "20", "--slo-attainment", "0.5", "-u", "3",
-        seconds=2,
+        stub, tmp_path, "-u", "4", "-r", "100", "--swap", "a03=here,there", "--swap-every", "0.5",
+        "--admin-key", "top", "--models", "a03,a04", seconds=4,
     )  # fmt: skip
+    assert done.status == 0, done.output
+    entries = done.entries()
+    firsts = [row for (kind, _), row in entries.items() if kind == "TTFT"]
+    assert {name for kind, name in entries if kind == "TTFT"} >= {"source", "host", "device"}
+    assert 1000 * WARM_S <= float(entries["TTFT", "host"]["Median Response Time"]) <= 2500 * WARM_S
+    assert sum(int(row["Request Count"]) for row in firsts) > 10
+    # Aggregated has the HTTP requests and swaps alone; locust writes its tables a second before the end.
+    asked = len(stub.bodies) + len(stub.puts) - 1
+    assert 0.5 * asked <= int(entries["", "Aggregated"]["Request Count"]) <= asked
+    assert {body["model"] for _, body in stub.bodies} == {"a03", "a04"}
+    assert {path for path, _ in stub.bodies} == {"/v1/chat/completions", "/v1/completions"}
+    # The first is published before the load, then one every half second, in turn, with the admin's key.
+    assert stub.puts[:3] == [("a03", path, "Bearer top") for path in ("here", "there", "here")]
+    assert done.summary["swaps"]["a03"]["failed"] == 0
+
+
+def test_a_missed_slo_is_the_exit_status_and_a_server_need_not_tell_tiers(stub, tmp_path):
+    stub.tells_tiers = False
+    done = run_locust(stub, tmp_path, "--slo-ttft-ms", "20", "-u", "3", "ChatUser", seconds=2)
     assert done.status == 3, done.output
     summary = done.summary
-    assert summary["open"]["sent"] == len(stub.bodies)
-    assert 25 <= summary["open"]["sent"] <= 110
-    assert stub.most_under_way >= 3
-    assert set(summary["classes"]) == {"base", "adapter"}
-    assert summary["all"]["failed"] == 0
-    assert summary["slo"]["attainment"] == 0
-    assert summary["slo"]["met"] is False
-    assert (tmp_path / "report.html").exists()
-
-
-def test_requests_beyond_max_open_wait_and_count_as_late_from_when_they_were_due(stub, tmp_path):
-    done = run_locust(stub, tmp_path, "--arrivals", "bursty:40,2", "--max-open", "2", seconds=2)
-    assert done.status == 0, done.output
-    assert stub.most_under_way == 2
-    summary = done.summary
-    assert summary["open"]["late"] > 0
-    assert summary["all"]["ttft_s"]["max"] > 2 * FIRST_S
-    assert "late" in done.output
+    assert set(summary["kinds"]) == {"adapter"}
+    assert set(summary["tiers"]) == {"unknown"}
+    assert summary["cold_share"] is None
+    assert (summary["all"]["failed"], summary["all"]["attainment"], summary["slo"]["met"]) == (0, 0, False)
+    assert {path for path, _ in stub.bodies} == {"/v1/chat/completions"}
 
 
 def test_errors_cut_streams_and_refusals_are_told_apart(stub, tmp_path):
     stub.models = ("base", "base-broken", "base-cut", "base-busy", "base-down")
-    done = run_locust(stub, tmp_path, "-u", "10", "-r", "100", "--popularity", "distinct", seconds=2)
+    done = run_locust(stub, tmp_path, "-u", "10", "-r", "100", seconds=2)
     assert done.status == 1, done.output
     summary = done.summary
-    asked = [body["model"] for _, body in stub.bodies]
-    assert summary["failures"]["error in the stream: the worker died"] > 0
+    asked = Counter(body["model"] for _, body in stub.bodies)
+    assert summary["failures"]["error in the answer: the worker died"] > 0
     assert summary["failures"]["the stream ended without [DONE]"] > 0
-    assert summary["failures"]["500 the engine is gone"] == asked.count("base-down")
+    assert summary["failures"]["500 the engine is gone"] == asked["base-down"]
     assert len(summary["failures"]) == 3
-    assert summary["all"]["refused"] == asked.count("base-busy")
+    assert summary["all"]["refused"] == asked["base-busy"]
     assert sum(summary["failures"].values()) == summary["all"]["failed"]
-    assert summary["all"]["tokens"] == 5 * summary["all"]["answered"]
-    refused = done.entries()["POST", "/v1/chat/completions (stream) (429)"]
-    assert int(refused["Request Count"]) == asked.count("base-busy")
-    assert refused["Failure Count"] == "0"
+    assert summary["all"]["tokens"] == TOKENS * summary["all"]["answered"]
 
 
-def test_a_ramp_adds_users_and_reports_the_knee(stub, tmp_path):
-    done = run_locust(stub, tmp_path, "--ramp", "2:3", "-u", "4", seconds=30)
+def test_several_processes_add_up(stub, tmp_path):
+    done = run_locust(stub, tmp_path, "-u", "4", "-r", "100", "--processes", "2", seconds=5)
     assert done.status == 0, done.output
-    ramp = done.summary["ramp"]
-    assert [step["users"] for step in ramp["steps"]] == [2, 4]
-    assert ramp["knee"]["users"] == 4
-    assert "most users" in ramp["ended"]
-    assert "knee: 4 users" in done.output
+    assert len(done.records) == len(stub.bodies)
+    assert done.summary["all"]["answered"] == sum(record["outcome"] == "answered" for record in done.records)
+    assert len({body["model"] for _, body in stub.bodies}) > 8
+
+
+def test_users_of_ones_own_choose_what_they_ask_for(stub, tmp_path):
+    stub.checked.add("a05")
+    (tmp_path / "mine.py").write_text(
+        "from adapter_users import AdapterUser\n"
+        "from locust import constant, task\n"
+        "class Support(AdapterUser):\n"
+        "    wait_time = constant(0.1)\n"
+        "    stream = False\n"
+        "    @task\n"
+        "    def question(self):\n"
+        "        assert self.complete('a05@0123456789ab', 'Where is my order?', 7, temperature=0).answered\n"
+    )
+    done = run_locust(stub, tmp_path, "-u", "2", "--extra-body", '{"ignore_eos": true}', file=tmp_path / "mine.py")
+    assert done.status == 0, done.output
+    (asked,) = {json.dumps([path, body], sort_keys=True) for path, body in stub.bodies}
+    assert json.loads(asked) == [
+        "/v1/completions",
+        {
+            "model": f"a05@{DIGEST}", "prompt": "Where is my order?", "max_tokens": 7, "temperature": 0,
+            "ignore_eos": True,
+        },
+    ]  # fmt: skip
+    assert {record["tokens"] for record in done.records if record["outcome"] == "answered"} == {TOKENS}
+    assert {record["first_s"] for record in done.records} == {None}
+    assert {(record["kind"], record["tier"]) for record in done.records} == {("qaa", "host")}, "the revision's"
+
+
+def test_with_a_tokenizer_prompts_are_exactly_as_long_as_was_asked_for(stub, tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer = ROOT / "examples" / "assistant" / "base" / "tokenizer.json"
+    done = run_locust(
+        stub, tmp_path, "--tokenizer", str(tokenizer), "--prompt-tokens", "fixed:33", "CompletionUser", seconds=2
+    )
+    assert done.status == 0, done.output
+    read = Tokenizer.from_file(str(tokenizer))
+    lengths = [len(read.encode(body["prompt"], add_special_tokens=False).ids) for _, body in stub.bodies]
+    assert set(lengths) == {33}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mix", "base=1,prefix=1"], "no such model; it has: base (1), lora (1), qaa (2)"),
-        (["--swap", "one=missing,here"], "no such path"),
-        (["--arrivals", "often"], "closed, poisson:RATE or bursty:RATE,CV"),
-        (["--arrivals", "poisson:2", "--ramp", "2:5"], "--ramp adds users"),
+        (["--swap", "a01=missing,here"], "--swap a01: 404"),
+        (["--popularity", "often"], "uniform, zipf:EXPONENT or distinct"),
+        (["--cold-share", "0,2"], "2 is not from 0 to 1"),
+        (["--cold-share", "0,1", "--hot", "14"], "of 14 adapters 14 are to be hot"),
+        (["--models", "b*"], "fits none of: a00, a01"),
+        (["--tokenizer", "nowhere"], "the tokenizer nowhere cannot be read"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )
 def test_options_that_cannot_be_carried_out_end_it_and_say_why(stub, tmp_path, options, message):
     done = run_locust(stub, tmp_path, *options, seconds=5)
     assert done.status == 2, done.output
     assert message in " ".join(done.output.split())
     assert stub.bodies == []
+
+
+@pytest.mark.vllm
+def test_make_load_loads_the_example_on_the_real_server_and_leaves_a_report(tmp_path):
+    made = subprocess.run(["make", "-n", "load"], cwd=ROOT, check=True, capture_output=True, text=True)
+    joined = made.stdout.replace("\\\n", " ")
+    (line,) = (line for line in joined.splitlines() if "run_example.py" in line)
+    words = shlex.split(line)
+    given = {"--port": str(free_port()), "--seconds": "20", "--output": str(tmp_path / "out")}
+    for option, value in given.items():
+        words[words.index(option) + 1] = value
+    words[words.index("--") : words.index("--")] = ["--warm-up", "5", "--turn", "5"]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    done = Done(0, "", tmp_path)
+    assert done.summary["failures"] == {}
+    assert set(done.summary["kinds"]) >= {"base", "qaa", "lora"}
+    assert {"source", "store"} & set(done.summary["tiers"])
+    assert {"host", "device"} & set(done.summary["tiers"])
+    assert done.summary["ttft_s"]["cold"]["count"] > 0
+    assert done.summary["swaps"]["swapping"]["failed"] == 0
+    # The server counted what locust did.
+    before, after = (done.summary["server"][which] for which in ("before", "after"))
+    success = 'qaa_requests_total{outcome="success"}'
+    assert after[success] == sum(record["outcome"] == "answered" for record in done.records)
+    assert before[success] < after[success]
+    assert "![cold-share](cold-share.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_run_by_itself_the_locust_file_explains_our_options_beside_locusts():
+    told = subprocess.run(
+        [sys.executable, str(LOADTESTS / "locustfile.py"), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    for option in ("--cold-share", "--warm-up", "--tokenizer", "--report", "--run-time", "--processes"):
+        assert option in told.stdout

@@ -61,13 +61,15 @@ def test_logprobs_on_a_cpu_call_no_compiler():
     assert not torch._dynamo.utils.counters["frames"]
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0"])
 def test_other_versions_are_refused(version):
-    with pytest.raises(port.UnsupportedVLLMError, match=rf"vllm>=0.26,<0.33; found vLLM {version}"):
+    with pytest.raises(port.UnsupportedVLLMError, match=rf"vllm>=0.26,<0.34; found vLLM {version}"):
         port.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1.dev3+g1234", "0.32.0+cpu"])
+@pytest.mark.parametrize(
+    "version", ["0.26.0", "0.32.0", "0.32.1.dev3+g1234", "0.32.0+cpu", "0.33.0", "0.33.1+cu130"]
+)
 def test_supported_versions_pass(version):
     port.check_version(version)
     assert port.MIN_VERSION < port.END_VERSION

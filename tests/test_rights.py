@@ -41,11 +41,12 @@ def test_what_clients_call_is_for_clients(path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/adapters", "/v1/adapters/", "/v1/adapters/one", "/v1/adapters/one/rollback", "/v1/load_lora_adapter",
-     "/v1/unload_lora_adapter", "/inference/v1/abort_requests", "/pause", "/sleep", "/collective_rpc",
-     "/server_info", "/", "", "//v1/adapters", "//v1/models", "v1/models", "/V1/models", "/v1adapters",
-     "/v10/models", "/healthx", "/health-too", "/metricsx", "/docsx", "/tokenizers", "/tokenizer_info", "/scores",
-     "/x/v1/models", "http://localhost/v1/models", "/v1\\adapters", "/%761/models", "/health\n", "/\0v1/adapters"],
+    ["/v1/adapters", "/v1/adapters/", "/v1/adapters/one", "/v1/adapters/one/rollback", "/v1/audit",
+     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests", "/pause", "/sleep",
+     "/collective_rpc", "/server_info", "/", "", "//v1/adapters", "//v1/models", "v1/models", "/V1/models",
+     "/v1adapters", "/v10/models", "/healthx", "/health-too", "/metricsx", "/docsx", "/tokenizers",
+     "/tokenizer_info", "/scores", "/x/v1/models", "http://localhost/v1/models", "/v1\\adapters",
+     "/%761/models", "/health\n", "/\0v1/adapters"],
 )  # fmt: skip
 def test_all_else_is_for_admins(path):
     assert role_of(path) is Role.ADMIN

@@ -174,6 +174,7 @@ def test_the_user_overrides_every_choice(parser, root, capsys):
             "leave out --disable-log-stats",
         ),
         (["--adapters", "{root}/adapters", "--lora-modules", "a={root}/adapters/one"], "put the adapters"),
+        (["--adapters", "{root}/adapters", "--enable-sleep-mode"], "take vLLM 0.33"),
         (["--adapters", "{root}/adapters", "--worker-extension-cls", "a.B"], "needs its own"),
         (["--adapters", "{root}/adapters", "--state-dir", "/proc/nowhere"], "cannot be written"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 
 TARGET = Path(__file__).parent / "dashboards" / "qaa-serve.json"
 
-SERVER = 'job=~"$job", instance=~"$instance"'
+SERVER = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
 ADAPTER = f'{SERVER}, adapter=~"$adapter"'
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24
@@ -172,7 +172,8 @@ ROWS: dict[str, list[Panel]] = {
               {"{{instance}}": f"max by (instance) (qaa_source_age_seconds{{{SERVER}}})"},
               thresholds=[(180, "red")], about="It is listed every --adapters-poll seconds."),
         Panel("Different catalogues", "none",
-              {"": f"count(count_values(\"fingerprint\", qaa_catalogue_fingerprint{{{SERVER}}}))"},
+              {"{{namespace}}": "count by (namespace) (count_values by (namespace) "
+               f"(\"fingerprint\", qaa_catalogue_fingerprint{{{SERVER}}}))"},
               thresholds=[(2, "yellow")],
               about="1 while all servers serve the same contents; more while they come to know of a change."),
         Panel("Rejected now", "none", {"": f"qaa_adapter_rejected{{{ADAPTER}}} > 0"}, "table",
@@ -374,8 +375,9 @@ def dashboard() -> dict[str, Any]:
         "templating": {
             "list": [
                 source,
-                variable("job", "Job", "qaa_build_info", multi=False),
-                variable("instance", "Server", 'qaa_build_info{job=~"$job"}'),
+                variable("namespace", "Namespace", "qaa_build_info"),  # All, where there is none
+                variable("job", "Job", 'qaa_build_info{namespace=~"$namespace"}', multi=False),
+                variable("instance", "Server", 'qaa_build_info{namespace=~"$namespace", job=~"$job"}'),
                 variable("adapter", "Adapter", f"{REQUESTS}{{{SERVER}}}"),
             ]
         },

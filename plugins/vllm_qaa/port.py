@@ -15,8 +15,18 @@ from typing import Any
 
 from packaging.version import Version
 
-#: The range in which the seams below were read; 0.32 is what the tests run.
-MIN_VERSION, END_VERSION = Version("0.26"), Version("0.33")
+#: The range in which the seams below were read; 0.32 is what the tests run (docs/plugin.md, Versions).
+MIN_VERSION, END_VERSION = Version("0.26"), Version("0.34")
+
+#: Since when the slots of adapters are kept through a sleep of level 2, which throws the weights' memory away.
+SLOTS_SLEEP = Version("0.33")
+
+#: Functions that vLLM has moved, and the modules in which they were, the newest first.
+MOVED = {
+    "make_arg_parser": ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args"),
+    "validate_parsed_serve_args": ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args"),
+    "cli_env_setup": ("vllm.entrypoints.common.startup", "vllm.entrypoints.serve.utils.api_utils"),
+}
 
 
 class UnsupportedVLLMError(RuntimeError):
@@ -222,6 +232,24 @@ def replaced(attribute: str, value: Any) -> Iterator[None]:
         setattr(module, attribute, original)
 
 
+def moved(name: str) -> Any:
+    """One of the functions of MOVED, from where this vLLM has it.
+
+    Raises:
+        ImportError: naming every module that was looked at.
+    """
+    for place in MOVED[name]:
+        try:
+            module = import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not place.startswith(error.name):
+                raise  # vLLM's module is there, what it imports is not
+            continue
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ImportError(f"vLLM has {name} in none of {', '.join(MOVED[name])}")
+
+
 def _set(module: str, attribute: str, value: Any) -> None:
     _applied.append((module, attribute, getattr(import_module(module), attribute)))
     setattr(import_module(module), attribute, value)
@@ -277,10 +305,15 @@ def check_seam(seam: Seam) -> list[str]:
         if target is None:
             problems.append(f"{seam.module} has no {path}")
             continue
-        found = tuple(inspect.signature(target).parameters)
-        if found[: len(expected)] != expected:
-            problems.append(f"{seam.module}.{path} takes {found}, expected {expected}")
+        problems += check_parameters(
+            f"{seam.module}.{path}", tuple(inspect.signature(target).parameters), expected
+        )
     return problems
+
+
+def check_parameters(path: str, found: tuple[str, ...], expected: tuple[str, ...]) -> list[str]:
+    """What about a function's parameters differs; more may follow those that are expected."""
+    return [] if found[: len(expected)] == expected else [f"{path} takes {found}, expected {expected}"]
 
 
 def ledger() -> str:

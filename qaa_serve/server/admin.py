@@ -111,6 +111,26 @@ class RemovedInfo(BaseModel):
     deleted: Literal[True] = True
 
 
+class AuditLine(BaseModel):
+    """A change that was made or refused."""
+
+    time: str = Field(description="ISO 8601, in UTC")
+    key: str | None = Field(description="the admin key's name; null: nobody's request")
+    address: str = Field(alias="from", description="the client's address, or what changed by itself")
+    action: str
+    adapter: str = Field(description="the name of the adapter or alias")
+    before: str | None = Field(description="what the name stood for")
+    after: str | None
+    result: str = Field(description='"ok", or why not')
+
+
+class AuditList(BaseModel):
+    """Lines of the audit log, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[AuditLine]
+
+
 class PublishRequest(BaseModel):
     """Where to take an adapter from: one of the two."""
 
@@ -263,6 +283,14 @@ def make_router(
     async def get_adapter(name: Name, response: Response) -> AdapterInfo:
         """One adapter, with its history; its ETag is what If-Match takes."""
         return await describe_one(name, response)
+
+    @router.get("/v1/audit", responses=_errors())
+    async def list_audit(
+        adapter: Annotated[str | None, Query(description="of this name alone", max_length=128)] = None,
+        limit: Annotated[int, Query(description="most that are answered", ge=1)] = 20,
+    ) -> AuditList:
+        """The last changes since this server's start, made or refused: lines of the audit log."""
+        return AuditList.model_validate({"data": audit.last(adapter)[:limit]})
 
     @router.put("/v1/adapters/{name}", responses=_errors(413, 415, *_CHANGE), openapi_extra=_PUT_BODY)
     async def put_adapter(name: Name, request: Request, response: Response) -> AdapterInfo:

@@ -19,12 +19,15 @@ def main(arguments: Sequence[str]) -> int:
     settings.prepare_environment(arguments)
     try:
         import uvloop
-        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
+        from vllm_qaa import port
+
+        cli_env_setup, validate_parsed_serve_args = map(
+            port.moved, ("cli_env_setup", "validate_parsed_serve_args")
+        )
     except ImportError as error:
         print(
-            f"qaa-serve: {error}. Serving needs vLLM 0.32: install qaa-serve[cpu] or qaa-serve[cuda] "
+            f"qaa-serve: {error}. Serving needs vLLM 0.32 or 0.33: install qaa-serve[cpu] or qaa-serve[cuda] "
             "(docs/install.md)",
             file=sys.stderr,
         )

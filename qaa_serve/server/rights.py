@@ -48,7 +48,7 @@ _FOR_CLIENTS = (
 
 #: Routes that would be clients' but change what is served.
 _FOR_ADMINS = (
-    "/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+    "/v1/adapters", "/v1/aliases", "/v1/audit", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
     "/inference/v1/abort_requests",
 )  # fmt: skip
 

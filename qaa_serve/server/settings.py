@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from rich.console import Console
 from rich.progress import track
 
@@ -82,8 +83,8 @@ def _names_no_hub(arguments: Sequence[str]) -> bool:
 
 def make_parser() -> argparse.ArgumentParser:
     """vLLM's own parser with our options added."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm_qaa import port
 
     parser = FlexibleArgumentParser(
         prog="qaa-serve",
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser)
-    make_arg_parser(parser)
+    port.moved("make_arg_parser")(parser)
     parser.set_defaults(**dict.fromkeys(_CHOSEN), enable_lora=True)
     return parser
 
@@ -278,6 +279,8 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
         UsageError: if the arguments make no sense together.
     """
     from vllm.platforms import current_platform
+    from vllm.version import __version__ as vllm_version
+    from vllm_qaa import port
     from vllm_qaa.worker import BACKEND_KEY, MOST_LAYERS_KEY
 
     from qaa_serve.server.engine import WORKER_EXTENSION
@@ -298,6 +301,11 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
     if getattr(args, "default_mm_loras", None):
         raise UsageError(
             "--default-mm-loras: qaa-serve serves adapters by the name that a request asks for; leave it out"
+        )
+    if args.enable_sleep_mode and Version(vllm_version) < port.SLOTS_SLEEP:
+        raise UsageError(
+            f"--enable-sleep-mode: a sleep of level 2 throws away what vLLM {vllm_version} has in the slots of "
+            f"adapters, and they would answer wrongly afterwards; leave it out, or take vLLM {port.SLOTS_SLEEP}"
         )
     if args.otlp_traces_endpoint and args.disable_log_stats:
         raise UsageError("--otlp-traces-endpoint: vLLM's spans need statistics, so leave out --disable-log-stats")

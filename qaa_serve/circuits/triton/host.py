@@ -397,5 +397,13 @@ class TritonCircuits:
         return self._records.nbytes
 
     @classmethod
-    def compile(cls, *_: object) -> None:
-        """Nothing is compiled for a form."""
+    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile both kernels that ``run`` launches, for few tokens and for many, by running no circuit.
+
+        Raises:
+            ValueError: for more qubits than ``MOST_QUBITS``.
+        """
+        circuits = cls(ansatz, 1, device)
+        for tokens in (1, multiprocessors(device) + 1):
+            nothing = torch.full((tokens, readouts), -1, dtype=torch.int32, device=device)
+            circuits.run(torch.zeros(tokens, width, dtype=dtype, device=device), nothing)

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,6 +337,9 @@ class Study:
                 entry["steps_to_loss"] = next(
                     (i for i, loss in enumerate(curve, 1) if loss <= target["value"]), None
                 )
+        for variant in settings.plan.variants:
+            if (point := chosen[variant.name]) is not None:
+                notes += _at_the_edge(variant.name, point, variant.points)
         variants = [self._summary(variant, chosen[variant.name], runs) for variant in settings.plan.variants]
         trained = [entry["training"] for entry in runs if entry["training"]]
         versions = {json.dumps(record["versions"], sort_keys=True) for record in trained}
@@ -489,6 +492,19 @@ def _options_of(
     used = finished[0]["training"]["options"] if finished else {}
     own = {key: used[key] for key in ("lr", *own_options(get_method(variant.method))) if used.get(key) is not None}
     return own | dict(point)
+
+
+def _at_the_edge(name: str, chosen: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where a grid of numbers should go on, since its best point is its first or last one."""
+    for key, best in _differing(chosen, points).items():
+        tried = {value for point in points if isinstance(value := point.get(key), (int, float))}
+        if len(tried) < 3:
+            continue
+        if best in (min(tried), max(tried)):
+            yield (
+                f"{name}: the best {key} of those tried, {best:g}, is at the end of its grid "
+                f"({min(tried):g} to {max(tried):g}): a value beyond it may be better"
+            )
 
 
 def _differing(options: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

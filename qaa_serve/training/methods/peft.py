@@ -200,7 +200,7 @@ PRESETS: Sequence[type[PeftMethod]] = (
         rank_key="target_r",
     ),
     _preset(
-        Ranked, "vera", 1e-2, "random matrices that all layers share, with two trained vectors a layer",
+        Ranked, "vera", 4e-2, "random matrices that all layers share, with two trained vectors a layer",
         {"peft_type": "VERA"},
     ),
     _preset(Ranked, "randlora", 1e-3, "sums of random low-rank matrices, scaled", {"peft_type": "RANDLORA"}),
