@@ -27,7 +27,7 @@ def ask_in_turn(url: str, stop: threading.Event) -> None:
     models = ("assistant", "json", "pirate", "pirate", "brief")
     number = 0
     with httpx.Client(timeout=60) as client:
-        while not stop.wait(0.15):
+        while not stop.wait(0.5):
             number += 1
             messages = [{"role": "user", "content": f"{QUESTION} ({number})"}]
             body = {"model": models[number % len(models)], "messages": messages, "max_tokens": 24}
@@ -67,6 +67,15 @@ def main() -> None:
                 page.get_by_role("button", name="Ask").click()
                 page.locator("mark").first.wait_for()
                 keep(page, "try")
+                page.get_by_role("tab", name="Adapters").click()
+                page.get_by_role("link", name="pirate", exact=True).wait_for()
+                keep(page, "adapters")
+                page.get_by_role("button", name="Dark or light").click()
+                page.get_by_role("tab", name="Now").click()
+                page.wait_for_timeout(12_000)  # so that there is something to show
+                keep(page, "now")
+                stop.set()
+                page.get_by_role("button", name="Dark or light").click()
                 page.get_by_role("tab", name="Look inside").click()
                 page.get_by_label("Adapter", exact=True).fill("pirate")
                 page.get_by_role("button", name="Look", exact=True).click()
@@ -75,14 +84,6 @@ def main() -> None:
                 page.wait_for_timeout(1000)
                 picture.scroll_into_view_if_needed()
                 keep(page, "inside")
-                page.evaluate("scrollTo(0, 0)")
-                page.get_by_role("tab", name="Adapters").click()
-                page.get_by_role("link", name="pirate", exact=True).wait_for()
-                keep(page, "adapters")
-                page.get_by_role("button", name="Dark or light").click()
-                page.get_by_role("tab", name="Now").click()
-                page.wait_for_timeout(20_000)  # so that there is something to show
-                keep(page, "now")
         finally:
             stop.set()
             server.stop()

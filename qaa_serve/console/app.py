@@ -94,11 +94,11 @@ async def _show(session: Session, section: str, name: str) -> None:
     dark = ui.dark_mode(None)
     with ui.element("header").classes("qaa-bar").style("width: 100%"):
         ui.label("qaa-serve").classes("qaa-title")
-        tabs = ui.tabs(value=section)  # type: ignore[arg-type]  # a tab's name does too
-        tabs.props("dense no-caps inline-label")
+        tabs = ui.tabs().props("dense no-caps inline-label")
         with tabs:
             for key, title in _TITLES.items():
                 ui.tab(key, title)
+        tabs.set_value(section)
         ui.space()
         keys = ui.button("Keys", icon="key").props("flat dense no-caps")
         contrast = ui.button(icon="contrast").props('flat dense round aria-label="Dark or light"')

@@ -5,7 +5,6 @@ from __future__ import annotations
 from html import escape
 
 from nicegui import ui
-from nicegui.events import ValueChangeEventArguments
 
 from qaa_serve.console.api import ApiError
 from qaa_serve.console.session import Session
@@ -19,7 +18,7 @@ class NameInput:
 
     def __init__(self, session: Session, label: str, value: str = ""):
         self._session = session
-        self.field = ui.input(label, value=value, on_change=self._suggest)
+        self.field = ui.input(label, value=value, on_change=self.suggest)
         self._names = ui.html("", tag="datalist", sanitize=False)
         self.field.props(f"outlined dense autocomplete=off list={self._names.html_id}")
 
@@ -33,9 +32,6 @@ class NameInput:
         names = await models_of(self._session)
         found = [name for name in names if self.value in name][:_SUGGESTED]
         self._names.set_content("".join(f'<option value="{escape(name)}">' for name in found))
-
-    async def _suggest(self, _: ValueChangeEventArguments[str | None]) -> None:
-        await self.suggest()
 
 
 async def models_of(session: Session) -> list[str]:
