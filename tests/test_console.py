@@ -100,8 +100,8 @@ def change(page: Page, button, confirm: str) -> dict:
     before = shown.text_content() if shown.is_visible() else ""
     button.click()
     page.get_by_role("dialog").get_by_role("button", name=confirm, exact=True).click()
+    expect(shown).not_to_have_text(before or "-")  # it may be empty for a moment
     expect(shown).to_contain_text('"action"')
-    expect(shown).not_to_have_text(before or "-")
     return json.loads(shown.text_content())
 
 

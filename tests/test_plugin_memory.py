@@ -162,7 +162,8 @@ def test_without_nvml_cuda_counts(gpus):
 def test_the_kinds_of_a_gpu_s_memory_make_up_the_whole(gpus):
     gpus(FakeNVML(), "bbbb")
     manager = QAAWorkerManager.__new__(QAAWorkerManager)
-    manager.device, manager._adapter_manager = torch.device("cuda:0"), SimpleNamespace(modules={})
+    manager.device = torch.device("cuda:0")
+    manager._adapter_manager = SimpleNamespace(modules={}, circuit_bytes=lambda: 0)
     runner = SimpleNamespace(model=torch.nn.Linear(8, 8, bias=False), kv_caches=[torch.zeros(100)])
     sizes = manager.memory(runner)
     assert (sizes["weights"], sizes["kv_cache"], sizes["adapters"]) == (4 * 64, 4 * 100, 0)

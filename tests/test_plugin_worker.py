@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm_qaa import layers
 from vllm_qaa.delta import Standard
 from vllm_qaa.layers import DELTA_OP
-from vllm_qaa.worker import QAAWorkerManager, _check_gpu, _split_graphs_at_delta
+from vllm_qaa.worker import QAAModelManager, QAAWorkerManager, _check_gpu, _split_graphs_at_delta
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
 
@@ -182,3 +182,29 @@ def test_make_serve_starts_the_example_in_16_bits_on_a_gpu():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     assert "SERVE_ARGS_cuda := --dtype bfloat16" in makefile
     assert "float32" not in makefile.partition("SERVE_ARGS :=")[2].partition("SERVE_ENV_cpu")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.layers.0.mlp.down_proj", "language_model.model.layers.0.mlp.down_proj"),
+        ("model.layers.0.self_attn.k_proj", "language_model.model.layers.0.self_attn.k_proj"),
+        ("model.norm", "language_model.norm"),
+        ("language_model.model.layers.0.mlp.down_proj", "language_model.model.layers.0.mlp.down_proj"),
+        ("model.layers.9.mlp.down_proj", "model.layers.9.mlp.down_proj"),
+    ],
+)
+@pytest.mark.parametrize("multimodal", [True, False])
+def test_an_adapter_of_the_text_model_fits_the_multimodal_one(name, found, multimodal):
+    attention = "language_model.model.layers.0.self_attn."
+    manager = SimpleNamespace(
+        supports_mm=multimodal,
+        mm_mapping=SimpleNamespace(language_model=["language_model."]),
+        modules={
+            "language_model.model.layers.0.mlp.down_proj": 0,
+            f"{attention}qkv_proj": 1,
+            "language_model.norm": 2,
+        },
+        packed_modules={f"{attention}qkv_proj": [f"{attention}{part}_proj" for part in "qkv"]},
+    )
+    assert QAAModelManager.full_name(manager, name) == (found if multimodal else name)

@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -56,6 +56,9 @@ _TAKE_OVER_S = 0.02
 
 #: Where vLLM's expand kernel may be miscompiled for Hopper, and since when it is not.
 _HOPPER_RANK, _HOPPER_SAFE = 64, Version("0.33")
+
+#: What vLLM's manager has where it finds the names of an adapter of the text model alone.
+_FINDS_TEXT_NAMES = "_get_text_lora_names"
 
 #: In vLLM's additional_config: it reaches every worker, wherever it runs.
 BACKEND_KEY = "qaa_backend"
@@ -238,6 +241,15 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             self._plans.plan = make_plan(
                 mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
             )
+
+    def full_name(self, module: str) -> str:
+        """A module's name here, which in a multimodal model is longer than in the text model that it holds."""
+        if not self.supports_mm:
+            return module
+        known = {*self.modules, *(part for parts in self.packed_modules.values() for part in parts)}
+        prefix = self.mm_mapping.language_model[0].rstrip(".")
+        candidates = (module, f"{prefix}.{module}", f"{prefix}.{module.removeprefix('model.')}")
+        return next((name for name in candidates if name in known), module)
 
     def find(self, module: str) -> Place | None:
         """Where a module of the checkpoint is; None if it is on another pipeline stage.
@@ -427,7 +439,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         angles: dict[QAALayerMixin, dict[int, torch.Tensor]] = {}
         runs: set[tuple[int, int, int]] = set()  # qubits, width of x, readouts of a token
         for name, weights in adapter.modules.items():
-            module = self._served_name(name)
+            module = self._adapter_manager.full_name(self._served_name(name))
             # Modules of other pipeline stages are kept too; vLLM takes what is here.
             if (place := self._adapter_manager.find(module)) is not None:
                 _check_qaa(name, config, weights, place)
@@ -494,7 +506,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 )
             if ".experts" in name or not isinstance(weights.lora_a, torch.Tensor):
                 continue
-            place = self._adapter_manager.find(name)
+            # vLLM finds a text model's shorter names since 0.33; before, it would leave such weights out.
+            full = self._adapter_manager.full_name(name) if hasattr(LoRAModelManager, _FINDS_TEXT_NAMES) else name
+            place = self._adapter_manager.find(full)
             if place is None or not place.is_one_slice:
                 continue
             if not isinstance(place.layer, QAALayerMixin):
