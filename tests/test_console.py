@@ -300,6 +300,7 @@ def test_the_shares_of_an_alias_are_set_with_sliders(page, server):
     slider = page.get_by_role("slider", name="share of pirate")
     for _ in range(25):
         slider.locator("[tabindex='0']").press("ArrowRight")
+        page.wait_for_timeout(50)  # a key that is pressed while the page is drawn anew may be lost
     expect(page.get_by_text("20%", exact=True)).to_be_visible()
     change(page, page.get_by_role("button", name="Save"), "Save")
     with server.admin() as admin:
