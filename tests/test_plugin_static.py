@@ -93,6 +93,13 @@ def test_what_is_launched_depends_on_shapes_alone() -> None:
     assert recorder.calls == ["shrink", (7, 2), "expand"]
 
 
+def test_all_that_a_step_launches_is_compiled_at_the_start() -> None:
+    """For few tokens and for many, once for layers alike."""
+    block, recorder = Block([Layer(), Layer()], SLOTS, RANK, 8, CPU), Recorder()
+    block.compile(recorder, torch.bfloat16)
+    assert recorder.calls == [(1, 1), (133, 1)]
+
+
 def test_what_there_is_no_room_for_is_refused_with_the_remedy() -> None:
     generator = fresh_generator()
     layer = Layer()
@@ -113,18 +120,20 @@ def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     missing.cache_clear()
 
 
-def manager(backend: str, device: str = "cpu") -> tuple[Any, Any]:
-    """A model manager with one layer, that is about to choose; and the compilation's config."""
+def manager(backend: str, ranks: int = 1) -> tuple[Any, Any]:
+    """A model manager with one layer, which has chosen; and the compilation's config."""
     compilation = SimpleNamespace(
         mode=CompilationMode.VLLM_COMPILE,
         cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
         splitting_ops=["vllm::unified_attention"],
     )
     config = SimpleNamespace(
-        compilation_config=compilation, additional_config={"qaa_backend": backend, "qaa_max_layers": 3}
+        compilation_config=compilation,
+        additional_config={"qaa_backend": backend, "qaa_max_layers": 3},
+        parallel_config=SimpleNamespace(world_size=ranks),
     )
     manager = QAAModelManager.__new__(QAAModelManager)
-    manager.device, manager._bound = device, [Layer()]
+    manager.device, manager._bound = "cpu", [Layer()]
     manager.lora_config = SimpleNamespace(max_loras=SLOTS, max_lora_rank=RANK)
     manager._give_deltas(config)
     return manager, compilation
@@ -139,6 +148,15 @@ def test_with_triton_graphs_stay_whole_and_room_is_made_at_once() -> None:
     assert made.circuit_bytes() == made.block.rows.nbytes > 0
     assert made.block.rows.shape[0] == SLOTS
     assert not made.block.rows.is_inference()
+
+
+@pytest.mark.usefixtures("triton_on_a_cpu")
+def test_all_ranks_take_the_first_ones_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else, where each has timed for itself, they might gather x at unlike times."""
+    first = SimpleNamespace(broadcast_object=lambda mine: ("torch", f"rank 0, not {mine[0]}"))
+    monkeypatch.setattr("vllm_qaa.worker.get_world_group", lambda: first)
+    made, _ = manager("triton", ranks=2)
+    assert made.block is None
 
 
 def test_other_backends_have_no_block() -> None:

@@ -18,8 +18,15 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.request import LoRARequest
 from vllm_qaa import layers
 from vllm_qaa.delta import Standard
-from vllm_qaa.layers import DELTA_OP
-from vllm_qaa.worker import QAAModelManager, QAAWorkerManager, _check_gpu, _split_graphs_at_delta
+from vllm_qaa.layers import DELTA_OP, QAALayerMixin
+from vllm_qaa.worker import (
+    Place,
+    QAAModelManager,
+    QAAWorkerManager,
+    _check_gpu,
+    _check_qaa,
+    _split_graphs_at_delta,
+)
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
 
@@ -115,6 +122,15 @@ def test_modules_that_read_one_input_embed_the_same(adapter):
     assert torch.equal(standard.readouts[:, 2], v.readouts)
     with pytest.raises(AdapterError, match="'v_proj' has other qaa_inputs than another module"):
         Standard().with_module("q_proj", q, 0, 3).with_module("v_proj", replace(v, inputs=other), 2, 3)
+
+
+def test_a_layer_outside_the_language_model_is_refused():
+    """It keeps vLLM's branch, which knows no circuits: its requests would be answered without them, silently."""
+    tower = QAALayerMixin.__new__(QAALayerMixin)
+    config = AdapterConfig(base_model_name_or_path="base", target_modules=("fc1",))
+    weights = ModuleWeights(torch.zeros(1, 5, 3), torch.zeros(8, 3))
+    with pytest.raises(AdapterError, match=r"'vision\.fc1' is outside the language model"):
+        _check_qaa("vision.fc1", config, weights, Place(tower))
 
 
 def test_files_that_are_not_those_of_the_name_are_refused(adapter):

@@ -22,6 +22,7 @@ from qaa_serve.circuits.triton.host import (
     INPUTS,
     Layout,
     check_qubits,
+    compile_kernels,
     launch,
     layout_for,
     multiprocessors,
@@ -60,6 +61,11 @@ class Block:
         multiprocessors(device)
         for _, layout in self._parts.values():
             permutations(layout.qubits, device)
+
+    def compile(self, kernel: Any, dtype: torch.dtype) -> None:
+        """Compile all that a step will launch on an x of that dtype, so that no request waits for it."""
+        for layout in {layout for _, layout in self._parts.values()}:
+            compile_kernels(kernel, layout, layout.width, dtype, self.rows.device)
 
     def part(self, layer: Any) -> tuple[torch.Tensor, Layout]:
         """A layer's part of all rows, and what lies where in it."""

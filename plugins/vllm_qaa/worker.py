@@ -17,6 +17,7 @@ import vllm
 from packaging.version import Version
 from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
@@ -143,6 +144,10 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             # Now, before vLLM measures what is left for its KV cache.
             self.block = Block(self._bound, self.lora_slots, self.lora_config.max_lora_rank, most, device)
             logger.info("Room for circuits in %d slots: %.0f MiB", self.lora_slots, self.block.rows.nbytes / 2**20)
+            if device.type == "cuda":
+                from qaa_serve.circuits.triton.kernel import circuit_kernel
+
+                self.block.compile(circuit_kernel, self._dtype)
         elif device.type != "cpu":
             _split_graphs_at_delta(vllm_config)
         kind = CpuDelta if device.type == "cpu" else PlannedDelta
@@ -457,8 +462,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 lora_b=b.to(self.lora_config.lora_dtype),
                 scaling=1.0,
             )
-        self._adapter_manager.compile_circuits(form, runs)
         if (block := self._adapter_manager.block) is None:
+            self._adapter_manager.compile_circuits(form, runs)
             return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
         row = block.pack(form, {layer: (of_layer, standards[layer]) for layer, of_layer in angles.items()})
         return QAAModel(request.lora_int_id, adapter.rank, loras, form, {}, row)
@@ -581,6 +586,11 @@ def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: 
             f"{name!r} is served by {type(place.layer).__name__}, which cannot take a QAA adapter: embeddings, "
             "output heads, MoE experts and fully sharded layers are not supported"
         )
+    if place.layer.delta is None:
+        raise AdapterError(
+            f"{name!r} is outside the language model: towers and connectors of multimodal models cannot take QAA "
+            "adapters. Leave it out of target_modules"
+        )
     if not place.is_one_slice:
         raise AdapterError(
             f"{name!r} is one of {place.parts} modules that vLLM packs in a layer of {place.layer.n_slices} "
@@ -628,6 +638,9 @@ def _choose_circuits(vllm_config: VllmConfig, device: torch.device, layers: Sequ
     asked = vllm_config.additional_config.get(BACKEND_KEY, "auto")
     shapes = {(layer.full_widths()[0], layer.n_slices) for layer in layers}
     name, reason = choose_backend(asked, device, sorted(shapes))
+    if vllm_config.parallel_config.world_size > 1:
+        # Each rank has timed for itself; with unlike backends they would gather x at unlike times, and hang.
+        name, reason = get_world_group().broadcast_object((name, reason))
     logger.info("QAA circuits run on the backend %r (%s)", name, reason)
     TIMER.backend = name
     if circuits_of(name) is CompiledCircuits:

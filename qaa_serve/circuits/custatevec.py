@@ -120,7 +120,7 @@ class _Session:
         self._handle: int = self._library.create()
         self._stream: torch.cuda.Stream | None = None
         self._needs: dict[tuple[int, ...], int] = {}
-        self._drop_memory()
+        self.drop_memory()
         # When its thread has ended. The end of the process frees everything anyway, CUDA perhaps before us.
         weakref.finalize(self, self._library.destroy, self._handle).atexit = False
 
@@ -134,9 +134,10 @@ class _Session:
         self._library.set_stream(self._handle, stream.cuda_stream)
         self._stream = stream
         # torch hands freed memory on in the order of the stream that it was made for.
-        self._drop_memory()
+        self.drop_memory()
 
-    def _drop_memory(self) -> None:
+    def drop_memory(self) -> None:
+        """Let go of buffers and workspace."""
         self._states = self._empty(2, 0, dtype=torch.complex64)
         self._workspace = self._empty(0, dtype=torch.uint8)
 
@@ -218,6 +219,14 @@ def _session(device: torch.device) -> _Session:
     if device not in sessions:
         sessions[device] = _Session(device)
     return sessions[device]
+
+
+def release(device: torch.device) -> None:
+    """Let go of the calling thread's buffers on a device; the next run makes them anew."""
+    for here, session in _THREAD.__dict__.get("sessions", {}).items():
+        if here.type == device.type:
+            session.drop_memory()
+    torch.cuda.empty_cache()
 
 
 # -------------------------------------------------------------------------------------------- the circuits

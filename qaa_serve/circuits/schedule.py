@@ -5,7 +5,7 @@ CNOTs turn a product of Pauli-Z into another one, and phases such a product does
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """RZ on every qubit, then CNOTs, then RY on every qubit; each may be missing.
 
@@ -40,7 +40,7 @@ class Schedule:
 
     first: int | None
     steps: tuple[Step, ...]
-    masks: tuple[int, ...] = field(repr=False)
+    masks: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
@@ -52,17 +52,14 @@ def schedule(ansatz: Ansatz) -> Schedule:
     begins_with_ry = gates[0] == Rotation("Y", 0)
     steps: list[Step] = []
     for gate in gates[begins_with_ry : last + 1]:
-        here = steps[-1] if steps else None
         if isinstance(gate, Cnots):
-            if here is None or here.cnots or here.turns is not None:
-                steps.append(here := Step())
-            here.cnots = gate
+            begun = steps.pop() if steps and not steps[-1].cnots and steps[-1].turns is None else Step()
+            steps.append(replace(begun, cnots=gate))
         elif gate.axis == "Z":
             steps.append(Step(phases=gate.row))
         else:
-            if here is None or here.turns is not None:
-                steps.append(here := Step())
-            here.turns = gate.row
+            begun = steps.pop() if steps and steps[-1].turns is None else Step()
+            steps.append(replace(begun, turns=gate.row))
     masks = [sum(1 << (n - 1 - wire) for wire in wires) for wires in ansatz.observables]
     for gate in reversed(gates[last + 1 :]):
         if isinstance(gate, Cnots):

@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -100,7 +101,8 @@ def _up(words: int) -> int:
     return -(-words // _ALIGNED) * _ALIGNED
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """What lies where in a layer's records of one slot, in words of 32 bits.
 
     A record for each slice, one behind the other: header, steps, masks of the readouts, their offsets and scales,
@@ -122,37 +124,37 @@ class Layout(NamedTuple):
     steps: int
     floats: int
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """A power of two above the readouts of any circuit."""
         return 1 << min(self.rank, self.qubits * (self.qubits + 1) // 2).bit_length()
 
-    @property
+    @cached_property
     def masks_at(self) -> int:
         """Where a record's masks begin."""
         return _up(_HEADER + _STEP * self.steps)
 
-    @property
+    @cached_property
     def readouts_at(self) -> int:
         """Where a record's offsets and scales of the readouts begin."""
         return self.masks_at + _up(self.padded)
 
-    @property
+    @cached_property
     def tables_at(self) -> int:
         """Where a record's tables begin."""
         return self.readouts_at + _up(2 * self.rank)
 
-    @property
+    @cached_property
     def record(self) -> int:
         """Words of one slice's record."""
         return self.tables_at + _up(self.floats)
 
-    @property
+    @cached_property
     def inputs_at(self) -> int:
         """Where offsets and scales of the input begin."""
         return self.slices * self.record
 
-    @property
+    @cached_property
     def words(self) -> int:
         """Of all that a slot has."""
         return self.inputs_at + _up(2 * self.width)
@@ -359,6 +361,24 @@ def launch(
         )
 
 
+def compile_kernels(kernel: Any, layout: Layout, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what ``launch`` runs for few tokens and for many, by launching it on no circuit.
+
+    Args:
+        kernel: ``kernel.circuit_kernel``, or what stands for it.
+        layout: of the records.
+        width: of x.
+        dtype: of x.
+        device: where x will be.
+    """
+    records = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
+    for tokens in (1, multiprocessors(device) + 1):
+        x = torch.zeros(tokens, width, dtype=dtype, device=device)
+        nobody = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        z = torch.zeros(1, tokens, layout.rank, device=device)
+        launch(kernel, x, nobody, (1, 0), records, layout.record, layout, z)
+
+
 class TritonCircuits:
     """Circuits one by one; see ``backends.Circuits``. Under vLLM layers launch the kernel on all slots' records.
 
@@ -398,12 +418,10 @@ class TritonCircuits:
 
     @classmethod
     def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compile both kernels that ``run`` launches, for few tokens and for many, by running no circuit.
+        """See ``compile_kernels``.
 
         Raises:
             ValueError: for more qubits than ``MOST_QUBITS``.
         """
         circuits = cls(ansatz, 1, device)
-        for tokens in (1, multiprocessors(device) + 1):
-            nothing = torch.full((tokens, readouts), -1, dtype=torch.int32, device=device)
-            circuits.run(torch.zeros(tokens, width, dtype=dtype, device=device), nothing)
+        compile_kernels(circuits._kernel, circuits._layout, width, dtype, device)

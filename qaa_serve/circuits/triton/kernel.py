@@ -22,7 +22,8 @@ HEADER = tl.constexpr(12)
 STEP = tl.constexpr(4)
 
 
-@triton.jit
+# z_slice grows with the batch: compiled anew where it is no multiple of 16, a kernel would be made in a request.
+@triton.jit(do_not_specialize=["z_slice"])
 def circuit_kernel(
     x,  # (tokens, width)
     x_token,  # strides of x
