@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
+from vllm_qaa.worker import BACKEND_KEY, MOST_LAYERS, MOST_LAYERS_KEY
 
 from qaa_serve.circuits import BACKENDS
 from qaa_serve.registry import Contents
@@ -441,6 +442,14 @@ def test_our_other_options_arrive(parser, root):
     assert (options.admin_listen, str(options.audit_log), options.log_format) == (
         "unix:/run/x", "/var/log/x", "text",
     )  # fmt: skip
+
+
+def test_what_is_said_of_circuits_reaches_the_workers(parser, root):
+    args, *_ = resolve(parser, root / "base", "--qaa-max-layers", 3, "--additional-config", '{"other": 1}')
+    assert args.additional_config == {"other": 1, BACKEND_KEY: "auto", MOST_LAYERS_KEY: 3}
+    args, *_ = resolve(parser, root / "base")
+    assert args.additional_config == {BACKEND_KEY: "auto"}, "how many there are by default is the worker's"
+    assert MOST_LAYERS == 8, "and the help's"
 
 
 def test_log_lines_are_json_if_asked_for(parser, root):

@@ -199,7 +199,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--qaa-max-layers",
         metavar="N",
         type=_at_least_one,
-        default=8,
         help="with triton: layers of gates that the circuits of a module may have, in all its heads; room for "
         "them is made in advance, in each of the --max-loras slots (default: 8)",
     )

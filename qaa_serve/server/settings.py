@@ -289,8 +289,9 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
         choose_backend(args.qaa_backend, torch.device(current_platform.device_type))
     except ValueError as error:
         raise UsageError(f"--qaa-backend {args.qaa_backend}: {error}") from error
-    circuits = {BACKEND_KEY: args.qaa_backend, MOST_LAYERS_KEY: args.qaa_max_layers}
-    args.additional_config = {**(args.additional_config or {}), **circuits}
+    args.additional_config = {**(args.additional_config or {}), BACKEND_KEY: args.qaa_backend}
+    if args.qaa_max_layers is not None:
+        args.additional_config[MOST_LAYERS_KEY] = args.qaa_max_layers
     if args.data_parallel_size > 1 or (args.api_server_count or 1) > 1 or args.headless:
         raise UsageError(
             "qaa-serve runs one API server and one engine: leave out --data-parallel-size, --api-server-count and "
