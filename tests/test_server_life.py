@@ -83,8 +83,7 @@ def stop_worker(server: ServerProcess) -> None:
 
 
 def test_an_engine_that_is_busy_is_left_alone_and_one_that_hangs_ends_the_server(start, tmp_path):
-    """Prefills that take about twice the time limit each, as fast as the machine is, with a question of the server's
-    behind one of them."""
+    """Prefills of twice the time limit each, on any machine, and a question of the server behind one of them."""
     limit_s, tokens = 2, 500
     base = make_model(
         tmp_path / "base", "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
