@@ -66,7 +66,7 @@ class TestTRL:
 
     @pytest.fixture(autouse=True)
     def installed(self) -> None:
-        self.trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+        self.trl = pytest.importorskip("trl", reason="trl is not installed")
 
     def test_sft(self, base: Path, tmp_path: Path) -> None:
         from datasets import Dataset
