@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import make_model
@@ -20,13 +21,23 @@ pytest.importorskip("sacrebleu")
 from qaa_serve.training import TrainingError, TrainOptions, train
 from qaa_serve.training.compare import cli, study
 from qaa_serve.training.compare.evaluate import generate
+from qaa_serve.training.compare.figures import _parameters
 from qaa_serve.training.compare.files import model_digest, owned
-from qaa_serve.training.compare.metrics import BertScore, bleu, exact_match, rouge, unseen_by_rouge
+from qaa_serve.training.compare.metrics import (
+    BertScore,
+    bleu,
+    bleu_from,
+    exact_match,
+    rouge,
+    text_scores,
+    unseen_by_rouge,
+)
+from qaa_serve.training.compare.paired import differences
 from qaa_serve.training.compare.plan import Variant, make_plan, read_config
 from qaa_serve.training.compare.rows import as_test_set, read_rows, split
 from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
 from qaa_serve.training.compare.study import best_point, smoothed, summarise
-from qaa_serve.training.loss import summed_loss
+from qaa_serve.training.loss import row_losses
 from qaa_serve.training.methods import COMPARED
 from qaa_serve.training.trained import load_trained
 
@@ -161,7 +172,7 @@ class TestRows:
             (["t7", "t8"], "t5 t6"),
             (["t10 t11"], "t9"),
         ]
-        assert len(test["rows"]) == 4
+        assert [row["prompt"] for row in test["rows"]] == [0, 1, 0, 0]
         assert test["prompts"][0]["ids"] == test["rows"][0]["input_ids"][:-2]  # less the answer and the end token
 
     def test_references_of_a_row_are_as_good_as_repeated_prompts(self, base: Path, tmp_path: Path) -> None:
@@ -241,12 +252,12 @@ class TestScores:
     def test_rouge_is_the_best_of_the_references_for_each_kind(self) -> None:
         found = rouge(["a b c d"], [["a b x y", "a c d z w"]])
         assert found == {
-            "rouge1": pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35),  # a, c, d of 4 and of 5
-            "rouge2": pytest.approx(100 / 3),  # ab of 3 and of 3, better than cd of 3 and of 4
-            "rouge_l": pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35),  # a c d
+            "rouge1": [pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35)],  # a, c, d of 4 and of 5
+            "rouge2": [pytest.approx(100 / 3)],  # ab of 3 and of 3, better than cd of 3 and of 4
+            "rouge_l": [pytest.approx(100 * 2 * 0.75 * 0.6 / 1.35)],  # a c d
         }
-        both = rouge(["a b c d", "x"], [["a b x y", "a c d z w"], ["y"]])
-        assert both["rouge2"] == pytest.approx(found["rouge2"] / 2)
+        both = text_scores(["a b c d", "x"], [["a b x y", "a c d z w"], ["y"]])
+        assert both.scores["rouge2"] == pytest.approx(100 / 3 / 2)
 
     def test_rouge_does_not_see_other_scripts(self) -> None:
         assert unseen_by_rouge([["день"], ["день", "day"], ["1"]]) == 1
@@ -291,6 +302,78 @@ class TestScores:
         assert found["bleu"] == {"mean": 3.0, "sd": pytest.approx(7**0.5), "n": 3}
         assert summarise(entries[:1])["bleu"] == {"mean": 1.0, "sd": None, "n": 1}
         assert "peak_cuda_bytes" not in found
+
+
+class TestDifferences:
+    """To the first variant, on the same prompts."""
+
+    REFERENCES = [[f"a b c d {word} f g h"] for word in "efghijklmnop"]  # noqa: RUF012
+
+    def statistics(self, texts: list[str], nats: list[float]) -> Any:
+        losses = np.array([nats, [2.0] * len(nats)]).T
+        return {**text_scores(texts, self.REFERENCES).statistics, "test_loss": losses}
+
+    def test_bleu_is_the_corpus_score_on_whatever_prompts(self) -> None:
+        texts = [f"a b c d {word} f" for word in "efghijklmnop"]
+        texts[3], texts[5] = "", "a b"
+        parts = text_scores(texts, self.REFERENCES).statistics["bleu"]
+        for places in (range(12), [0, 3, 3, 5, 11], [3]):
+            expected, _ = bleu([texts[i] for i in places], [self.REFERENCES[i] for i in places])
+            assert bleu_from(parts[list(places)].sum(0)) == pytest.approx(expected)
+
+    def test_mean_over_seeds_and_an_interval_that_prompts_account_for(self) -> None:
+        good, bad = [refs[0] for refs in self.REFERENCES], ["a b x"] * 12
+        first = [self.statistics(good, [1.0] * 12), self.statistics(bad, [3.0] * 12)]
+        half = self.statistics([*good[:6], *bad[6:]], [1.0] * 6 + [3.0] * 6)
+        found = differences({"qaa": first, "same": first, "half": [half], "none": []})
+        assert found["qaa"] is None
+        assert found["none"] is None
+        same, other = found["same"], found["half"]
+        assert same is not None
+        assert other is not None
+        assert all(interval == {"difference": 0, "low": 0, "high": 0} for interval in same.values())
+        assert other["test_loss"]["difference"] == pytest.approx(0)
+        # 2 tokens a prompt: the mean of 12 draws from 0.5 and 1.5, less a constant 1.
+        assert -other["test_loss"]["low"] == pytest.approx(1.96 * 0.5 / 12**0.5, abs=0.06)
+        assert other["test_loss"]["high"] == pytest.approx(1.96 * 0.5 / 12**0.5, abs=0.06)
+        assert other["rouge_l"]["low"] < 0 < other["rouge_l"]["high"]
+        assert other["bleu"]["low"] < other["bleu"]["difference"] < other["bleu"]["high"]
+
+    def test_nothing_without_the_first(self) -> None:
+        assert differences({"qaa": [], "lora": [self.statistics(["a"] * 12, [1.0] * 12)]}) == {
+            "qaa": None,
+            "lora": None,
+        }
+
+    def test_the_same_prompts_for_both(self) -> None:
+        """A constant difference has an interval without width, however much the prompts differ."""
+        texts = [refs[0] for refs in self.REFERENCES]
+        nats = [float(i) for i in range(12)]
+        found = differences(
+            {"a": [self.statistics(texts, nats)], "b": [self.statistics(texts, [n + 0.5 for n in nats])]}
+        )
+        assert found["b"] is not None
+        assert found["b"]["test_loss"] == {end: pytest.approx(0.25) for end in ("difference", "low", "high")}
+
+
+def test_one_curve_a_method_through_its_sizes() -> None:
+    def variant(name: str, method: str, size: int, losses: list[float], **options: Any) -> Any:
+        variants.append({"name": name, "method": method, "options": options})
+        runs.extend(
+            {"variant": name, "role": "final", "training": {"trainable": size}, "scores": {"test_loss": loss}}
+            for loss in losses
+        )
+
+    variants: list[Any] = []
+    runs: list[Any] = []
+    variant("qaa 2k", "qaa", 2000, [1.0, 2.0])
+    variant("mine", "peft", 900, [2.5], peft={"peft_type": "TINYLORA", "r": 2})
+    variant("qaa 1k", "qaa", 1000, [3.0])
+    variant("still", "qaa", 990, [2.0], freeze_angles=True)
+    figure = _parameters({"variants": variants, "runs": runs, "base": {"scores": None}})
+    assert figure is not None
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert curves == {"qaa": [[1000, 3], [2000, 1.5]], "mine": [[900, 2.5]], "still": [[990, 2]]}
 
 
 def tiny_bert(directory: Path) -> Path:
@@ -339,18 +422,21 @@ class TestAnswers:
         )
         model, tokenizer = load_trained(tmp_path / "made")
         test = as_test_set(read_rows(str(rows), tokenizer))
-        total, tokens = summed_loss(model, test["rows"], 4)
+        losses = row_losses(model, test["rows"], 4)
+        alone = torch.cat([row_losses(model, [row], 1) for row in test["rows"]])
+        torch.testing.assert_close(losses, alone, atol=1e-4, rtol=1e-4)
+        total, tokens = losses.sum(0).tolist()
         assert tokens == 9 * 3
         assert total / tokens == pytest.approx(result.eval_loss, abs=1e-4)
         asked = [prompt["ids"] for prompt in test["prompts"]]
         together = dict(generate(model, tokenizer, asked, batch_size=4, max_new_tokens=6))
-        alone = {
+        apart = {
             place: next(generate(model, tokenizer, [ids], batch_size=1, max_new_tokens=6))[1]
             for place, ids in enumerate(asked)
         }
-        assert together == alone
-        untrained, _ = summed_loss(load_trained(base)[0], test["rows"], 4)
-        assert total != pytest.approx(untrained, abs=1e-3)
+        assert together == apart
+        untrained = row_losses(load_trained(base)[0], test["rows"], 4)
+        assert total != pytest.approx(untrained[:, 0].sum().item(), abs=1e-3)
 
     def test_greedy_whatever_the_base_prefers_and_up_to_its_end_tokens(self, base: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base).eval()

@@ -242,6 +242,20 @@ def test_another_test_set_trains_nothing_and_asks_again(comparison: Comparison) 
         path.write_text(content)
 
 
+def test_differences_to_the_first_variant_are_in_results_and_report(comparison: Comparison) -> None:
+    assert comparison.run("--methods", "qaa,lora", "--seeds", "1") == 0
+    first, second = comparison.results["variants"]
+    assert first["difference"] is None
+    means = [variant["summary"]["test_loss"]["mean"] for variant in (first, second)]
+    found = second["difference"]["test_loss"]
+    assert found["difference"] == pytest.approx(means[1] - means[0])
+    assert found["low"] <= found["difference"] <= found["high"]
+    for name in ("report.md", "report.html"):
+        text = (comparison.report / name).read_text()
+        assert f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]" in text
+        assert "Differences to qaa" in text
+
+
 def test_sigterm_stops_the_training_and_says_how_to_go_on(tmp_path: Path) -> None:
     comparison = Comparison(tmp_path)
     command = [sys.executable, "-m", "qaa_serve.cli", "compare", *comparison.arguments]

@@ -34,7 +34,7 @@ from qaa_serve.adapters.staging import staged
 from qaa_serve.training.card import model_card
 from qaa_serve.training.data import Examples, collate, read_examples
 from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError, WorseError
-from qaa_serve.training.loss import summed_loss
+from qaa_serve.training.loss import row_losses
 from qaa_serve.training.methods import Method, Setting, check_shared, configured, get_method
 from qaa_serve.training.options import TrainOptions, names
 from qaa_serve.training.progress import Progress
@@ -545,8 +545,8 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
 
 def _mean_loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     """The loss over all answer tokens of the rows, in nats a token."""
-    loss, tokens = summed_loss(model, rows, 1)
-    return loss / max(tokens, 1)
+    loss, tokens = row_losses(model, rows, 1).sum(0).tolist()
+    return float(loss / max(tokens, 1))
 
 
 class _without_cache:  # noqa: N801 - reads as a verb where it is used

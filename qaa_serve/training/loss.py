@@ -11,10 +11,10 @@ from qaa_serve.training.data import IGNORED, collate
 
 
 @torch.no_grad()
-def summed_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: int) -> tuple[float, int]:
-    """The loss over all answer tokens of the rows, every token with the same weight.
+def row_losses(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size: int) -> torch.Tensor:
+    """The loss of each row, summed over its answer tokens.
 
-    Divided by the number of tokens it is a mean that does not depend on the batches, as a mean of theirs would.
+    The sums of both columns give a mean over all tokens, which does not depend on the batches.
 
     Args:
         model: a causal language model, which is set to evaluation; its device is used.
@@ -22,20 +22,21 @@ def summed_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], batch_size:
         batch_size: rows at once.
 
     Returns:
-        The sum in nats (float64), and the number of tokens.
+        (rows, 2), float64, on the CPU: the sum in nats and the number of tokens, in the order of the rows.
     """
     model.eval()
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(ordered), batch_size):
-        batch = {name: tensor.to(device) for name, tensor in collate(ordered[start : start + batch_size]).items()}
+    found = torch.zeros(len(rows), 2, dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in places]).items()}
         labels = batch.pop("labels")[:, 1:]
         asked = labels != IGNORED
         # Counted from the end, since some methods have tokens of their own in front.
         logits = model(**batch).logits[:, -asked.shape[1] - 1 : -1]
         logits = logits[asked].float()  # (asked tokens, vocabulary)
-        losses = torch.nn.functional.cross_entropy(logits, labels[asked], reduction="none")
-        total += losses.double().sum().item()
-        tokens += len(losses)
-    return total, tokens
+        losses = torch.zeros(asked.shape, dtype=torch.float64, device=device)
+        losses[asked] = torch.nn.functional.cross_entropy(logits, labels[asked], reduction="none").double()
+        found[places] = torch.stack([losses.sum(1), asked.sum(1).double()], 1).cpu()
+    return found

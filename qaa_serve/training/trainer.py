@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.loss import summed_loss
+from qaa_serve.training.loss import row_losses
 from qaa_serve.training.options import TrainOptions
 
 _WEIGHTS = "trained.safetensors"
@@ -65,7 +65,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss over the evaluation rows, a share a process. Trainer's own is a mean of batches' means."""
         rows = self.eval_dataset.rows[self.args.process_index :: self.args.world_size]
-        sums = torch.tensor(summed_loss(self.model, rows, self.args.eval_batch_size), dtype=torch.float64)
+        sums = row_losses(self.model, rows, self.args.eval_batch_size).sum(0)
         loss, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {"eval_loss": loss / tokens}
         self.log(metrics)

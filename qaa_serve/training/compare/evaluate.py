@@ -21,8 +21,11 @@ from transformers.utils import logging
 
 from qaa_serve.training.compare.files import write_json
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.loss import summed_loss
+from qaa_serve.training.loss import row_losses
 from qaa_serve.training.trained import load_trained
+
+#: Of an evaluation's record; raised when it changes, so that an older one is made anew.
+EVALUATION_FORMAT = 2
 
 
 def main(job_file: Path) -> int:
@@ -48,7 +51,7 @@ def main(job_file: Path) -> int:
             print(f"{title}: {type(error).__name__}: {error}", flush=True)
             write_json(Path(model["failure"]), {"reason": f"{type(error).__name__}: {error}"})
         else:
-            write_json(Path(model["output"]), {"format": 1, "digest": model["digest"], **result})
+            write_json(Path(model["output"]), {"format": EVALUATION_FORMAT, "digest": model["digest"], **result})
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -64,8 +67,11 @@ def _evaluate(job: dict[str, Any], directory: str | None, test: dict[str, Any], 
         trust_remote_code=job["trust_remote_code"],
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    total, tokens = summed_loss(model, test["rows"], job["batch_size"])
-    loss = total / tokens
+    losses = torch.zeros(len(test["prompts"]), 2, dtype=torch.float64)
+    of_rows = row_losses(model, test["rows"], job["batch_size"])
+    losses.index_add_(0, torch.tensor([row["prompt"] for row in test["rows"]]), of_rows)
+    nats, tokens = losses.sum(0).tolist()
+    loss = nats / tokens
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the test set is {loss}")
     texts: list[str] = [""] * len(test["prompts"])
@@ -86,7 +92,9 @@ def _evaluate(job: dict[str, Any], directory: str | None, test: dict[str, Any], 
             print(f"{title}: {done} of {len(texts)} prompts", flush=True)
     return {
         "loss": loss,
-        "tokens": tokens,
+        "tokens": int(tokens),
+        "prompt_nats": losses[:, 0].tolist(),
+        "prompt_tokens": losses[:, 1].int().tolist(),
         "texts": texts,
         "generated_tokens": lengths,
         "seconds": time.perf_counter() - started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -84,10 +85,6 @@ def _colours(results: Mapping[str, Any]) -> dict[str, str]:
     return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)} | {BASE: _BASE_COLOUR}
 
 
-def _markers(results: Mapping[str, Any]) -> dict[str, str]:
-    return {variant["name"]: _MARKERS[i % len(_MARKERS)] for i, variant in enumerate(results["variants"])}
-
-
 def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)
@@ -153,29 +150,41 @@ def _course(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def _curve(variant: Mapping[str, Any]) -> str:
+    """Which curve of loss against size a variant is on: that of its method, and of what is no matter of size."""
+    options = variant["options"] or {}
+    method = (options.get("peft") or {}).get("peft_type", variant["method"]).lower()
+    return f"{method} frozen" if options.get("freeze_angles") else method
+
+
 def _parameters(results: Mapping[str, Any]) -> Figure | None:
     figure, (axes,) = _new(7, 3.8)
-    colours, markers = _colours(results), _markers(results)
-    drawn = False
+    curves: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}  # name of a variant, size and loss by seed
     for variant in results["variants"]:
-        points = [
+        seeds = [
             (run["training"]["trainable"], run["scores"]["test_loss"])
             for run in results["runs"]
             if run["variant"] == variant["name"] and run["role"] == "final" and run["training"] and run["scores"]
         ]
-        if not points:
-            continue
-        drawn = True
-        colour, marker = colours[variant["name"]], markers[variant["name"]]
-        across, up = zip(*points, strict=True)
-        axes.scatter(across, up, color=colour, marker=marker, s=16, alpha=0.45, lw=0)
-        x, y = sum(across) / len(points), sum(up) / len(points)
-        axes.scatter([x], [y], color=colour, marker=marker, s=55, label=variant["name"])
-    if not drawn:
+        if seeds:
+            curves.setdefault(_curve(variant), []).append((variant["name"], seeds))
+    if not curves:
         return None
+    for place, (curve, variants) in enumerate(curves.items()):
+        look: Any = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        across, up = zip(*(seed for _, seeds in variants for seed in seeds), strict=True)
+        axes.scatter(across, up, s=16, alpha=0.45, lw=0, **look)
+        means = sorted(tuple(map(fmean, zip(*seeds, strict=True))) for _, seeds in variants)
+        label = curve if len(variants) > 1 else variants[0][0]
+        axes.plot(*zip(*means, strict=True), ms=7, lw=1.2, label=label, **look)
     scores = results["base"]["scores"]
     if scores:
-        axes.axhline(scores["test_loss"], color=_BASE_COLOUR, lw=1, ls="--", label=BASE)
+        losses = [loss for variants in curves.values() for _, seeds in variants for _, loss in seeds]
+        look = {"color": _BASE_COLOUR, "lw": 1, "ls": "--"}
+        if scores["test_loss"] <= 2 * max(losses) - min(losses):
+            axes.axhline(scores["test_loss"], label=BASE, **look)
+        else:  # far above all: it would press the others together
+            axes.plot([], [], label=f"{BASE}: {scores['test_loss']:.3f}", **look)
     axes.set_xscale("log")
     axes.set(xlabel="trained parameters", ylabel="test loss (nats a token)")
     axes.margins(x=0.12, y=0.12)

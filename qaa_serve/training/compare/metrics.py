@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qaa_serve.training.errors import TrainingError
 
@@ -32,15 +36,33 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[flo
     return float(score.score), str(metric.get_signature())
 
 
-def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L: F1 against the best reference, mean over prompts, without stemming."""
+def bleu_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """What BLEU sums over the prompts: (prompts, 10).
+
+    Matches of 1 to 4 tokens, numbers of 1 to 4 tokens, length, length of the nearest reference.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(effective_order=True)  # for the score of a sentence, which is not used
+    found = [metric.sentence_score(text, list(refs)) for text, refs in zip(texts, references, strict=True)]
+    return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in found], np.float64)
+
+
+def bleu_from(sums: NDArray[np.float64]) -> float:
+    """Corpus BLEU from the sums of ``bleu_statistics``: (10,)."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    *counts, length, nearest = map(int, sums)
+    return float(BLEU.compute_bleu(counts[:4], counts[4:], length, nearest, smooth_method="exp").score)
+
+
+def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of each prompt: F1 in percent against the best reference, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(_ROUGE), use_stemmer=False)
     scored = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
-    return {
-        name: 100 * sum(score[kind].fmeasure for score in scored) / len(scored) for kind, name in _ROUGE.items()
-    }
+    return {name: [100 * score[kind].fmeasure for score in scored] for kind, name in _ROUGE.items()}
 
 
 def unseen_by_rouge(references: Sequence[Sequence[str]]) -> int:
@@ -56,10 +78,37 @@ def exact_match(texts: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     return 100 * sum(hits) / len(hits)
 
 
-def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[str, float], str]:
-    """All scores that need no model, by name, and BLEU's signature."""
+@dataclass(frozen=True)
+class TextScores:
+    """All scores of texts that need no model.
+
+    Attributes:
+        scores: by name.
+        bleu_signature: sacrebleu's.
+        statistics: what a score is made of, by name: (prompts, numbers), to be summed over prompts.
+    """
+
+    scores: dict[str, float]
+    bleu_signature: str
+    statistics: dict[str, NDArray[np.float64]]
+
+
+def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextScores:
+    """Score texts, one a prompt, against the references of each."""
     score, signature = bleu(texts, references)
-    return {"bleu": score, **rouge(texts, references), "exact_match": exact_match(texts, references)}, signature
+    by_prompt = rouge(texts, references)
+    return TextScores(
+        {
+            "bleu": score,
+            **{name: sum(values) / len(values) for name, values in by_prompt.items()},
+            "exact_match": exact_match(texts, references),
+        },
+        signature,
+        {
+            "bleu": bleu_statistics(texts, references),
+            "rouge_l": np.array([[value, 1] for value in by_prompt["rouge_l"]]),
+        },
+    )
 
 
 class BertScore:

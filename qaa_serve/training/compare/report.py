@@ -17,7 +17,8 @@ from qaa_serve.training.compare.plan import BASE, options_text
 #: Figure -> what it shows.
 CAPTIONS = {
     "quality": "Scores on the test set; lines: standard deviation over seeds.",
-    "parameters": "Trained parameters against the loss on the test set; large: mean over seeds, small: each.",
+    "parameters": "Trained parameters against the loss on the test set; large: mean over seeds, small: each seed; "
+    "a line joins the variants of a method.",
     "loss": "Smoothed training loss; band: smallest to largest over seeds; dashed: the loss of 'steps to loss'. "
     "Curves that rise far above the start are cut.",
     "course": "Gradient norm and learning rate of each variant's first seed.",
@@ -68,6 +69,7 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
         "r": results,
         "command": shlex.join(results["command"]),
         "quality": _quality_table(results),
+        "differences": _difference_table(results),
         "cost": _cost_table(results),
         "selection": _selection_table(results),
         "options": [
@@ -118,6 +120,23 @@ def _quality_table(results: Mapping[str, Any]) -> dict[str, Any]:
         "head": ["", "trained parameters", "of the base", *(title for _, title, _ in keys), "seeds"],
         "rows": rows,
     }
+
+
+def _difference_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    columns = [column for column in _QUALITY if column[0] in ("test_loss", "bleu", "rouge_l")]
+    rows = [
+        [
+            variant["name"],
+            *(
+                f"{found['difference']:+.{places}f} [{found['low']:+.{places}f}, {found['high']:+.{places}f}]"
+                for key, _, places in columns
+                for found in (variant["difference"][key],)
+            ),
+        ]
+        for variant in results["variants"]
+        if variant["difference"]
+    ]
+    return {"head": ["", *(title for _, title, _ in columns)], "rows": rows} if rows else None
 
 
 def _cost_table(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +270,15 @@ def _statements(results: Mapping[str, Any]) -> list[str]:
     if results["metrics"]["bertscore"]:
         lines.append(
             f"BERTScore: F1 in percent, the best over a prompt's references, {results['metrics']['bertscore']}."
+        )
+    bootstrap = results["bootstrap"]
+    if any(variant["difference"] for variant in results["variants"]):
+        lines.append(
+            f"Differences to {bootstrap['against']}: a variant's score less that of {bootstrap['against']}, both "
+            f"means over the seeds, with the {bootstrap['level']:.0%} interval of a paired bootstrap: "
+            f"both are scored on {bootstrap['resamples']:,} samples of as many prompts, drawn with replacement. "
+            "Where 0 is in the interval, these prompts do not tell the two apart. How much seeds vary is not in "
+            "it; the ± of the first table is that."
         )
     target = results["loss_target"]
     machine = results["hardware"]

@@ -147,9 +147,10 @@ def as_test_set(rows: Rows) -> dict[str, Any]:
     """What the evaluating process reads.
 
     Returns:
-        ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``input_ids`` and
-        ``labels``.
+        ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``prompt``, its place among
+        those, ``input_ids`` and ``labels``.
     """
+    places = {prompt: place for place, prompt in enumerate(rows.prompts)}
     return {
         "prompts": [
             {
@@ -159,5 +160,5 @@ def as_test_set(rows: Rows) -> dict[str, Any]:
             }
             for prompt, group in rows.prompts.items()
         ],
-        "rows": [{"input_ids": row.ids, "labels": row.labels} for row in rows.rows],
+        "rows": [{"prompt": places[row.prompt], "input_ids": row.ids, "labels": row.labels} for row in rows.rows],
     }

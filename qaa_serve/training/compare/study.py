@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from qaa_serve import __version__
+from qaa_serve.training.compare import paired
+from qaa_serve.training.compare.evaluate import EVALUATION_FORMAT
 from qaa_serve.training.compare.files import (
     model_digest,
     owned,
@@ -183,6 +186,15 @@ def planned_parameters(model: str, variant: Variant, options: Mapping[str, Any])
         return None
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """An evaluation: its part of a run's entry, what its scores are made of, and BLEU's signature."""
+
+    entry: dict[str, Any]
+    statistics: paired.Statistics | None
+    signature: str | None
+
+
 @dataclass
 class Study:
     """A comparison under way."""
@@ -284,7 +296,7 @@ class Study:
         """By name of the run; the base's under ``BASE``."""
         common = self.settings.plan.common
         depends = {
-            "format": 1,
+            "format": EVALUATION_FORMAT,
             "test": digest_of(self.material.test_set),
             "model": self.material.digests["model"],
             "max_new_tokens": self.settings.max_new_tokens,
@@ -315,8 +327,7 @@ class Study:
                 f"{unseen} of the {len(prompts)} test prompts have references without any letter a-z or digit, "
                 "which is all that ROUGE sees"
             )
-        signature = ""
-        base, signature = self._scored(evaluations[BASE], references, scorer, signature)
+        scored = {name: self._scored(each, references, scorer) for name, each in evaluations.items()}
         runs = []
         for variant in settings.plan.variants:
             points = self.point_runs(variant) if len(variant.points) > 1 else []
@@ -325,9 +336,8 @@ class Study:
             for run in [*final, *(run for run in points if run.name not in names)]:
                 entry = self._entry(run, "final" if run.name in names else "selection")
                 if run.name in evaluations:
-                    scored, signature = self._scored(evaluations[run.name], references, scorer, signature)
-                    entry |= scored
-                    if scored["reason"]:
+                    entry |= scored[run.name].entry
+                    if entry["reason"]:
                         entry["status"] = "failed"
                 runs.append(entry)
         target = _loss_target(settings.loss_target, runs)
@@ -341,6 +351,17 @@ class Study:
             if (point := chosen[variant.name]) is not None:
                 notes += _at_the_edge(variant.name, point, variant.points)
         variants = [self._summary(variant, chosen[variant.name], runs) for variant in settings.plan.variants]
+        differences = paired.differences(
+            {
+                name: [
+                    statistics
+                    for run in finals.get(name, ())
+                    if run.name in scored and (statistics := scored[run.name].statistics) is not None
+                ]
+                for name in chosen
+            }
+        )
+        variants = [{**entry, "difference": differences[entry["name"]]} for entry in variants]
         trained = [entry["training"] for entry in runs if entry["training"]]
         versions = {json.dumps(record["versions"], sort_keys=True) for record in trained}
         if len(versions) > 1:
@@ -382,12 +403,21 @@ class Study:
             "common": dict(settings.plan.common),
             "seeds": list(settings.plan.seeds),
             "generation": {"max_new_tokens": settings.max_new_tokens, "greedy": True},
-            "metrics": {"bleu": signature or None, "bertscore": scorer.description if scorer else None},
+            "metrics": {
+                "bleu": next((each.signature for each in scored.values() if each.signature), None),
+                "bertscore": scorer.description if scorer else None,
+            },
+            "bootstrap": {
+                "against": settings.plan.variants[0].name,
+                "resamples": paired.RESAMPLES,
+                "level": paired.LEVEL,
+                "seed": paired.SEED,
+            },
             "loss_target": target,
             "hardware": _hardware(),
             "versions": {"qaa-serve": __version__, **(trained[-1]["versions"] if trained else {})},
             "notes": notes,
-            "base": base,
+            "base": scored[BASE].entry,
             "variants": variants,
             "runs": runs,
             "examples": [
@@ -418,21 +448,21 @@ class Study:
         }
 
     def _scored(
-        self,
-        evaluation: Evaluation,
-        references: Sequence[Sequence[str]],
-        scorer: BertScore | None,
-        signature: str,
-    ) -> tuple[dict[str, Any], str]:
-        """Scores and texts of an evaluation, and BLEU's signature."""
+        self, evaluation: Evaluation, references: Sequence[Sequence[str]], scorer: BertScore | None
+    ) -> _Scored:
         result = evaluation.result()
         if result is None:
-            return {"reason": evaluation.reason(), "scores": None, "texts": None}, signature
-        scores, signature = text_scores(result["texts"], references)
-        scores |= {"test_loss": result["loss"], "perplexity": math.exp(min(result["loss"], 700.0))}
+            return _Scored({"reason": evaluation.reason(), "scores": None, "texts": None}, None, None)
+        found = text_scores(result["texts"], references)
+        scores = found.scores | {"test_loss": result["loss"], "perplexity": math.exp(min(result["loss"], 700.0))}
         if scorer is not None:
             scores["bertscore"] = self._bertscore(evaluation, result, references, scorer)
-        return {"reason": None, "scores": scores, "texts": result["texts"]}, signature
+        losses = np.array([result["prompt_nats"], result["prompt_tokens"]]).T
+        return _Scored(
+            {"reason": None, "scores": scores, "texts": result["texts"]},
+            {**found.statistics, "test_loss": losses},
+            found.bleu_signature,
+        )
 
     def _bertscore(
         self,
