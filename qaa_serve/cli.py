@@ -38,6 +38,7 @@ def _serve(arguments: Sequence[str]) -> int:
         print_help()
         return 0
     check_serve(arguments)
+    print("qaa-serve: importing torch and vLLM, 10 to 20 s", file=sys.stderr, flush=True)
     from qaa_serve.server.main import main as serve
 
     return serve(arguments)
