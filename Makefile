@@ -1,6 +1,7 @@
 # make         lint, types, quick tests
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
 #              EXAMPLE=smollm2 that of a real model, which comes from the package index
+#              PORT=8100 CONSOLE_PORT=8101: at other ports
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
