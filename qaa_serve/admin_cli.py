@@ -175,9 +175,13 @@ def _key(args: argparse.Namespace, found: RunningServer | None) -> str:
                 raise _FailedError("QAA_SERVE_ADMIN_KEY holds what no header can carry: it is no key")
             return key
         if found is None or found.admin_key_file is None:
+            why = (
+                "its keys were given by hand:"
+                if found
+                else "no server on this machine says it is there: start one, or"
+            )
             raise _FailedError(
-                f"no admin key for {args.url}: no server on this machine has said that it is there; give "
-                "--admin-key-file FILE or set QAA_SERVE_ADMIN_KEY"
+                f"no admin key for {args.url}: {why} give --admin-key-file FILE or set QAA_SERVE_ADMIN_KEY"
             )
         file = Path(found.admin_key_file)
     from qaa_serve.server.keys import first_key

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 from qaa_serve import __version__
 from qaa_serve.preflight import UsageError, check_serve, check_train
@@ -37,7 +39,11 @@ def _serve(arguments: Sequence[str]) -> int:
 
         print_help()
         return 0
+    if arguments and not Path(arguments[0]).exists():
+        for command in get_close_matches(arguments[0], _COMMANDS, n=1, cutoff=0.75):
+            raise UsageError(f"there is no command and no model {arguments[0]}: is {command} meant?")
     check_serve(arguments)
+    print("qaa-serve: importing torch and vLLM, 10 to 20 s", file=sys.stderr, flush=True)
     from qaa_serve.server.main import main as serve
 
     return serve(arguments)

@@ -34,6 +34,7 @@ _EXTRAS = {
     "compare": "qaa-serve compare",
     "inspect": "qaa-serve inspect, its drawings and noise",
     "s3": "adapters in an object store (s3://)",
+    "console": "qaa-serve console",
     "load": "the load tests",
 }
 
@@ -217,7 +218,7 @@ def _disk() -> Iterator[Finding]:
         told = f"{purpose}: {free / _GIB:.1f} GiB free in {place}"
         if not os.access(place, os.W_OK):
             yield Finding(
-                "wrong", f"{purpose}: {place} cannot be written", "set TMPDIR, HOME or --state to a place that can"
+                "wrong", f"{purpose}: {place} cannot be written", "set TMPDIR, HOME or --state-dir to one that can"
             )
         elif free < _LEAST_DISK:
             yield Finding("note", told, "make room: uploads, copies of adapters and compiled code go there")

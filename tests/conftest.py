@@ -75,3 +75,22 @@ def data(tmp_path: Path) -> Path:
     from training_support import write_rows
 
     return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser for the console's tests."""
+    from console_support import browser
+
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(chromium, url: str, keys: tuple[str, str]):
+    """A tab on the console at `url`, with `keys` typed in: a client's and an admin's."""
+    from console_support import tab, type_keys
+
+    with tab(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as page:
+        type_keys(page, *keys)
+        yield page

@@ -60,8 +60,9 @@ def console(url: str, log: Path, *more: str) -> Iterator[str]:
 @contextmanager
 def browser():
     """Chromium without a window."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # its five seconds are too few on a busy machine
     with sync_playwright() as driver:
         # Without its sandbox, which a container's root cannot have; it is shown our own pages only.
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -76,7 +77,7 @@ def tab(chromium, url: str, path: str = "/", **context):
     """A new tab on the console; at its end, nothing was asked of anybody else, and no script has failed."""
     with chromium.new_context(**context) as private:
         page = private.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         elsewhere: list[str] = []
         failed: list[str] = []
         page.on(

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-from console_support import browser, console, need_a_browser, tab, type_keys
+from console_support import console, need_a_browser, tab, type_keys
 
 need_a_browser()
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -57,17 +57,9 @@ def url(server, place):
         yield url
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as chromium:
-        yield chromium
-
-
 @pytest.fixture
-def page(chromium, url):
-    with tab(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as page:
-        type_keys(page, ALL_KEY, ADMIN_KEY)
-        yield page
+def keys() -> tuple[str, str]:
+    return ALL_KEY, ADMIN_KEY
 
 
 def ask(page: Page, prompt: str, *models: str) -> None:

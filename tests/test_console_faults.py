@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 pytest.importorskip("prometheus_client", reason="the server's packages are not installed")
-from console_support import browser, console, need_a_browser, qaa_serve, tab, type_keys
+from console_support import console, need_a_browser, qaa_serve
 
 need_a_browser()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -33,17 +33,9 @@ def url(stand_in, tmp_path_factory):
         yield url
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as chromium:
-        yield chromium
-
-
 @pytest.fixture
-def page(chromium, url):
-    with tab(chromium, url) as page:
-        type_keys(page, CLIENT_KEY, ADMIN_KEY)
-        yield page
+def keys() -> tuple[str, str]:
+    return CLIENT_KEY, ADMIN_KEY
 
 
 def test_ten_thousand_adapters_are_paged_and_searched_by_the_server(page):

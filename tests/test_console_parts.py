@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("prometheus_client", reason="the server's packages are not installed")
 pytest.importorskip("httpx", reason="the server's packages are not installed")
 
-from qaa_serve.console.api import Connection
+from qaa_serve.console.api import Api, connect
 from qaa_serve.console.differences import mark
-from qaa_serve.console.metrics import PERIOD_S, Histogram, Observer, read
+from qaa_serve.console.metrics import PERIOD_S, Observer, Use, read
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,37 +44,41 @@ def test_series_are_summed_over_endpoints_for_each_adapter_and_for_all():
     assert look.total.total("qaa_requests_total") == 5
     assert look.total.errors == 2
     assert look.adapters["json"].total("qaa_requests_total", "success") == 3
-    assert look.total.counts["qaa_device_memory_bytes", "kv_cache"] == 300
-    assert look.adapters["json"].histograms["qaa_time_to_first_token_seconds"].count == 8
+    assert look.total.total("qaa_device_memory_bytes", "kv_cache") == 300
+    assert look.adapters["json"].count("qaa_time_to_first_token_seconds") == 8
+
+
+def waits(buckets: dict[str, float]) -> Use:
+    """A histogram `w` by upper bound, as /metrics has it."""
+    return Use({"w_bucket": buckets})
 
 
 @pytest.mark.parametrize(("q", "seconds"), [(0.25, 0.1), (0.5, 0.4), (1.0, 1.0)])
 def test_a_quantile_lies_between_the_bounds(q, seconds):
-    assert Histogram({0.1: 1, 1.0: 4, float("inf"): 4}).quantile(q) == pytest.approx(seconds)
+    assert waits({"0.1": 1, "1.0": 4, "+Inf": 4}).quantile("w", q) == pytest.approx(seconds)
 
 
 def test_a_quantile_beyond_the_last_bound_is_that_bound_and_of_none_there_is_none():
-    assert Histogram({0.1: 0, 1.0: 1, float("inf"): 4}).quantile(0.95) == 1.0
-    assert Histogram({0.1: 0, float("inf"): 0}).quantile(0.5) is None
+    assert waits({"0.1": 0, "1.0": 1, "+Inf": 4}).quantile("w", 0.95) == 1.0
+    assert waits({"0.1": 0, "+Inf": 0}).quantile("w", 0.5) is None
+    assert Use().quantile("w", 0.5) is None
 
 
 def test_what_was_added_is_told_also_over_a_restart_of_the_server():
     one, two, anew = (read(page(*counts)).total for counts in ((3, 2), (10, 2), (4, 0)))
     assert two.since(one).total("qaa_requests_total") == 7
     assert two.since(one).errors == 0
-    assert two.since(one).counts["qaa_device_memory_bytes", "kv_cache"] == 300
+    assert two.since(one).total("qaa_device_memory_bytes", "kv_cache") == 300
     assert anew.since(two).total("qaa_requests_total") == 4
 
 
 def test_the_last_minutes_are_kept_by_adapter_too():
-    observer = Observer(Connection("http://127.0.0.1:9", "http://127.0.0.1:9"))
+    observer = Observer(Api(connect("http://127.0.0.1:9"), connect("http://127.0.0.1:9")))
     for number in range(1000):
         look = read(page(number, 0))
         look.time = 1e9 + number * PERIOD_S
         observer.keep(look)
-    steps = list(observer.steps())
-    assert [use.total("qaa_requests_total") for _, _, use in steps[-3:]] == [1.0, 1.0, 1.0]
-    assert 290 <= len(steps) < 310
+    assert [step.added.total("qaa_requests_total") for step in observer.steps] == [1.0] * 300
     seconds, uses = observer.by_adapter(300)
     assert 200 < seconds <= 300
     assert uses["json"].total("qaa_requests_total") == pytest.approx(seconds / PERIOD_S)
@@ -112,8 +116,28 @@ def test_make_serve_starts_it_beside_the_server_which_goes_on_without_it(tmp_pat
     made = subprocess.run(
         ["make", "serve", f"VENV={tmp_path}", "PORT=8123"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
+    assert "--- Starting: " in made.stdout
     assert "Error 3" in made.stderr, "the server's status, not the console's"
     calls = {line.split()[1]: line.split() for line in log.read_text().splitlines()}
     asked = calls["console"]
     assert asked[asked.index("--end-with") + 1] == calls["serve"][0], "it ends with the server's process"
     assert asked[asked.index("--url") + 1] == "http://127.0.0.1:8123"
+
+
+def test_set_up_says_what_it_does_before_each_long_stage_and_hides_no_error(tmp_path):
+    """The recipe of the Makefile, with a stand-in of Python that fails to install the second time."""
+    program = tmp_path / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "ran $*"; echo >> {tmp_path}/calls\n'
+        f'[ $(wc -l < {tmp_path}/calls) = 2 ] && echo "ERROR: no such package" >&2 && exit 1\nexit 0\n'
+    )
+    program.chmod(0o755)
+    made = subprocess.run(
+        ["make", "venv", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert made.returncode == 2
+    assert "ERROR: no such package" in made.stderr
+    said = [line for line in made.stdout.splitlines() if line.startswith(("--- ", "ran "))]
+    assert [line.split()[0] for line in said] == ["---", "ran", "---", "ran"]
+    assert ("torch" in said[0], "vLLM" in said[2]) == (True, True)

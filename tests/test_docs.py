@@ -24,3 +24,20 @@ def test_only_the_plugin_and_the_server_import_vllm():
         )
     ]  # fmt: skip
     assert found == []
+
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for part in ("docs", "deploy", "examples") for page in (ROOT / part).rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("path", sorted(PAGES), ids=str)
+def test_no_merge_has_left_its_marks(path):
+    """Markers of a conflict, a line twice, or rows of a table without its head."""
+    lines = path.read_text().splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
+        assert not line.startswith(("<<<<<<<", ">>>>>>>")), line
+        assert line != before or len(line) < 40, line
+    for blank, row, below in zip(lines, lines[1:], [*lines[2:], ""], strict=False):
+        assert blank or not row.startswith("| ") or below.startswith("|--"), row

@@ -40,7 +40,7 @@ def main() -> None:
 
     def keep(page: Page, name: str) -> None:
         page.mouse.move(0, 0)
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(1500)  # animations end
         page.screenshot(path=HERE / f"{name}.png")
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,18 +71,18 @@ def main() -> None:
                 page.get_by_role("link", name="pirate", exact=True).wait_for()
                 keep(page, "adapters")
                 page.get_by_role("button", name="Dark or light").click()
+                page.set_viewport_size({"width": 1100, "height": 900})
                 page.get_by_role("tab", name="Now").click()
-                page.wait_for_timeout(12_000)  # so that there is something to show
+                page.wait_for_timeout(45_000)  # so that there is something to show
                 keep(page, "now")
                 stop.set()
                 page.get_by_role("button", name="Dark or light").click()
                 page.get_by_role("tab", name="Look inside").click()
                 page.get_by_label("Adapter", exact=True).fill("pirate")
                 page.get_by_role("button", name="Look", exact=True).click()
-                picture = page.get_by_alt_text("the circuit with its trained angles")
-                picture.wait_for(timeout=120_000)
-                page.wait_for_timeout(1000)
-                picture.scroll_into_view_if_needed()
+                page.get_by_alt_text("the circuit with its trained angles").wait_for(timeout=300_000)
+                page.get_by_text("What qaa-serve inspect says").scroll_into_view_if_needed()
+                page.mouse.wheel(0, 300)  # the facts' end, the circuit and the norms
                 keep(page, "inside")
         finally:
             stop.set()

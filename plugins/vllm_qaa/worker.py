@@ -644,6 +644,7 @@ def _choose_circuits(vllm_config: VllmConfig, device: torch.device, layers: Sequ
     logger.info("QAA circuits run on the backend %r (%s)", name, reason)
     TIMER.backend = name
     if circuits_of(name) is CompiledCircuits:
+        logger.info("Compiling the circuits for this CPU, unless that was done before: up to a minute")
         begun = time.perf_counter()
         any_form = Ansatz("ryrz_ring_ry", 1, 1)  # one code serves all
         CompiledCircuits.compile(any_form, 2, 1, vllm_config.model_config.dtype, device)

@@ -3,296 +3,227 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 from nicegui import ui
-from nicegui.events import GenericEventArguments
 
 from qaa_serve.console.aliases_part import AliasesPart
-from qaa_serve.console.api import ApiError
-from qaa_serve.console.changes import Changes
-from qaa_serve.console.metrics import Use
-from qaa_serve.console.session import Session
+from qaa_serve.console.api import ApiError, adapter_path
+from qaa_serve.console.session import Page, Session
 from qaa_serve.console.upload_part import UploadPart
-from qaa_serve.console.widgets import models_of, show_bytes, show_seconds
+from qaa_serve.console.widgets import Changes, Table, row, show_bytes, show_seconds
 
-_PAGE = 50
-
-#: The list that is shown is asked for anew so often.
-_LIST_AGE_S = 10.0
+#: Adapters a page of the list, and how many seconds old it becomes.
+_PAGE, _LIST_AGE_S = 50, 10.0
 
 _COLUMNS = {
     "id": "Adapter", "state": "State", "kind": "Kind", "revision": "Revision", "store": "On disk",
     "host": "In memory", "slot": "In slots", "requests": "Requests", "p50": "p50", "p95": "p95",
     "errors": "Errors", "running": "Running", "waiting": "Waiting", "reason": "Not served because",
 }  # fmt: skip
-_LEFT = {"id", "state", "kind", "revision", "reason"}
+_WORDS = ("id", "state", "kind", "revision", "reason")
+_STATES = {"": "any", "known": "known", "served": "served", "rejected": "rejected"}
 
-_HISTORY = {
-    "revision": "Revision", "state": "State", "loaded": "In memory", "pinned": "Pinned", "in_flight": "In use",
-    "bytes": "On disk", "do": "",
-}  # fmt: skip
+_HISTORY = ("Revision", "State", "In memory", "Pinned", "In use", "On disk", "")
 
-#: The actions of a row of the history; each says itself to the page.
-_ROW_ACTIONS = """
-<q-td :props="props">
-  <q-btn v-for="action in props.row.actions.split(' ')" :key="action" flat dense no-caps size="sm"
-    :label="action" :aria-label="action + ' ' + props.row.revision"
-    @click="$parent.$emit('act', action, props.row.revision)" />
-</q-td>
-"""
-
-_NAME = """
-<q-td :props="props">
-  <a :href="'/adapters/' + encodeURIComponent(props.value)"
-    @click.prevent="$parent.$emit('choose', props.value)">{{ props.value }}</a>
-</q-td>
-"""
+#: What can be done, by the last part of its route, and what is asked first: `{it}` is the revision or the adapter.
+_QUESTIONS = {
+    "load": "Bring {it} into the engine's memory?",
+    "pin": "Keep {it} in the memory of every server?",
+    "unpin": "Let {it} leave memory when others need the room?",
+    "rollback": "Serve {before} as {name}, on every server?",
+    "delete": "Serve {name} no more, on every server? Its history stays, and a rollback brings it back.",
+}
 
 
-class AdaptersPage:
-    """The list; or, of the chosen one, all there is to say and do.
+class AdaptersPage(Page):
+    """The list; or, of the chosen one, all there is to say and do."""
 
-    Attributes:
-        chosen: the adapter whose page is shown; "": the list is.
-        on_look_inside: told of an adapter to look into.
-    """
+    path = "/adapters"
 
     def __init__(self, session: Session):
-        self._session = session
-        self.chosen = ""
-        self.on_look_inside: Callable[[str], Awaitable[None]] | None = None
-        self._pages = [""]  # the name that each page so far comes after
-        self._next: str | None = None
+        super().__init__(session)
+        self._chosen = ""  # the adapter whose page is shown; "": the list is
+        self._pages = [""]  # the name that each page of the list so far comes after
+        self._last = ""  # the last name of the page that is shown
         self._listed = 0.0
         self._note = ui.label().classes("qaa-quiet")
-        self._list = ui.element("div").classes("qaa-page").style("padding: 0")
-        self._one = ui.element("div").classes("qaa-page").style("padding: 0")
+        self._list, self._one = (ui.element("div").classes("qaa-column") for _ in range(2))
         self._changes = Changes(session)
         with self._list:
-            self._make_list()
-            self._upload = UploadPart(session, self._changes, self.refresh)
+            with row():
+                self._query = ui.input("Part of the name", on_change=self._search)
+                self._query.props("outlined dense debounce=300")
+                self._state = ui.select(_STATES, value="", label="State", on_change=self._search)
+                self._state.props("outlined dense").classes("qaa-short")
+                self._back = ui.button("Previous", on_click=self._previous).props("flat")
+                self._forth = ui.button("Next", on_click=self._following).props("flat")
+                ui.button(icon="refresh", on_click=self._refresh).props('flat round aria-label="Refresh"')
+            self._table = Table(_COLUMNS, left=_WORDS, choose=self.show)
+            self._upload = UploadPart(session, self._changes, self._refresh)
             self._aliases = AliasesPart(session, self._changes)
-        session.on_keys(self.refresh)
 
-    @property
-    def path(self) -> str:
-        """Of what is shown, for the address bar."""
-        return f"/adapters/{quote(self.chosen)}" if self.chosen else "/adapters"
-
-    async def choose(self, name: str) -> None:
-        """Show one adapter; "": the list."""
-        self.chosen = name
-        self._changes.clear()
-        ui.navigate.history.replace(self.path)
-        await self.refresh()
-
-    async def refresh(self) -> None:
-        """Ask the server anew."""
-        self._list.set_visibility(not self.chosen)
-        self._one.set_visibility(bool(self.chosen))
-        try:
-            if self.chosen:
-                await self._show_one(self.chosen)
-            else:
-                await self._show_list()
-        except ApiError as error:
-            self._note.text = str(error)
+    async def show(self, name: str | None) -> None:
+        """Show one adapter's page, or the list."""
+        if name is not None:
+            self._chosen = name
+            self.path = f"/adapters/{quote(name)}" if name else "/adapters"
+            self._changes.clear()
+            ui.navigate.history.replace(self.path)
+        await self._refresh()
 
     async def tick(self) -> None:
         """Keep the list up to date; one adapter's page stays as it is, for who is about to press a button."""
-        if not self.chosen and time.monotonic() - self._listed >= _LIST_AGE_S:
-            await self.refresh()
+        if not self._chosen and time.monotonic() - self._listed >= _LIST_AGE_S:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        """Ask the server anew."""
+        self._list.set_visibility(not self._chosen)
+        self._one.set_visibility(bool(self._chosen))
+        try:
+            await (self._show_one(self._chosen) if self._chosen else self._show_list())
+        except ApiError as error:
+            self._note.text = str(error)
 
     # ------------------------------------------------------------------------------------------------- the list
 
-    def _make_list(self) -> None:
-        with ui.element("div").classes("qaa-row"):
-            self._query = ui.input("Part of the name", on_change=self._search).props("outlined dense debounce=300")
-            states = ["", "known", "served", "rejected"]
-            labels = {state: state or "any" for state in states}
-            self._state = ui.select(labels, value="", label="State", on_change=self._search)
-            self._state.props("outlined dense").classes("qaa-short")
-            self._back = ui.button("Previous", on_click=self._previous).props("flat")
-            self._forth = ui.button("Next", on_click=self._following).props("flat")
-            ui.button(icon="refresh", on_click=self.refresh).props('flat round aria-label="Refresh"')
-        columns = [
-            {"name": name, "label": label, "field": name, "align": "left" if name in _LEFT else "right"}
-            for name, label in _COLUMNS.items()
-        ]
-        self._table = ui.table(columns=columns, rows=[], row_key="id").props("flat dense")
-        self._table.add_slot("body-cell-id", _NAME)
-
-        async def choose(event: GenericEventArguments) -> None:
-            await self.choose(str(event.args))
-
-        self._table.on("choose", choose)
-
     async def _search(self) -> None:
         self._pages = [""]
-        await self.refresh()
+        await self._refresh()
 
     async def _previous(self) -> None:
         self._pages = self._pages[:-1] or [""]
-        await self.refresh()
+        await self._refresh()
 
     async def _following(self) -> None:
-        if self._next is not None:
-            self._pages.append(self._next)
-            await self.refresh()
+        self._pages.append(self._last)
+        await self._refresh()
 
     async def _show_list(self) -> None:
         self._listed = time.monotonic()
-        query, after = str(self._query.value or ""), self._pages[-1]
-        if self._session.api.is_admin:
-            answer = await self._session.api.adapters(q=query, state=self._state.value, limit=_PAGE, after=after)
+        api, query, after = self.session.api, str(self._query.value or ""), self._pages[-1]
+        if api.is_admin:
+            asked = {"q": query, "state": self._state.value, "limit": _PAGE, "after": after}
+            params = {key: value for key, value in asked.items() if value}
+            answer = await api.admin("GET", "/v1/adapters", params=params)
             adapters, more = answer["data"], answer["has_more"]
             self._note.text = f"{answer['total']:,} adapters, in the order of their names."
         else:
-            names = sorted(name for name in await models_of(self._session) if query in name and name > after)
+            names = sorted(name for name in await self.session.models() if query in name and name > after)
             adapters, more = [{"id": name} for name in names[:_PAGE]], len(names) > _PAGE
             self._note.text = "Models that the client key may use; an admin key shows the rest, and changes it."
-        self._table.rows = [self._row(adapter) for adapter in adapters]
-        self._next = adapters[-1]["id"] if more else None
+        self._table.show(self._row(adapter) for adapter in adapters)
+        self._last = adapters[-1]["id"] if adapters else after
         self._back.set_enabled(len(self._pages) > 1)
         self._forth.set_enabled(more)
         for part in (self._upload.root, self._aliases.root, self._state):
-            part.set_visibility(self._session.api.is_admin)
-        if self._session.api.is_admin:
+            part.set_visibility(api.is_admin)
+        if api.is_admin:
             await self._aliases.refresh()
 
-    def _use(self, name: str) -> Use:
-        newest = self._session.observer.newest
-        return newest.adapters.get(name, Use()) if newest else Use()
-
-    def _row(self, adapter: dict[str, Any]) -> dict[str, Any]:
-        use, nbytes = self._use(adapter["id"]), adapter.get("bytes") or {}
-        seconds = use.histograms.get("qaa_request_seconds")
+    def _row(self, adapter: Mapping[str, Any]) -> dict[str, Any]:
+        use, nbytes = self.session.observer.use_of(adapter["id"]), adapter.get("bytes") or {}
         return {
             **{key: adapter.get(key) for key in ("id", "state", "kind", "running", "waiting")},
             **{tier: show_bytes(nbytes.get(tier)) for tier in ("store", "host", "slot")},
             "revision": (adapter.get("revision") or "").partition("@")[2],
             "requests": f"{use.total('qaa_requests_total'):.0f}",
-            "p50": show_seconds(seconds.quantile(0.5)) if seconds else "",
-            "p95": show_seconds(seconds.quantile(0.95)) if seconds else "",
+            "p50": show_seconds(use.quantile("qaa_request_seconds", 0.5)),
+            "p95": show_seconds(use.quantile("qaa_request_seconds", 0.95)),
             "errors": f"{use.errors:.0f}",
-            "reason": (adapter.get("rejection") or {}).get("reason", ""),
+            "reason": (adapter.get("rejection") or {}).get("reason"),
         }
 
     # ---------------------------------------------------------------------------------------------- one adapter
 
     async def _show_one(self, name: str) -> None:
-        if not self._session.api.is_admin:
-            self._one.clear()
-            with self._one:
-                self._show_head(name)
-            self._note.text = "An admin key shows its state and history."
-            return
-        try:
-            adapter = await self._session.api.adapter(name)
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            self._show_missing(name)
-            return
-        self._note.text = ""
+        adapter: dict[str, Any] | None = None
+        self._note.text = "" if self.session.api.is_admin else "An admin key shows its state and history."
+        if self.session.api.is_admin:
+            try:
+                adapter = await self.session.api.adapter(name)
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                self._note.text = f"No adapter {name} is served. If it was deleted, its history may bring it back."
         self._one.clear()
         with self._one:
-            self._show_head(name)
-            row = self._row(adapter)
-            pinned = " · pinned" if adapter["pinned"] else ""
-            facts = [adapter["kind"], f"rank {adapter['rank']}" if adapter["rank"] else None,
-                     adapter["revision"], _when("published", adapter["published"]),
-                     _when("last used", adapter["last_used"])]  # fmt: skip
-            ui.label(f"{adapter['state']}{pinned} · " + " · ".join(fact for fact in facts if fact))
-            uses = (f"{row['store']} on disk", f"{row['host']} in memory", f"{row['slot']} in slots",
-                    f"{row['requests']} requests", f"{row['errors']} errors", f"p50 {row['p50'] or '-'}",
-                    f"p95 {row['p95'] or '-'}")  # fmt: skip
-            ui.label(" · ".join(uses)).classes("qaa-quiet")
-            if row["reason"]:
-                ui.label(f"The newest content is not served: {row['reason']}").classes("qaa-bad")
-            with ui.element("div").classes("qaa-row"):
-                for action in ("Load", "Unpin" if adapter["pinned"] else "Pin", "Roll back", "Delete"):
-                    ui.button(action, on_click=lambda action=action: self._act(action, adapter, None)).props(
-                        "outline no-caps"
-                    )
-            self._show_history(adapter)
+            with row():
+                ui.button("All adapters", icon="arrow_back", on_click=lambda: self.show("")).props("flat no-caps")
+                ui.label(name).classes("qaa-number").style("overflow-wrap: anywhere")
+                ui.button("Look inside", on_click=lambda: self.session.open("inside", name)).props("flat no-caps")
+            if adapter is not None:
+                self._show_state(adapter)
+            elif self.session.api.is_admin:
+                self._button("Roll back", {"id": name, "revision": None})
 
-    def _show_missing(self, name: str) -> None:
-        self._note.text = f"No adapter {name} is served. If it was deleted, its history may bring it back."
-        self._one.clear()
-        with self._one:
-            self._show_head(name)
-            gone = {"id": name, "revision": None}
-            ui.button("Roll back", on_click=lambda: self._act("Roll back", gone, None)).props("outline no-caps")
+    def _show_state(self, adapter: Mapping[str, Any]) -> None:
+        shown = self._row(adapter)
+        facts = (
+            adapter["state"], "pinned" if adapter["pinned"] else None, adapter["kind"],
+            f"rank {adapter['rank']}" if adapter["rank"] else None, adapter["revision"],
+            _when("published", adapter["published"]), _when("last used", adapter["last_used"]),
+        )  # fmt: skip
+        ui.label(" · ".join(fact for fact in facts if fact))
+        ui.label(
+            f"{shown['store']} on disk · {shown['host']} in memory · {shown['slot']} in slots · "
+            f"{shown['requests']} requests · {shown['errors']} errors · p50 {shown['p50'] or '-'} · "
+            f"p95 {shown['p95'] or '-'}"
+        ).classes("qaa-quiet")
+        if shown["reason"]:
+            ui.label(f"The newest content is not served: {shown['reason']}").classes("qaa-bad")
+        with row():
+            for action in ("Load", _pin(adapter), "Roll back", "Delete"):
+                self._button(action, adapter)
+        ui.label("History").classes("qaa-title")
+        with ui.element("q-markup-table").props("flat dense"), ui.element("tbody"):
+            self._line(*_HISTORY)
+            for one in adapter["revisions"]:
+                marks = ["yes" if one[key] else "" for key in ("loaded", "pinned")]
+                stored = show_bytes(one["bytes"]["store"])
+                line = self._line(one["revision"], one["state"], *marks, one["in_flight"], stored)
+                with line, ui.element("td"):
+                    for action in ("Load", _pin(one), *["Rollback"] * (one["state"] == "kept")):
+                        self._button(action, adapter, one["revision"])
 
-    def _show_head(self, name: str) -> None:
-        async def back() -> None:
-            await self.choose("")
+    def _line(self, *cells: object) -> ui.element:
+        line = ui.element("tr")
+        with line:
+            for cell in cells:
+                with ui.element("td").classes("text-left"):
+                    ui.label(str(cell))
+        return line
 
-        async def look() -> None:
-            if self.on_look_inside is not None:
-                await self.on_look_inside(name)
-
-        with ui.element("div").classes("qaa-row"):
-            ui.button("All adapters", icon="arrow_back", on_click=back).props("flat no-caps")
-            ui.label(name).classes("qaa-number").style("overflow-wrap: anywhere")
-            ui.button("Look inside", on_click=look).props("flat no-caps")
-
-    def _show_history(self, adapter: dict[str, Any]) -> None:
-        rows = [
-            {
-                "revision": one["revision"], "state": one["state"], "loaded": "yes" if one["loaded"] else "",
-                "pinned": "yes" if one["pinned"] else "", "in_flight": one["in_flight"],
-                "bytes": show_bytes(one["bytes"]["store"]),
-                "actions": " ".join(
-                    ["Load", "Unpin" if one["pinned"] else "Pin"] + ["Rollback"] * (one["state"] == "kept")
-                ),
-            }
-            for one in adapter["revisions"]
-        ]  # fmt: skip
-        columns = [
-            {"name": name, "label": label, "field": name, "align": "left"} for name, label in _HISTORY.items()
-        ]
-        table = ui.table(columns=columns, rows=rows, row_key="revision", title="History").props("flat dense")
-        table.add_slot("body-cell-do", _ROW_ACTIONS)
-
-        async def act(event: GenericEventArguments) -> None:
-            action, revision = event.args
-            await self._act(action, adapter, revision)
-
-        table.on("act", act)
-
-    async def _act(self, action: str, adapter: dict[str, Any], revision: str | None) -> None:
-        """Do what a button says, to the adapter or to one of its revisions."""
-        name, served = adapter["id"], adapter["revision"]
-        route = f"/v1/adapters/{quote(name, safe='')}"
-        verb = action.replace(" ", "").lower()
-        question = {
-            "load": f"Bring {revision or name} into the engine's memory?",
-            "pin": f"Keep {revision or name} in the memory of every server?",
-            "unpin": f"Let {revision or name} leave memory when others need the room?",
-            "rollback": f"Serve {revision or 'the revision before'} as {name}, on every server?",
-            "delete": f"Serve {name} no more, on every server? Its history stays, and a rollback brings it back.",
-        }[verb]
-        api = self._session.api
+    def _button(self, action: str, adapter: Mapping[str, Any], revision: str | None = None) -> None:
+        """A button that does what it says, to the adapter or to one of its revisions, if that is confirmed."""
+        name, verb, api = adapter["id"], action.replace(" ", "").lower(), self.session.api
+        it, before = revision or name, revision or "the revision before"
         # What the page shows must be what is served, or the answer to the question was to another one.
-        if_match = served if served and verb in ("rollback", "delete") else None
+        checked = adapter["revision"] and verb in ("rollback", "delete")
+        headers = {"If-Match": f'"{adapter["revision"]}"'} if checked else {}
 
         async def call() -> None:
             if verb == "delete":
-                await api.change("DELETE", route, if_match=if_match)
+                await api.admin("DELETE", adapter_path(name), headers=headers)
             else:
-                await api.change("POST", f"{route}/{verb}", if_match=if_match, json={"revision": revision})
+                await api.admin("POST", adapter_path(name, verb), headers=headers, json={"revision": revision})
 
-        await self._changes.make(question, action, name, call)
-        await self.refresh()
+        async def act() -> None:
+            question = _QUESTIONS[verb].format(it=it, name=name, before=before)
+            await self._changes.make(question, action, name, call)
+            await self._refresh()
+
+        look = f'flat dense size=sm aria-label="{action} {revision}"' if revision else "outline"
+        ui.button(action, on_click=act).props(f"no-caps {look}")
+
+
+def _pin(shown: Mapping[str, Any]) -> str:
+    return "Unpin" if shown["pinned"] else "Pin"
 
 
 def _when(what: str, seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return f"{what} {datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    return f"{what} {datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}" if seconds else None

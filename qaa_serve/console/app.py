@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,16 +14,20 @@ from nicegui import app, ui
 from starlette.middleware.base import RequestResponseEndpoint
 
 from qaa_serve.console.adapters_page import AdaptersPage
-from qaa_serve.console.api import ApiError, Connection
+from qaa_serve.console.api import Api, ApiError, connect
 from qaa_serve.console.inside_page import InsidePage
 from qaa_serve.console.metrics import Observer
 from qaa_serve.console.now_page import NowPage
-from qaa_serve.console.session import Session, Settings
+from qaa_serve.console.session import Page, Session
 from qaa_serve.console.try_page import TryPage
+from qaa_serve.console.widgets import open_dialog, text_input, written_in
 from qaa_serve.server.runfile import find_server
 
 _HERE = Path(__file__).parent
-_TITLES = {"try": "Try", "adapters": "Adapters", "inside": "Look inside", "now": "Now"}
+_PAGES: dict[str, tuple[str, type[Page]]] = {
+    "try": ("Try", TryPage), "adapters": ("Adapters", AdaptersPage), "inside": ("Look inside", InsidePage),
+    "now": ("Now", NowPage),
+}  # fmt: skip
 
 #: Nothing is asked of anybody but this process: no picture that an adapter's card names, no font, no script.
 #: NiceGUI's own scripts are inline and compile the page's templates.
@@ -31,17 +37,27 @@ _POLICY = (
 )
 
 
-def run(settings: Settings) -> None:
-    """Serve the page until a signal, or the end of another process if the settings name one."""
-    admin_url = settings.admin_url
+def run(
+    url: str, admin_url: str | None, host: str, port: int, adapters: Path | None, end_with: int | None
+) -> None:
+    """Serve the page until a signal.
+
+    Args:
+        url: the server's.
+        admin_url: of its admin routes; None: what the server noted on this machine, else `url`.
+        host: address that the page is at.
+        port: its port.
+        adapters: a directory of adapters; None: what the API says is all there is.
+        end_with: end when the process of this id does, too.
+    """
     if admin_url is None:
-        noted = find_server(settings.url)
-        admin_url = settings.url if noted is None else noted.admin_url
-    connection = Connection(settings.url, admin_url)
-    observer = Observer(connection)
+        noted = find_server(url)
+        admin_url = url if noted is None else noted.admin_url
+    api = Api(connect(url), connect(admin_url))
+    observer = Observer(api)
     tasks: list[asyncio.Task[None]] = []
 
-    async def end_with(pid: int) -> None:
+    async def follow(pid: int) -> None:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             while process.is_running():
@@ -50,25 +66,26 @@ def run(settings: Settings) -> None:
 
     async def start() -> None:
         tasks.append(asyncio.create_task(observer.run()))
-        if settings.end_with is not None:
-            tasks.append(asyncio.create_task(end_with(settings.end_with)))
-        print(f"Console on http://{settings.host}:{settings.port}", flush=True)
+        if end_with is not None:
+            tasks.append(asyncio.create_task(follow(end_with)))
+        print(f"Console on http://{host}:{port}", flush=True)
 
     async def stop() -> None:
         for task in tasks:
             task.cancel()
-        await connection.close()
+        await api.clients.aclose()
+        await api.admins.aclose()
 
-    def serve(path: str, section: str) -> None:
-        @ui.page(path)
+    def serve(section: str, *paths: str) -> None:
         async def page(name: str = "") -> None:
-            await _show(Session(settings, connection, observer), section, name)
+            await _show(Session(url, api, observer, adapters), section, name)
 
-    serve("/", "try")
-    for section in _TITLES:
-        serve(f"/{section}", section)
-    for section in ("adapters", "inside"):
-        serve(f"/{section}/{{name}}", section)
+        for path in paths:
+            ui.page(path)(page)
+
+    serve("try", "/")
+    for section in _PAGES:
+        serve(section, f"/{section}", f"/{section}/{{name}}")
 
     @app.middleware("http")
     async def guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -81,8 +98,8 @@ def run(settings: Settings) -> None:
     app.on_startup(start)
     app.on_shutdown(stop)
     ui.run(
-        host=settings.host, port=settings.port, title="qaa-serve", dark=None, tailwind=False, show=False,
-        reload=False, show_welcome_message=False, access_log=False, reconnect_timeout=30.0,
+        host=host, port=port, title="qaa-serve", dark=None, tailwind=False, show=False, reload=False,
+        show_welcome_message=False, access_log=False, reconnect_timeout=30.0,
     )  # fmt: skip
 
 
@@ -92,91 +109,92 @@ async def _show(session: Session, section: str, name: str) -> None:
     ui.add_head_html(f"<script>{(_HERE / 'console.js').read_text()}</script>")
     ui.colors(primary="#1565c0")
     dark = ui.dark_mode(None)
-    with ui.element("header").classes("qaa-bar").style("width: 100%"):
+    with ui.element("header").classes("qaa-bar"):
         ui.label("qaa-serve").classes("qaa-title")
-        tabs = ui.tabs().props("dense no-caps inline-label")
-        with tabs:
-            for key, title in _TITLES.items():
+        with ui.tabs().props("dense no-caps inline-label") as tabs:
+            for key, (title, _) in _PAGES.items():
                 ui.tab(key, title)
-        tabs.set_value(section)
         ui.space()
         keys = ui.button("Keys", icon="key").props("flat dense no-caps")
         contrast = ui.button(icon="contrast").props('flat dense round aria-label="Dark or light"')
     away = ui.label().classes("qaa-away").props("role=alert")
     away.set_visibility(False)
     # Panels stay as they are while another one is shown: an answer goes on.
-    with ui.tab_panels(tabs, value=section, animated=False, keep_alive=True).classes("w-full") as panels:
-        with ui.tab_panel("try").classes("qaa-page"):
-            TryPage(session)
-        with ui.tab_panel("adapters").classes("qaa-page"):
-            adapters = AdaptersPage(session)
-        with ui.tab_panel("inside").classes("qaa-page"):
-            inside = InsidePage(session)
-        with ui.tab_panel("now").classes("qaa-page"):
-            now = NowPage(session)
-    panels.style("width: 100%")
-    ui.skip_link(target=panels)
+    with ui.tab_panels(tabs, value=section, animated=False, keep_alive=True) as all_panels:
+        panels = {key: ui.tab_panel(key).classes("qaa-page") for key in _PAGES}
+    ui.skip_link(target=all_panels)
+    pages: dict[str, Page] = {}
 
-    async def open_section() -> None:
-        path = {"adapters": adapters.path, "inside": inside.path}.get(tabs.value, f"/{tabs.value}")
-        ui.navigate.history.replace(path)
-        if tabs.value == "adapters":
-            await adapters.refresh()
+    def shown() -> Page:
+        """The page of the tab that is open; it is made when that is opened first, charts and all."""
+        key = str(tabs.value)
+        if key not in pages:
+            with panels[key]:
+                pages[key] = _PAGES[key][1](session)
+        return pages[key]
 
-    async def look_inside(adapter: str) -> None:
-        inside.name.field.value = adapter
-        tabs.value = "inside"
-        await inside.look()
+    async def open_page(key: str, adapter: str) -> None:
+        tabs.value = key
+        await shown().show(adapter)
+
+    async def switch() -> None:
+        ui.navigate.history.replace(shown().path)
+        await shown().show(None)
+
+    async def take_keys(api: Api) -> None:
+        session.api = api
+        await shown().show(None)
 
     async def tick() -> None:
-        problem = session.observer.problem
-        if problem and not away.visible:
-            away.text = (
-                f"The server at {session.settings.url} is away: {problem}. The page goes on when it is back."
-            )
-        elif away.visible and not problem:
-            await adapters.refresh()
+        problem, was_away = session.observer.problem, away.visible
         away.set_visibility(bool(problem))
-        if tabs.value == "now":
-            await now.refresh()
-        if tabs.value == "adapters":
-            await adapters.tick()
+        if problem and not was_away:
+            away.text = f"The server at {session.url} is away: {problem}. The page goes on when it is back."
+        if was_away and not problem:
+            await shown().show(None)
+        await shown().tick()
 
     async def turn() -> None:
         dark.value = not await ui.run_javascript("return document.body.classList.contains('body--dark')")
 
-    contrast.on_click(turn)
-    tabs.on_value_change(open_section)
-    adapters.on_look_inside = look_inside
-    keys.on_click(lambda: _ask_keys(session))
-    await ui.context.client.connected(timeout=30.0)
-    if section == "adapters" and name:
-        adapters.chosen = name
-    if section == "inside" and name:
-        inside.name.field.value = name
-    await session.restore()
-    if section == "inside" and name:
-        await inside.look()
-    ui.timer(1.0, tick)
+    async def ask_keys() -> None:
+        with open_dialog() as dialog, ui.card():
+            ui.label("Keys are kept by the browser until this tab is closed.")
+            client_key = text_input("Client key", password=True).props("autofocus")
+            admin_key = text_input("Admin key", password=True)
+            said = ui.label().classes("qaa-bad")
 
-
-async def _ask_keys(session: Session) -> None:
-    with ui.dialog() as dialog, ui.card():
-        ui.label("Keys are kept by the browser until this tab is closed.")
-        client_key = ui.input("Client key", password=True).props("outlined autocomplete=off autofocus")
-        admin_key = ui.input("Admin key", password=True).props("outlined autocomplete=off")
-        said = ui.label().classes("qaa-bad")
-
-        async def take() -> None:
-            try:
-                await session.set_keys(str(client_key.value or "").strip(), str(admin_key.value or "").strip())
-            except (ApiError, ValueError) as error:
-                said.text = str(error)
-            else:
+            async def use() -> None:
+                given = written_in(client_key), written_in(admin_key)
+                if not all(re.fullmatch("[!-~]*", key) for key in given):
+                    said.text = "a key has no spaces and no letters beyond ASCII"
+                    return
+                api = session.api.with_keys(*given)
+                try:
+                    if given[0]:
+                        await api.models()
+                    if given[1]:
+                        await api.admin("GET", "/v1/adapters", params={"limit": 1})
+                except ApiError as error:
+                    said.text = str(error)
+                    return
+                ui.run_javascript(f"qaaConsole.keepKeys({json.dumps(given)})")
+                await take_keys(api)
                 dialog.close()
 
-        with ui.row():
-            ui.button("Use", on_click=take)
-            ui.button("Cancel", on_click=dialog.close).props("flat")
-    await dialog
-    dialog.delete()
+            with ui.row():
+                ui.button("Use", on_click=use)
+                ui.button("Cancel", on_click=dialog.close).props("flat")
+
+    session.open = open_page
+    tabs.set_value(section)
+    shown()
+    tabs.on_value_change(switch)
+    keys.on_click(ask_keys)
+    contrast.on_click(turn)
+    await ui.context.client.connected(timeout=30.0)
+    kept = await ui.run_javascript("return qaaConsole.keys()", timeout=10.0)
+    await take_keys(session.api.with_keys(*kept))
+    if name:
+        await shown().show(name)
+    ui.timer(1.0, tick)

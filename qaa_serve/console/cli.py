@@ -20,42 +20,36 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qaa-serve console", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="where the server is (default: http://127.0.0.1:8000)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="where the server is (default: http://127.0.0.1:8000)")
+    add(
         "--admin-url",
         help="where its admin routes are, or unix:PATH (default: what a server on this machine says, else --url)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address of the page (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8001, help="port of the page (default: 8001)")
-    parser.add_argument(
-        "--adapters", metavar="DIR", type=Path, help="directory of adapters, for their circuits, norms and cards"
-    )
-    parser.add_argument(
-        "--end-with", metavar="PID", type=int, help="end when this process does, such as the server"
-    )
+    add("--host", default="127.0.0.1", help="address of the page (default: 127.0.0.1)")
+    add("--port", type=int, default=8001, help="port of the page (default: 8001)")
+    add("--adapters", metavar="DIR", type=Path, help="directory of adapters, for their circuits, norms and cards")
+    add("--end-with", metavar="PID", type=int, help="end when this process does, such as the server")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve the page until a signal; returns the exit status: 2 for what cannot be done, with the reason."""
     args = make_parser().parse_args(list(arguments))
-    if problem := _problem(args):
-        print(f"qaa-serve console: {problem}", file=sys.stderr)
-        return 2
-    try:
-        from qaa_serve.console.app import run
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("nicegui", "httpx", "prometheus_client"):
-            raise
-        message = f'{error.name} is not installed: pip install "qaa-serve[console]"'
-        print(f"qaa-serve console: {message}", file=sys.stderr)
-        return 2
-    from qaa_serve.console.session import Settings
-
-    run(Settings(args.url.rstrip("/"), args.admin_url, args.host, args.port, args.adapters, args.end_with))
-    return 0
+    args.url = args.url.rstrip("/")
+    problem = _problem(args)
+    if problem is None:
+        try:
+            from qaa_serve.console.app import run
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("nicegui", "httpx", "prometheus_client"):
+                raise
+            problem = f'{error.name} is not installed: pip install "qaa-serve[console]"'
+        else:
+            run(**vars(args))
+            return 0
+    print(f"qaa-serve console: {problem}", file=sys.stderr)
+    return 2
 
 
 def _problem(args: argparse.Namespace) -> str | None:

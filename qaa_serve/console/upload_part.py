@@ -9,9 +9,12 @@ from pathlib import Path
 from nicegui import ui
 from nicegui.events import UploadEventArguments
 
-from qaa_serve.console.api import ADAPTER_FILES, ApiError
-from qaa_serve.console.changes import Changes
+from qaa_serve.console.api import ApiError, adapter_path
 from qaa_serve.console.session import Session
+from qaa_serve.console.widgets import Changes, row, text_input, written_in
+
+#: The files of an adapter, and the parts of the form that uploads them.
+_PARTS = {"adapter_config.json": "config", "adapter_model.safetensors": "weights"}
 
 #: The most that the server takes unless it is told otherwise.
 _MAX_BYTES = 1 << 30
@@ -34,49 +37,56 @@ class UploadPart:
         """
         self._session, self._changes, self._done = session, changes, done
         self._scratch = tempfile.TemporaryDirectory(prefix="qaa-console-")
-        self._files: dict[str, int] = {}
-        self.root = ui.expansion("Upload an adapter", icon="upload").style("width: 100%")
+        self._sizes: dict[str, int] = {}
+        self.root = ui.expansion("Upload an adapter", icon="upload").classes("qaa-column")
         with self.root:
-            ui.label(f"Drop {' and '.join(ADAPTER_FILES.values())} here; then give the name.")
+            ui.label(f"Drop {' and '.join(_PARTS)} here; then give the name.")
             self._drop = ui.upload(
                 label="The two files", multiple=True, auto_upload=True, max_file_size=_MAX_BYTES,
                 on_upload=self._take, on_rejected=lambda: changes.refuse("that file is too large"),
             ).props("flat bordered")  # fmt: skip
-            with ui.element("div").classes("qaa-row"):
-                self._name = ui.input("Adapter's name").props("outlined dense autocomplete=off")
+            with row():
+                self._name = text_input("Adapter's name")
                 ui.button("Upload", on_click=self._upload)
             self._have = ui.label().classes("qaa-quiet").props("role=status")
         ui.context.client.on_delete(self._scratch.cleanup)
 
     async def _take(self, event: UploadEventArguments) -> None:
         name = event.file.name
-        if name not in ADAPTER_FILES.values():
-            self._changes.refuse(f"{name} is none of {', '.join(ADAPTER_FILES.values())}")
+        if name not in _PARTS:
+            self._changes.refuse(f"{name} is none of {', '.join(_PARTS)}")
             return
         await event.file.save(Path(self._scratch.name) / name)
-        self._files[name] = event.file.size()
-        self._have.text = ", ".join(f"{file}: {size:,} bytes" for file, size in sorted(self._files.items()))
+        self._sizes[name] = event.file.size()
+        self._have.text = ", ".join(f"{file}: {size:,} bytes" for file, size in sorted(self._sizes.items()))
 
     async def _upload(self) -> None:
-        name = str(self._name.value or "").strip()
-        missing = [file for file in ADAPTER_FILES.values() if file not in self._files]
-        if missing or not name:
-            self._changes.refuse(f"first give {' and '.join([*missing, *([] if name else ['a name'])])}")
+        name, api = written_in(self._name), self._session.api
+        if missing := [file for file in _PARTS if file not in self._sizes] + ([] if name else ["a name"]):
+            self._changes.refuse(f"first give {' and '.join(missing)}")
             return
         try:
-            served = (await self._session.api.adapter(name))["revision"]
+            served = (await api.adapter(name))["revision"]
         except ApiError as error:
             if error.status != 404:
                 self._changes.refuse(str(error))
                 return
             served = None
+        # What the question says must be what is there when the answer comes.
+        headers = {"If-Match": f'"{served}"'} if served else {"If-None-Match": "*"}
+
+        async def put() -> None:
+            files = {part: (Path(self._scratch.name) / file).open("rb") for file, part in _PARTS.items()}
+            try:
+                await api.admin("PUT", adapter_path(name), headers=headers, files=files)
+            finally:
+                for file in files.values():
+                    file.close()
+
         place = f"in place of {served}" if served else "under a name that is new"
         question = f"Serve these files as {name}, {place}, on every server?"
-        directory = Path(self._scratch.name)
-        if await self._changes.make(
-            question, "Upload", name, lambda: self._session.api.upload(name, directory, served)
-        ):
-            self._files.clear()
+        if await self._changes.make(question, "Upload", name, put):
+            self._sizes.clear()
             self._drop.reset()
             self._have.text = ""
         await self._done()
