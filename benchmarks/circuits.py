@@ -20,6 +20,14 @@ numbers, those of an H200 unless --peak-tflops and --peak-tbs say otherwise: not
 
 The plot has the time for a token and circuit by n, with identical adapters and the most tokens: a line for each
 backend, the floor dashed.
+
+    python benchmarks/circuits.py --against CHECKOUT --backends cpu torch adjoint [--json FILE]
+
+compares this checkout with another one of the same project, on the same batches and with this file's measurements.
+Each has a process of its own; they take turns, and who begins changes. Printed is the median of the ratios of two
+neighbouring measurements, ours over theirs, and their quartiles: below 1 this checkout is the faster one.
+Neighbours see the same machine, so that a ratio means something where a time alone does not. `adjoint` is
+training: one circuit on all tokens, forward and backward.
 """
 
 from __future__ import annotations
@@ -32,17 +40,19 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
-from qaa_serve.circuits import BACKENDS, Ansatz, Circuits, circuits_of, get_backend
+from qaa_serve.circuits import BACKENDS, Ansatz, Circuits, adjoint, circuits_of, get_backend
 from qaa_serve.circuits.ansatz import Cnots, Rotation
 from qaa_serve.circuits.backends import missing
 
@@ -51,6 +61,7 @@ TOLERANCE = 2e-6
 MOST_ADAPTERS = 256
 PENNYLANE = ("default.qubit", "lightning.qubit", "lightning.gpu")
 PATTERNS = ("identical", "distinct")
+TRAINING = "adjoint"
 
 #: Tokens of a batch that are compared with the reference, at most.
 _CHECKED = 16
@@ -92,6 +103,19 @@ def of_backend(make: type[Circuits], case: Case) -> Callable[[], torch.Tensor]:
     circuits = make(case.ansatz, len(case.theta), case.x.device)
     circuits.put(0, case.theta)
     return lambda: circuits.run(case.x, case.index)[:, 0]
+
+
+def of_training(case: Case) -> Callable[[], torch.Tensor]:
+    """Forward and backward of one circuit on all tokens."""
+    x, theta = case.x.clone().requires_grad_(), case.theta[:1].to(case.x.device).requires_grad_()
+    dz = torch.ones(len(x), 1, case.ansatz.columns, device=x.device)
+
+    def forward_and_backward() -> torch.Tensor:
+        z = adjoint.expectation_values(x, theta, case.ansatz)
+        torch.autograd.grad(z, (x, theta), dz)
+        return z.detach()[:, 0]
+
+    return forward_and_backward
 
 
 def of_pennylane(device: str, case: Case) -> Callable[[], torch.Tensor]:
@@ -146,6 +170,9 @@ def contenders(names: Sequence[str], device: torch.device) -> tuple[dict[str, Co
     found: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name in names:
+        if name == TRAINING:
+            found[name] = of_training
+            continue
         reason = _pennylane_missing(name, device) if name in PENNYLANE else missing(name, device)
         if reason is not None:
             absent[name] = reason
@@ -288,6 +315,8 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, tuple[Callable[[], torch.Tensor], int]] = {}
     for name, prepare in runners.items():
+        if name == TRAINING and case.adapters != "identical":
+            continue  # training has one circuit a layer
         row = rows[name] = {
             "qubits": case.ansatz.qubits,
             "tokens": len(case.x),
@@ -335,7 +364,93 @@ def describe(row: Mapping[str, Any]) -> str:
     )
 
 
+# ------------------------------------------------------------------------------------------ another checkout
+
+
+class Side:
+    """A process that measures what one checkout has; see ``answer_requests``, its other end."""
+
+    def __init__(self, checkout: Path):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--side"],
+            env=os.environ | {"PYTHONPATH": str(checkout)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request: object) -> dict[str, Any]:
+        """What it answers; ends the program if it does not."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process of one checkout ended on {request}: see its message above")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+def answer_requests() -> None:
+    """Prepare a batch for a contender, or measure the one that was prepared last; line by line, until the end."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may come between the lines
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request:
+            device = torch.device(request["device"])
+            torch.manual_seed(0)
+            case = make_case(request["qubits"], request["tokens"], request["adapters"], device)
+            found, absent = contenders([request["backend"]], device)
+            if absent:
+                raise SystemExit(f"{request['backend']} cannot run: {absent[request['backend']]}")
+            run = found[request["backend"]](case)
+            error = largest_error(run(), case)
+            calls = calls_for(run, device)
+            print(json.dumps({"error": error}), file=answers, flush=True)
+        else:
+            print(json.dumps({"seconds": seconds_a_call(run, calls, device)}), file=answers, flush=True)
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ratios of this checkout's times to another one's, batch by batch."""
+    ours, theirs = Side(Path(__file__).resolve().parents[1]), Side(args.against.resolve())
+    rows: list[dict[str, Any]] = []
+    for backend in args.backends:
+        for what in batches(args):
+            if backend == TRAINING and what["adapters"] != "identical":
+                continue
+            row: dict[str, Any] = {**what, "backend": backend}
+            row["error"] = max(side.ask(**row, device=args.device)["error"] for side in (ours, theirs))
+            line = "n = {qubits:2}  tokens {tokens:4}  {adapters:9}  {backend:10}".format(**row)
+            if row["error"] <= TOLERANCE:
+                ratios = []
+                for turn in range(args.runs):
+                    order = (ours, theirs) if turn % 2 else (theirs, ours)
+                    taken = {side: side.ask()["seconds"] for side in order}
+                    ratios.append(taken[ours] / taken[theirs])
+                row["quartiles"] = statistics.quantiles(ratios, n=4)
+                low, median, high = row["quartiles"]
+                print(f"{line}  {median:5.2f} of the other's time ({low:.2f} to {high:.2f})", flush=True)
+            else:
+                row["problem"] = f"off by {row['error']:.1e}"
+                print(f"{line}  NOT TIMED: {row['problem']}", flush=True)
+            rows.append(row)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------ main
+
+
+def batches(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Qubits, tokens and adapters of each batch."""
+    return [
+        {"qubits": qubits, "tokens": tokens, "adapters": adapters}
+        for qubits in args.qubits
+        for tokens in args.tokens
+        for adapters in args.adapters
+        if not (adapters == "distinct" and tokens == 1 and "identical" in args.adapters)  # the same batch
+    ]
 
 
 def hardware(device: torch.device) -> str:
@@ -395,6 +510,8 @@ def arguments() -> argparse.Namespace:
     add("--limit", type=float, default=10, help="seconds a batch, after which at least 3 measurements are enough")
     add("--peak-tflops", type=float, help="float32 operations a second for the floor, in 10**12")
     add("--peak-tbs", type=float, help="bytes a second for the floor, in 10**12")
+    add("--against", type=Path, metavar="CHECKOUT", help="compare with this one instead, see above")
+    add("--side", action="store_true", help=argparse.SUPPRESS)  # a process of --against
     add("--json", help="write the figures there too")
     add("--plot", help="draw them there")
     args = parser.parse_args()
@@ -405,41 +522,49 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.side:
+        answer_requests()
+        return
     device = torch.device(args.device)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # PennyLane's lightning, which is not loaded yet, reads it
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if args.peak_tflops is not None:
-        peak = Peak(1e12 * args.peak_tflops, 1e12 * args.peak_tbs, "as given")
-    else:
-        peak = H200 if device.type == "cuda" else measured_peak()
-    found, absent = contenders(args.backends, device)
-    about = {
+    about: dict[str, Any] = {
         "hardware": hardware(device),
         "versions": versions(
             "torch", "numba", "triton", "cuquantum-python-cu13", "pennylane", "pennylane-lightning"
         ),
         "command": shlex.join(["python", "benchmarks/circuits.py", *sys.argv[1:]]),
+    }
+    if args.against is not None:
+        print(json.dumps(about, indent=2), flush=True)
+        finish(about, compare(args), args.json)
+    if args.peak_tflops is not None:
+        peak = Peak(1e12 * args.peak_tflops, 1e12 * args.peak_tbs, "as given")
+    else:
+        peak = H200 if device.type == "cuda" else measured_peak()
+    found, absent = contenders(args.backends, device)
+    about |= {
         "peak": {"gflops": peak.operations / 1e9, "gbytes_a_second": peak.bandwidth / 1e9, "source": peak.source},
         "not_run": absent,
     }
     print(json.dumps(about, indent=2), flush=True)
     rows: list[dict[str, Any]] = []
-    for qubits in args.qubits:
-        for tokens in args.tokens:
-            for adapters in args.adapters:
-                if adapters == "distinct" and tokens == 1 and "identical" in args.adapters:
-                    continue  # the same batch
-                case = make_case(qubits, tokens, adapters, device)
-                for row in measure(case, found, peak, args.runs, args.limit):
-                    rows.append(row)
-                    print(describe(row), flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(about | {"results": rows}, file, indent=2)
-            file.write("\n")
+    for what in batches(args):
+        for row in measure(make_case(**what, device=device), found, peak, args.runs, args.limit):
+            rows.append(row)
+            print(describe(row), flush=True)
     if args.plot:
         plot(rows, args.plot)
+    finish(about, rows, args.json)
+
+
+def finish(about: dict[str, Any], rows: list[dict[str, Any]], path: str | None) -> NoReturn:
+    """Write the figures, if that is wanted, and end: with status 1 if something was not timed."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(about | {"results": rows}, file, indent=2)
+            file.write("\n")
     sys.exit(any("problem" in row for row in rows))
 
 

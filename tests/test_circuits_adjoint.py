@@ -22,7 +22,7 @@ from circuits_support import (
 from torch.utils.checkpoint import checkpoint
 
 from qaa_serve.adapters import AdapterConfig
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, adjoint, torch_batched
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, adjoint, torch_adjoint, torch_batched
 from qaa_serve.circuits.adjoint import expectation_values
 from qaa_serve.training import QAALinear
 
@@ -37,14 +37,14 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four tokens at n = 4."""
-    monkeypatch.setitem(adjoint._BLOCK, "cpu", 64)
+    monkeypatch.setitem(torch_batched.BLOCK, "cpu", 64)
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What float32 on a CPU has by default, and what it would have elsewhere."""
     if request.param == "torch":
-        monkeypatch.setattr(adjoint, "_is_compiled", lambda x: False)
+        monkeypatch.setattr(adjoint, "training_backend", lambda device, dtype: torch_adjoint)
 
 
 def on_every_token(
@@ -79,7 +79,7 @@ def test_agrees_with_pennylane(qubits: int, name: str, dtype: torch.dtype, gener
 def test_torch_in_float32_agrees_with_pennylane(
     qubits: int, name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adjoint, "_is_compiled", lambda x: False)
+    monkeypatch.setattr(adjoint, "training_backend", lambda device, dtype: torch_adjoint)
     ansatz = Ansatz(name, qubits, 2)
     x = random_x(generator, 2, width_for(qubits), SINGLE)
     assert_gradients_close(on_every_token, x, random_theta(generator, 1, ansatz, SINGLE), ansatz)
@@ -161,7 +161,7 @@ def test_a_token_that_is_no_number_spoils_no_other_tokens_gradient(generator: to
 def test_blocks_of_one_token_and_of_all(
     block: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(adjoint._BLOCK, "cpu", block)
+    monkeypatch.setitem(torch_batched.BLOCK, "cpu", block)
     ansatz = Ansatz("ryrz_ring_ry", 5, 2)
     assert_same_as_autograd(random_x(generator, 7, 21), random_theta(generator, 1, ansatz), ansatz)
 

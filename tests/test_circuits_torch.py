@@ -1,4 +1,4 @@
-"""What only the torch backend has: fused circuits, which the server keeps for each adapter; gradcheck."""
+"""What only the torch backend has: layers of fused gates, which the server keeps for each adapter; gradcheck."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from circuits_support import (
     TOLERANCE,
     assert_close,
     fresh_generator,
-    judge,
     random_theta,
     random_x,
     width_for,
 )
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz
-from qaa_serve.circuits.torch_batched import embed, expectation_values, fuse, run
+from qaa_serve.circuits.embedding import embed
+from qaa_serve.circuits.torch_batched import expectation_values, fuse
 
 DOUBLE, SINGLE = TOLERANCE[torch.float64], TOLERANCE[torch.float32]
 
@@ -73,45 +73,33 @@ def test_embedding_keeps_a_zero_row_zero() -> None:
 # ------------------------------------------------------------------------------------------- fused circuits
 
 
-def test_select_with_repeats_equals_separate_runs(ansatz: Ansatz, generator: torch.Generator) -> None:
-    theta = random_theta(generator, 3, ansatz)
-    psi = embed(random_x(generator, 5, 13), Ansatz("ry_ring", 4, 1))
-    order = torch.tensor([2, 0, 2, 2, 1])
-    together = run(psi.unsqueeze(0), fuse(theta, ansatz).select(order))
-    apart = [run(psi.unsqueeze(0), fuse(theta[k : k + 1], ansatz))[0] for k in order]
-    assert_close(together, torch.stack(apart), DOUBLE)
-
-
-def test_each_circuit_may_have_states_of_its_own(ansatz: Ansatz, generator: torch.Generator) -> None:
-    theta = random_theta(generator, 3, ansatz)
-    x = random_x(generator, 6, 13)
-    z = run(embed(x, ansatz).reshape(3, 2, 16), fuse(theta, ansatz))
-    index = torch.tensor([[0], [0], [1], [1], [2], [2]])
-    assert_close(z.reshape(6, 1, 4), judge(x, theta, ansatz, index), DOUBLE)
-
-
 def test_fused_matrices_are_orthogonal_and_phases_have_length_one(
     ansatz: Ansatz, generator: torch.Generator
 ) -> None:
-    fused = fuse(random_theta(generator, 2, ansatz), ansatz)
-    for matrix in (*fused.high, *fused.low):
-        one = torch.eye(matrix.shape[-1], dtype=torch.float64).expand(2, -1, -1)
-        assert_close(matrix @ matrix.mT, one, DOUBLE)
-    for phase in fused.phase:
-        if phase is not None:
-            assert_close(phase.square().sum(1), torch.ones(2, 16), DOUBLE)
+    for circuit in fuse(random_theta(generator, 2, ansatz), ansatz):
+        for layer in circuit:
+            for matrix in (layer.high, layer.low):
+                assert_close(matrix @ matrix.mT, torch.eye(len(matrix), dtype=torch.float64), DOUBLE)
+            if layer.phase is not None:
+                assert_close(layer.phase.abs(), torch.ones(16, 1), DOUBLE)
+
+
+def test_a_layer_and_its_inverse_leave_a_state_as_it_was(ansatz: Ansatz, generator: torch.Generator) -> None:
+    (circuit,) = fuse(random_theta(generator, 1, ansatz), ansatz)
+    real, parts = random_x(generator, 16, 3), random_x(generator, 16, 6)
+    for layer in circuit:
+        psi = real if layer.plan.is_real else parts
+        through = layer.rotate(layer.permute(psi.clone()))
+        assert_close(layer.unpermute(layer.unrotate(through)), psi, 10 * DOUBLE)
 
 
 def test_a_real_circuit_stores_no_phases(generator: torch.Generator) -> None:
     form = Ansatz("ry_ring", 4, 3)
-    assert fuse(random_theta(generator, 1, form), form).phase == (None, None, None)
+    (circuit,) = fuse(random_theta(generator, 1, form), form)
+    assert [layer.phase for layer in circuit] == [None, None, None]
     mixed = Ansatz("ryrz_ring_ry", 4, 2)
-    assert fuse(random_theta(generator, 1, mixed), mixed).phase[0] is None
+    assert fuse(random_theta(generator, 1, mixed), mixed)[0][0].phase is None
 
 
-@pytest.mark.parametrize(("groups", "tokens"), [(0, 3), (2, 0), (0, 0)])
-def test_running_nothing_gives_nothing(
-    ansatz: Ansatz, groups: int, tokens: int, generator: torch.Generator
-) -> None:
-    fused = fuse(random_theta(generator, groups, ansatz, torch.float32), ansatz)
-    assert run(torch.zeros(1, tokens, 16), fused).shape == (groups, tokens, 4)
+def test_no_angles_are_no_circuits(ansatz: Ansatz, generator: torch.Generator) -> None:
+    assert fuse(random_theta(generator, 0, ansatz), ansatz) == []

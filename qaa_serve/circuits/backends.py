@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -51,24 +51,46 @@ class Circuits(Protocol):
         """
 
 
+class Training(Protocol):
+    """A module that runs every circuit on every token and has the gradients; what training uses."""
+
+    def prepare(self) -> None:
+        """Compile what it needs, or read what was compiled before; else the first call does."""
+
+    def forward(self, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+        """z, (tokens, circuits, columns), of x (tokens, width) and theta (circuits, rows, n)."""
+
+    def backward(
+        self, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, dz: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dL/dx and dL/dtheta, of the shapes and dtypes of x and theta, from dz = dL/dz."""
+
+
 class Backend(NamedTuple):
     """Where a backend is and what it is for.
 
-    Its module has ``missing(device) -> str | None``, why it cannot run on such a device and what to do about it;
-    and a class of ``Circuits`` where it is for serving, ``expectation_values`` where that can do more, or both.
+    Attributes:
+        module: has ``missing(device) -> str | None``, why it cannot run on such a device and what to do about it;
+            and ``expectation_values`` where that can do more than its circuits.
+        circuits: its class of ``Circuits``, where it is for serving.
+        purpose: for people.
+        training: the module that is its ``Training``, where it has one.
     """
 
     module: str
     circuits: str | None
     purpose: str
+    training: str | None = None
 
 
 BACKENDS = {
     "reference": Backend("reference", None, "complex128, gate by gate, CPU; for checking"),
-    "torch": Backend("torch_batched", "TorchCircuits", "float32, fused gates, CPU or GPU, differentiable"),
+    "torch": Backend(
+        "torch_batched", "TorchCircuits", "float32, fused gates, CPU or GPU, differentiable", "torch_adjoint"
+    ),
     "triton": Backend("triton.host", "TritonCircuits", "float32, one kernel, GPU"),
     "cuquantum": Backend("custatevec", "CuStateVecCircuits", "complex64 on cuStateVec, GPU"),
-    "cpu": Backend("cpu.serving", "CompiledCircuits", "float32, compiled for this CPU by numba"),
+    "cpu": Backend("cpu.serving", "CompiledCircuits", "float32, compiled for this CPU by numba", "cpu.training"),
 }
 
 #: What `auto` tries on a kind of device, first to last; torch, which runs everywhere, only for want of others.
@@ -111,6 +133,17 @@ def circuits_of(name: str) -> type[Circuits]:
         )
     found: type[Circuits] = getattr(module, circuits)
     return found
+
+
+def training_backend(device: torch.device, dtype: torch.dtype) -> Training:
+    """What trains on x of that dtype there: the compiled kernels in float32 on a CPU, else torch.
+
+    torch.compile cannot look into the kernels, and has torch's operations instead.
+    """
+    is_compiled = dtype != torch.float64 and not torch.compiler.is_compiling() and missing("cpu", device) is None
+    module: Any = import_module(f"{__package__}.{BACKENDS['cpu' if is_compiled else 'torch'].training}")
+    training: Training = module
+    return training
 
 
 def evaluate(

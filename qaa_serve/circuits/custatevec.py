@@ -33,9 +33,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
-from qaa_serve.circuits.schedule import sources
-from qaa_serve.circuits.torch_batched import embed, lengths
+from qaa_serve.circuits.ansatz import Ansatz
+from qaa_serve.circuits.embedding import embed, lengths
+from qaa_serve.circuits.schedule import readout_signs, schedule, sources
 
 #: Qubits of one matrix. A call moves 16 bytes an amplitude and takes 8 * 2**qubits floating point operations; at
 #: the 4.8 TB/s and 67 TFLOP/s of an H200's data sheet, 5 is where these take about equally long. Not measured.
@@ -234,10 +234,15 @@ def release(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A permutation psi[j] <- psi[gather[j]], then rotations of every qubit."""
+    """A permutation psi[j] <- psi[gather[j]], then rotations of every qubit.
 
-    gather: torch.Tensor | None  # (stride,) int64; None: as it is
-    rotations: tuple[Rotation, ...]
+    Attributes:
+        gather: (stride,) int64; None: as it is.
+        rotations: axis and row of theta of each, in the order in which they act.
+    """
+
+    gather: torch.Tensor | None
+    rotations: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -258,31 +263,25 @@ class _Plan:
 
 @lru_cache(maxsize=256)
 def _plan(ansatz: Ansatz, device: torch.device) -> _Plan:
+    """The schedule's steps, cut at the CNOTs: all that acts on a qubit between two rings is one rotation."""
     n = ansatz.qubits
-    basis = torch.arange(2**n)
     stride = max(2**n, _LEAST_STRIDE)
     layers: list[_Layer] = []
-    gather = basis
-    rotations: list[Rotation] = []
-
-    def close_layer() -> None:
-        nonlocal gather, rotations
-        if rotations:
+    gather, rotations = None, list[tuple[str, int]]()
+    for step in schedule(ansatz).all_steps:
+        if step.phases is not None:
+            rotations.append(("Z", step.phases))
+        if step.cnots is not None:
+            if rotations:
+                layers.append(_Layer(gather, tuple(rotations)))
+                gather, rotations = None, []
             # What lies between two states stays where it is.
-            whole = torch.cat([gather, torch.arange(2**n, stride)])
-            layers.append(_Layer(None if gather is basis else whole.to(device), tuple(rotations)))
-            gather, rotations = basis, []
-
-    for gate in ansatz.gates():
-        if isinstance(gate, Cnots):
-            close_layer()
-            gather = gather[sources(gate, n)]
-        else:
-            rotations.append(gate)
-    close_layer()
-    bits = (basis[:, None] >> torch.arange(n - 1, -1, -1)) & 1  # (2**n, n), wire by wire
-    signs = torch.zeros(stride, ansatz.columns)
-    signs[gather] = torch.stack([(1.0 - 2.0 * bits[:, w]).prod(-1) for w in ansatz.observables], dim=-1)
+            moved = torch.cat([sources(step.cnots, n), torch.arange(2**n, stride)]).to(device)
+            gather = moved if gather is None else gather[moved]
+        if step.turns is not None:
+            rotations.append(("Y", step.turns))
+    layers.append(_Layer(gather, tuple(rotations)))
+    signs = torch.nn.functional.pad(readout_signs(ansatz), (0, 0, 0, stride - 2**n))
     return _Plan(stride, tuple(layers), _groups(n), signs.repeat_interleave(2, dim=0).to(device))
 
 
@@ -334,9 +333,9 @@ class CuStateVecCircuits:
             raise IndexError(f"there are {self._count} circuits, counted from 0; not {first} to {last - 1}")
         theta = theta.to(self._device, torch.float64)
         for layer, matrices in zip(self._plan.layers, self._matrices, strict=True):
-            gates = _product([_rotation(turn.axis, theta[:, turn.row]) for turn in layer.rotations])
-            for group, room in zip(self._plan.groups, matrices, strict=True):
-                room[first:last] = _kron([gates[:, wire] for wire in group.wires])
+            gates = _product([_rotation(axis, theta[:, row]) for axis, row in layer.rotations])
+            for group, target in zip(self._plan.groups, matrices, strict=True):
+                target[first:last] = _kron([gates[:, wire] for wire in group.wires])
         self._ready[first:last] = True
 
     @torch.no_grad()

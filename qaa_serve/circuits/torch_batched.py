@@ -1,110 +1,138 @@
-"""Batched circuits in plain torch, on any device, differentiable: the backend of CPU serving.
+"""Circuits in plain torch, on any device, in float32 or float64, differentiable: the backend that runs everywhere.
 
-Training runs the same schedule through ``adjoint``, which keeps less for the backward pass.
-
-Three identities turn a circuit of many small gates into a few large operations (``_schedule``):
+Three identities turn the small gates of a schedule into a few large operations:
 
 - The RY gates of half of the qubits are one real 2**(n/2) x 2**(n/2) matrix, their Kronecker product.
-- The RZ gates of a layer are one diagonal of phases; a CNOT ring permutes amplitudes. A diagonal moves
-  through a permutation, so that every stretch between two RY layers is one gather and one diagonal.
-- Pauli-Z sees neither phases nor where the amplitudes lie: what stands behind the last RY is a row order of
-  the table of signs.
+- The RZ gates of a step are one diagonal of phases; CNOTs permute amplitudes. A diagonal moves through a
+  permutation, so that all that lies between two RY layers is one gather and one diagonal.
+- The readout is one product of the probabilities with a table of signs.
 
-The state stays real up to the first diagonal and is then kept as real and imaginary part, since RY is real.
+A state is (2**n, columns): a column a token, and from the first RZ on two, real and imaginary part side by side. A
+permutation moves whole rows, a phase multiplies one, and all columns pass a real matrix together. The state stays
+real up to the first diagonal.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import pad
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, check_width
-from qaa_serve.circuits.schedule import sources
+from qaa_serve.circuits.ansatz import Ansatz, checked_index
+from qaa_serve.circuits.embedding import embed, lengths
+from qaa_serve.circuits.schedule import readout_signs, schedule, sources, z_signs
 
-
-@dataclass(frozen=True)
-class _Stretch:
-    """What lies between two RY layers: psi[j] <- phase[j] * psi[gather[j]], phase from rows of theta."""
-
-    gather: torch.Tensor | None  # (2**n,) int64; None: as it is
-    ungather: torch.Tensor | None  # the inverse permutation
-    phases: tuple[tuple[int, torch.Tensor], ...]  # (row of theta, signs (2**n, n))
-    ry_row: int  # the RY layer that follows
+#: Amplitudes of the tokens computed together, by device: few enough for a CPU's caches (a state of 2**17 takes
+#: 1 MiB, and half or twice as many are slower), enough to fill a GPU. They bound the memory in use meanwhile.
+BLOCK = {"cpu": 2**17}
+_BLOCK_ELSEWHERE = 2**23
 
 
 @dataclass(frozen=True)
-class _Schedule:
-    stretches: tuple[_Stretch, ...]
-    readout: torch.Tensor  # (2**n, columns) signs
+class LayerPlan:
+    """The steps that make up one layer: psi[j] <- phase[j] * psi[gather[j]], then RY on every qubit.
+
+    Attributes:
+        gather: (2**n,) int64; None: as it is.
+        ungather: the inverse permutation.
+        phases: rows of theta with what their angles count for, (2**n, n) signs.
+        turns: the row of theta that RY turns by.
+        is_real: whether the state is, before.
+    """
+
+    gather: torch.Tensor | None
+    ungather: torch.Tensor | None
+    phases: tuple[tuple[int, torch.Tensor], ...]
+    turns: int
+    is_real: bool
 
 
 @lru_cache(maxsize=256)
-def _schedule(ansatz: Ansatz, device: torch.device) -> _Schedule:
+def plan_layers(ansatz: Ansatz, device: torch.device) -> tuple[tuple[LayerPlan, ...], torch.Tensor]:
+    """The layers of a schedule, and the signs of its readout, (2**n, columns)."""
     n = ansatz.qubits
-    basis = torch.arange(2**n)
-    signs = 1.0 - 2.0 * ((basis[:, None] >> torch.arange(n - 1, -1, -1)) & 1)  # (2**n, n)
-    stretches: list[_Stretch] = []
-    gather = basis
-    phases: list[tuple[int, torch.Tensor]] = []
-    for gate in ansatz.gates():
-        if isinstance(gate, Cnots):
-            step = sources(gate, n)
-            gather = gather[step]
-            phases = [(row, table[step]) for row, table in phases]
-        elif gate.axis == "Z":
-            phases.append((gate.row, signs))
-        else:
-            moves = not torch.equal(gather, basis)
-            there, back = (gather.to(device), gather.argsort().to(device)) if moves else (None, None)
-            tables = tuple((row, table.float().to(device)) for row, table in phases)
-            stretches.append(_Stretch(there, back, tables, gate.row))
-            gather, phases = basis, []
-    readout = torch.empty(2**n, ansatz.columns, dtype=signs.dtype)
-    readout[gather] = torch.stack([signs[:, wires].prod(-1) for wires in ansatz.observables], dim=-1)
-    return _Schedule(tuple(stretches), readout.float().to(device))
+    basis, signs = torch.arange(2**n), z_signs(n)
+    layers: list[LayerPlan] = []
+    gather, phases, is_real = basis, list[tuple[int, torch.Tensor]](), True
+    for step in schedule(ansatz).all_steps:
+        if step.phases is not None:
+            phases.append((step.phases, signs))
+        if step.cnots is not None:
+            moved = sources(step.cnots, n)
+            gather, phases = gather[moved], [(row, table[moved]) for row, table in phases]
+        if step.turns is not None:
+            there, back = (None, None) if gather is basis else (gather.to(device), gather.argsort().to(device))
+            tables = tuple((row, table.to(device)) for row, table in phases)
+            layers.append(LayerPlan(there, back, tables, step.turns, is_real))
+            gather, phases, is_real = basis, [], is_real and not phases
+    return tuple(layers), readout_signs(ansatz).to(device)
 
 
 @dataclass(frozen=True)
-class FusedCircuits:
-    """Matrices and phases of ``circuits`` circuits of one ansatz, made once from their angles.
+class Layer:
+    """A layer with the angles of one circuit.
 
     Attributes:
-        ansatz: the form they share.
-        high: for each RY layer (circuits, 2**h, 2**h): wires 0..h-1, with h = n // 2.
-        low: for each RY layer (circuits, 2**(n-h), 2**(n-h)): the other wires.
-        phase: for each stretch with RZ gates (circuits, 2, 2**n): cosine and sine; else None.
+        plan: what the circuits of a form share.
+        high: (2**h, 2**h) RY on wires 0 to h - 1, with h = n // 2.
+        low: (2**(n-h), 2**(n-h)) RY on the others.
+        phase: (2**n, 1) complex; None where there is no RZ.
     """
 
-    ansatz: Ansatz
-    high: tuple[torch.Tensor, ...]
-    low: tuple[torch.Tensor, ...]
-    phase: tuple[torch.Tensor | None, ...]
+    plan: LayerPlan
+    high: torch.Tensor
+    low: torch.Tensor
+    phase: torch.Tensor | None
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors, each with the circuits on its first axis, in a fixed order."""
-        return [t for t in (*self.high, *self.low, *self.phase) if t is not None]
+    def permute(self, psi: torch.Tensor) -> torch.Tensor:
+        """What lies before the RY gates. A complex state that is not permuted is changed in place."""
+        if self.plan.gather is not None:
+            psi = psi.index_select(0, self.plan.gather)
+        if self.phase is None:
+            return psi
+        if self.plan.is_real:
+            return torch.view_as_real(psi * self.phase).flatten(1)
+        as_complex(psi).mul_(self.phase)
+        return psi
 
-    def select(self, circuits: torch.Tensor) -> FusedCircuits:
-        """The circuits of those numbers (int64, 1-D), repeats allowed."""
-        return FusedCircuits(
-            self.ansatz,
-            tuple(t.index_select(0, circuits) for t in self.high),
-            tuple(t.index_select(0, circuits) for t in self.low),
-            tuple(t if t is None else t.index_select(0, circuits) for t in self.phase),
-        )
+    def unpermute(self, lam: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``permute``, in place too; to a state that was real only the real part matters."""
+        if self.phase is not None:
+            turned = as_complex(lam).mul_(self.phase.conj())
+            lam = turned.real.contiguous() if self.plan.is_real else lam
+        return lam if self.plan.ungather is None else lam.index_select(0, self.plan.ungather)
+
+    def rotate(self, psi: torch.Tensor) -> torch.Tensor:
+        """The RY gates."""
+        return self._rotate(psi, self.high, self.low)
+
+    def unrotate(self, lam: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``rotate``."""
+        return self._rotate(lam, self.high.T, self.low.T)
+
+    def _rotate(self, psi: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        block = torch.bmm(low.expand(len(high), -1, -1), self.by_wires(psi))
+        return (high @ block.flatten(1)).reshape(psi.shape)
+
+    def by_wires(self, psi: torch.Tensor) -> torch.Tensor:
+        """(2**n, columns) -> (2**h, 2**(n-h), columns)."""
+        return psi.reshape(len(self.high), len(self.low), -1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors())
+        """Bytes of what the circuit does not share."""
+        return sum(t.nbytes for t in (self.high, self.low, self.phase) if t is not None)
 
 
-def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
-    """Build the fused form of circuits from their angles. Differentiable in theta.
+def as_complex(psi: torch.Tensor) -> torch.Tensor:
+    """(2**n, 2 * tokens), contiguous -> (2**n, tokens), a view."""
+    return torch.view_as_complex(psi.reshape(len(psi), -1, 2))
+
+
+def fuse(theta: torch.Tensor, ansatz: Ansatz) -> list[list[Layer]]:
+    """The layers of circuits, made once from their angles. Differentiable in theta.
 
     Args:
         theta: (circuits, rows, n), float32 or float64.
@@ -115,21 +143,21 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> FusedCircuits:
     """
     if theta.shape[1:] != ansatz.theta_shape:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
-    schedule = _schedule(ansatz, theta.device)
+    plans, _ = plan_layers(ansatz, theta.device)
     half = ansatz.qubits // 2
-    angles = theta[:, [stretch.ry_row for stretch in schedule.stretches]] / 2  # (circuits, RY layers, n)
-    high = _kron_ry(angles[..., :half]).unbind(1)
-    low = _kron_ry(angles[..., half:]).unbind(1)
-    phase: list[torch.Tensor | None] = []
-    for stretch in schedule.stretches:
-        if stretch.phases:
+    angles = theta[:, [plan.turns for plan in plans]] / 2  # (circuits, layers, n)
+    matrices = zip(_kron_ry(angles[..., :half]).unbind(1), _kron_ry(angles[..., half:]).unbind(1), strict=True)
+    circuits: list[list[Layer]] = [[] for _ in theta]
+    for plan, (high, low) in zip(plans, matrices, strict=True):
+        phase: torch.Tensor | None = None
+        if plan.phases:
             # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)): the angle's sign is minus that of Pauli-Z.
-            turns = [theta[:, row] @ table.to(theta.dtype).T for row, table in stretch.phases]
+            turns = [theta[:, row] @ table.to(theta.dtype).T for row, table in plan.phases]
             total = torch.stack(turns).sum(0) / -2
-            phase.append(torch.stack([torch.cos(total), torch.sin(total)], dim=1))
-        else:
-            phase.append(None)
-    return FusedCircuits(ansatz, high, low, tuple(phase))
+            phase = torch.complex(torch.cos(total), torch.sin(total)).unsqueeze(-1)
+        for number, circuit in enumerate(circuits):
+            circuit.append(Layer(plan, high[number], low[number], None if phase is None else phase[number]))
+    return circuits
 
 
 def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
@@ -147,82 +175,38 @@ def _kron_ry(half_angles: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _kron_tables(m: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """row ^ column (2**m, 2**m); the bits of a number (2**m, m); the sign of an entry (2**m, 2**m)."""
-    basis = torch.arange(2**m)
-    bits = ((basis[:, None] >> torch.arange(m - 1, -1, -1)) & 1).bool()
+    basis, bits = torch.arange(2**m), z_signs(m) < 0
     minuses = (~bits[:, None] & bits[None, :]).sum(-1)  # -sin: the row's bit is 0, the column's is 1
     return (basis[:, None] ^ basis).to(device), bits.to(device), (1.0 - 2.0 * (minuses % 2)).float().to(device)
 
 
-def embed(x: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
-    """Amplitude embedding: (tokens, width) -> (tokens, 2**n) of norm 1; without a constant a zero row stays zero.
-
-    Computed in float32, or float64 for a float64 x. Rows are divided by their largest magnitude first, so
-    that squares neither overflow nor vanish.
-
-    Raises:
-        ValueError: if ``x`` is wider than the state.
-    """
-    check_width(x, ansatz)
-    x, peak = _scaled(x)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    psi = x / torch.where(peak > 0, norm, 1)
-    if ansatz.constant:
-        share = torch.full_like(peak, math.sqrt(0.5)).masked_fill(peak == 0, 1)
-        psi = torch.cat([psi * math.sqrt(0.5), share], dim=-1)
-    return pad(psi, (0, 2**ansatz.qubits - psi.shape[-1]))
+def columns_of(x: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+    """x embedded, a column a token: (tokens, width) -> (2**n, tokens)."""
+    return embed(x, ansatz).T.contiguous()
 
 
-def lengths(x: torch.Tensor) -> torch.Tensor:
-    """||x|| / sqrt(width), what ``Ansatz.length`` multiplies z by: (tokens, width) -> (tokens,), as ``embed``."""
-    x, peak = _scaled(x)
-    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm * peak.squeeze(-1) / math.sqrt(x.shape[-1])
+def blocks(tokens: int, ansatz: Ansatz, device: torch.device) -> Iterator[slice]:
+    """The tokens that are computed together."""
+    step = max(1, BLOCK.get(device.type, _BLOCK_ELSEWHERE) >> ansatz.qubits)
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
-def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x over its rows' largest magnitudes, and those: (tokens, width), (tokens, 1); zero rows stay zero."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    peak = x.detach().abs().amax(dim=-1, keepdim=True)
-    return x / torch.where(peak > 0, peak, 1), peak
-
-
-def run(psi: torch.Tensor, circuits: FusedCircuits) -> torch.Tensor:
-    """Run G circuits, each on T states of its own.
+def run(psi: torch.Tensor, circuit: list[Layer], signs: torch.Tensor) -> torch.Tensor:
+    """Expectation values of one circuit, without the factor of ``Ansatz.length``.
 
     Args:
-        psi: (G or 1, T, 2**n) real states; one group is shared by all the circuits.
-        circuits: G circuits.
+        psi: (2**n, tokens) real states, one at least.
+        circuit: its layers.
+        signs: (2**n, columns) of the readout.
 
     Returns:
-        (G, T, columns) expectation values of the ansatz's observables, without the factor of ``Ansatz.length``.
+        (tokens, columns) of psi's dtype.
     """
-    schedule = _schedule(circuits.ansatz, psi.device)
-    groups, tokens = circuits.low[0].shape[0], psi.shape[1]
-    dim = psi.shape[2]
-    parts = psi.unsqueeze(0)  # (1 or 2, G or 1, T, 2**n): real part, then imaginary part
-    for stretch, high, low, phase in zip(
-        schedule.stretches, circuits.high, circuits.low, circuits.phase, strict=True
-    ):
-        if stretch.gather is not None:
-            parts = parts.index_select(-1, stretch.gather)
-        if phase is not None:
-            parts = _multiply_phase(parts, phase)
-        # rows: tokens x high wires; sizes are spelled out since -1 means nothing in an empty batch
-        block = parts.reshape(*parts.shape[:2], tokens * high.shape[-1], low.shape[-1])
-        block = block @ low.transpose(1, 2)
-        if high.shape[-1] > 1:
-            block = block.reshape(*block.shape[:2], tokens, high.shape[-1], low.shape[-1])
-            block = high.unsqueeze(1) @ block
-        parts = block.reshape(len(block), groups, tokens, dim)
-    return parts.square().sum(0) @ schedule.readout.to(psi.dtype)
-
-
-def _multiply_phase(parts: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-    c, s = phase[:, 0].unsqueeze(1), phase[:, 1].unsqueeze(1)  # (G, 1, 2**n)
-    if len(parts) == 1:
-        return torch.stack([parts[0] * c, parts[0] * s])
-    re, im = parts
-    return torch.stack([re * c - im * s, re * s + im * c])
+    tokens = psi.shape[1]
+    for layer in circuit:
+        psi = layer.rotate(layer.permute(psi))
+    sums = signs.to(psi.dtype).T @ psi.square()  # (columns of the readout, columns of the state)
+    return sums.reshape(len(sums), tokens, -1).sum(-1).T
 
 
 class TorchCircuits:
@@ -231,28 +215,29 @@ class TorchCircuits:
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
         self._ansatz = ansatz
         self._device = device
-        self._fused: list[FusedCircuits | None] = [None] * count
+        self._circuits: list[list[Layer] | None] = [None] * count
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
-        theta = theta.to(self._device, torch.float32)
-        for number, angles in enumerate(theta, first):
-            self._fused[number] = fuse(angles.unsqueeze(0), self._ansatz)
+        for number, angles in enumerate(theta.to(self._device, torch.float32), first):
+            self._circuits[number] = fuse(angles[None], self._ansatz)[0]
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """See ``backends.Circuits``. On a GPU this waits for the device, to learn which circuits are used."""
-        psi = embed(x, self._ansatz).float()
-        z = psi.new_zeros(*index.shape, self._ansatz.columns)
-        for circuit in torch.unique(index).tolist():
-            if circuit >= 0 and (fused := self._fused[circuit]) is not None:
-                token, readout = (index == circuit).nonzero(as_tuple=True)
-                z[token, readout] = run(psi[token].unsqueeze(0), fused)[0]
+        _, signs = plan_layers(self._ansatz, x.device)
+        z = torch.zeros(*index.shape, self._ansatz.columns, device=x.device)
+        for block in blocks(len(x), self._ansatz, x.device):
+            psi = columns_of(x[block], self._ansatz).float()
+            for number in torch.unique(index[block]).tolist():
+                if number >= 0 and (circuit := self._circuits[number]) is not None:
+                    token, readout = (index[block] == number).nonzero(as_tuple=True)
+                    z[block][token, readout] = run(psi[:, token], circuit, signs)
         return z * lengths(x).float()[:, None, None] if self._ansatz.length else z
 
     @property
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
-        return sum(fused.nbytes for fused in self._fused if fused is not None)
+        return sum(layer.nbytes for circuit in self._circuits for layer in circuit or ())
 
     @classmethod
     def compile(cls, *_: object) -> None:
@@ -276,27 +261,18 @@ def expectation_values(
         index: (tokens, readouts) int64, -1 for none; None: every circuit on every token.
 
     Returns:
-        (tokens, readouts, columns) in float32 (float64 if x is). Differentiable in x and theta.
+        (tokens, readouts, columns) in float32 (float64 if x is). Differentiable in x and theta, any number of
+        times.
+
+    Raises:
+        ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
+        IndexError: if index names a circuit that is not there.
     """
-    z = _expectation_values(x, theta, ansatz, index)
-    return z * lengths(x)[:, None, None] if ansatz.length else z
-
-
-def _expectation_values(
-    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
-) -> torch.Tensor:
-    psi = embed(x, ansatz)
-    fused = fuse(theta.to(psi.dtype), ansatz)
-    if index is None:
-        return run(psi.unsqueeze(0), fused).transpose(0, 1)
+    index = checked_index(x, theta, ansatz, index)
+    psi, (_, signs) = columns_of(x, ansatz), plan_layers(ansatz, x.device)
     z = psi.new_zeros(*index.shape, ansatz.columns)
-    used, counts = torch.unique(index[index >= 0], return_counts=True)
-    if 2 * len(used) > int(counts.sum()):  # hardly two rows share a circuit: one batch, a circuit a row
-        token, readout = (index >= 0).nonzero(as_tuple=True)
-        rows = run(psi[token].unsqueeze(1), fused.select(index[token, readout]))
-        return z.index_put((token, readout), rows.squeeze(1))
-    for circuit in used:
-        token, readout = (index == circuit).nonzero(as_tuple=True)
-        rows = run(psi[token].unsqueeze(0), fused.select(circuit.unsqueeze(0)))
-        z = z.index_put((token, readout), rows.squeeze(0))
-    return z
+    for number, circuit in enumerate(fuse(theta.to(psi.dtype), ansatz)):
+        token, readout = (index == number).nonzero(as_tuple=True)
+        if len(token):
+            z = z.index_put((token, readout), run(psi[:, token], circuit, signs))
+    return z * lengths(x)[:, None, None] if ansatz.length else z

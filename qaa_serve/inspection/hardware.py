@@ -15,7 +15,7 @@ import torch
 
 from qaa_serve.adapters import Adapter, ModuleWeights, standardised
 from qaa_serve.circuits import Ansatz, get_backend
-from qaa_serve.circuits.torch_batched import embed, lengths
+from qaa_serve.circuits.embedding import embed, lengths
 from qaa_serve.inspection.circuit import apply_gates, readouts
 from qaa_serve.inspection.errors import InspectionError
 

@@ -28,7 +28,7 @@ from qaa_serve.circuits.cpu.host import (
 )
 
 
-def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
+def forward(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
     """Every circuit on every token: z, (tokens, circuits, columns) float32.
 
     Args:
@@ -51,13 +51,13 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
     return torch.from_numpy(z)
 
 
-def gradients(
+def backward(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, dz: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dL/dx and dL/dtheta, of the shapes and dtypes of x and theta.
 
     Args:
-        x: (tokens, width), as of ``expectation_values``.
+        x: (tokens, width), as of ``forward``.
         theta: (circuits, rows, n).
         ansatz: the form.
         dz: dL/dz, (tokens, circuits, columns).
@@ -158,14 +158,14 @@ _is_ready = False
 def _kernels() -> tuple[Any, Any]:
     """The modules of both kernels, compiled: one code serves all circuits."""
     global _is_ready
-    forward, backward = (import_module(f"{__package__}.{name}") for name in ("forward", "backward"))
+    kernels = import_module(f"{__package__}.forward"), import_module(f"{__package__}.backward")
     if not _is_ready:
         _is_ready = True  # before the calls below ask
-        with one_compiler(forward.run.stats.cache_path):
+        with one_compiler(kernels[0].run.stats.cache_path):
             x, ansatz = torch.zeros(1, 1), Ansatz("ry_ring", 1, 1)
             theta = torch.zeros(1, *ansatz.theta_shape)
-            gradients(x, theta, ansatz, expectation_values(x, theta, ansatz))
-    return forward, backward
+            backward(x, theta, ansatz, forward(x, theta, ansatz))
+    return kernels
 
 
 def prepare() -> None:
