@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -44,10 +45,10 @@ def make_config(**changes: Any) -> AdapterConfig:
 
 
 def make_module(config: AdapterConfig, qubits: int = 4, d_out: int = 8, **dtype: Any) -> ModuleWeights:
-    rows = config.circuit(qubits).rows
+    rows, rank = config.circuit(qubits).rows, config.rank(qubits)
     return ModuleWeights(
         torch.randn(config.heads, rows, qubits),
-        torch.randn(d_out, config.rank(qubits)).to(**dtype),
+        (torch.randn(d_out), torch.randn(rank)) if config.vectors else torch.randn(d_out, rank).to(**dtype),
         torch.randn(2, 12) if config.inputs != "raw" else None,
         torch.randn(2, config.rank(qubits)) if config.whitened else None,
     )
@@ -392,6 +393,55 @@ def test_offsets_and_scales_that_the_config_says_nothing_of_are_refused(adapter:
     edit_tensors(adapter, put(INPUTS, torch.zeros(2, 12)))
     with pytest.raises(AdapterError, match="qaa_inputs does not belong in an adapter with inputs 'raw'"):
         load_adapter(adapter, BASE)
+
+
+LAMBDA_B, LAMBDA_D = f"{PREFIX}{Q0}.qaa_lambda_b", f"{PREFIX}{Q0}.qaa_lambda_d"
+
+
+def test_vectors_in_place_of_a_matrix(tmp_path: Path) -> None:
+    config = make_config(vectors=True, heads=2)
+    modules = make_modules(config)
+    save_adapter(tmp_path / "a", config, modules)
+    tensors = load_file(tmp_path / "a" / WEIGHTS_FILE)
+    assert tensors[LAMBDA_B].shape == (8,)
+    assert tensors[LAMBDA_D].shape == (2 * 10,)  # all of 4 qubits' expectation values, singles and pairs
+    assert not any("qaa_weight" in name for name in tensors)
+    read = load_adapter(tmp_path / "a", BASE).modules[Q0]
+    # The signs as the format has them, bit by bit.
+    stream = int.from_bytes(hashlib.shake_256(b"qaa-serve 8x20").digest(20))
+    s = torch.tensor([1.0 if stream >> (159 - i) & 1 else -1.0 for i in range(160)]).view(8, 20)
+    b, d = modules[Q0].b
+    torch.testing.assert_close(read.weight, torch.diag(b) @ s @ torch.diag(d))
+    assert (read.rank, read.d_out, read.trained) == (20, 8, 2 * 5 * 4 + 8 + 20)
+    assert config.scale(4) == pytest.approx(16 * 4 / 20**0.5)
+    assert config.to_json()["vectors"] is True
+
+
+BAD_VECTORS = {
+    "lambda_b too short": (put(LAMBDA_B, torch.zeros(7)), ["8 rows of qaa_lambda_b", "4 and 7", "another base"]),
+    "lambda_b of nothing": (put(LAMBDA_B, torch.zeros(0)), ["qaa_lambda_b", "(0,)", "(d_out,)"]),
+    "lambda_b, a matrix": (put(LAMBDA_B, torch.zeros(8, 1)), ["qaa_lambda_b", "(8, 1)", "(d_out,)"]),
+    "lambda_d too long": (put(LAMBDA_D, torch.zeros(11)), ["qaa_lambda_d", "(11,)", "(10,)"]),
+    "lambda_d bf16": (
+        put(LAMBDA_D, torch.zeros(10).bfloat16()),
+        ["qaa_lambda_d", "bfloat16", "float32 is needed"],
+    ),
+    "lambda_d infinite": (put_value(LAMBDA_D, float("inf")), ["qaa_lambda_d", "2 values"]),
+    "no lambda_d": (lambda tensors: tensors.pop(LAMBDA_D), ["qaa_lambda_d is missing"]),
+    "a matrix too": (put(WEIGHT, torch.zeros(8, 10)), ["qaa_weight does not belong", "vectors True"]),
+    # A file of a few megabytes must not become a matrix of gigabytes to be refused.
+    "lambda_b for 2^21 outputs": (put(LAMBDA_B, torch.zeros(1 << 21)), ["8 rows of qaa_lambda_b", "2097152"]),
+}
+
+
+@pytest.mark.parametrize(("change", "parts"), BAD_VECTORS.values(), ids=BAD_VECTORS)
+def test_wrong_vectors_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], parts: list[str]
+) -> None:
+    config = make_config(vectors=True)
+    save_adapter(tmp_path / "a", config, make_modules(config))
+    edit_tensors(tmp_path / "a", change)
+    assert_says(refusal(tmp_path / "a"), *parts)
 
 
 @pytest.mark.parametrize(("change", "parts"), BAD_TENSORS.values(), ids=BAD_TENSORS)

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qaa_serve.adapters import AdapterConfig, AdapterError, load_adapter
+from qaa_serve.adapters import AdapterConfig, AdapterError, load_adapter, signs
 from qaa_serve.circuits import ANSATZ_NAMES
 from qaa_serve.circuits.reference import expectation_values
 from qaa_serve.training import QAAConfig, QAALinear, TrainingError, register
@@ -63,9 +63,10 @@ def set_weights(model: torch.nn.Module, adapter: str = "default") -> None:
     """B is zero at the start; give it values, so that the adapter does something."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, QAALinear) and adapter in module.qaa_weight:
-            weight = module.qaa_weight[adapter]
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.1
+        if isinstance(module, QAALinear):
+            for tensors in (module.qaa_weight, module.qaa_lambda_b):
+                if adapter in tensors:
+                    tensors[adapter].data = torch.randn(tensors[adapter].shape, generator=generator) * 0.1
 
 
 def by_definition(layer: QAALinear, x: torch.Tensor, heads: int, alpha: float) -> torch.Tensor:
@@ -125,6 +126,26 @@ class TestLayer:
         layer(x).square().sum().backward()
         assert (layer.qaa_theta["default"].grad.abs().amax(1) > 0).all()
         assert layer.base_layer.weight.grad is None
+
+    def test_vectors_are_the_definition_and_all_are_trained(self) -> None:
+        torch.manual_seed(0)
+        form = config(vectors=True, heads=2, alpha=3.0)
+        layer = QAALinear(torch.nn.Linear(12, 7).requires_grad_(False), "default", form)
+        x = torch.randn(5, 12)
+        assert torch.equal(layer(x), layer.base_layer(x))
+        set_weights(layer)
+        layer.qaa_lambda_d["default"].data.uniform_(-1, 1)
+        y = layer(x)
+        theta = layer.qaa_theta["default"].detach()
+        z = expectation_values(x, theta, layer.qaa_form["default"].ansatz).reshape(5, 2 * 10)
+        s = signs(7, 20).double()
+        b, d = (getattr(layer, f"qaa_lambda_{of}")["default"].detach().double() for of in "bd")
+        expected = layer.base_layer(x).double() + 3.0 * 4 / 20**0.5 * b * ((z * d) @ s.T)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        y.square().sum().backward()
+        trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        assert {name.split(".")[0] for name in trained} == {"qaa_theta", "qaa_lambda_b", "qaa_lambda_d"}
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_circuit_is_float32_over_a_16_bit_base(self, dtype: torch.dtype) -> None:
@@ -324,16 +345,21 @@ class TestModel:
         assert len(angles) == 8
         assert all(torch.equal(a, b) for a, b in angles)
 
-    def test_peft_writes_what_the_server_reads(self, tmp_path: Path) -> None:
-        model = get_peft_model(llama(), QAAConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    @pytest.mark.parametrize("vectors", [False, True])
+    def test_peft_writes_what_the_server_reads(self, tmp_path: Path, vectors: bool) -> None:
+        config = QAAConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], vectors=vectors)
+        model = get_peft_model(llama(), config)
         model.peft_config["default"].base_model_name_or_path = "base"
         set_weights(model)
         model.save_pretrained(tmp_path)
         adapter = load_adapter(tmp_path)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         saved = adapter.modules["model.layers.0.self_attn.q_proj"]
-        assert torch.equal(saved.weight, layer.qaa_weight["default"])
+        assert saved.weight.abs().max() > 0
+        assert torch.equal(saved.weight, layer.weights("default").weight)
         assert torch.equal(saved.theta[0], layer.qaa_theta["default"])
+        again = PeftModel.from_pretrained(llama(), tmp_path).eval()
+        torch.testing.assert_close(again(IDS).logits, model.eval()(IDS).logits)
 
     def test_merging_is_refused(self) -> None:
         model = get_peft_model(llama(), QAAConfig())

@@ -120,6 +120,7 @@ def start(root: Path, architecture: str) -> Served:
         "options": make_qaa(
             root / "options", base, attention + mlp, 5, size=0.5, constant=True, length=True, readouts=11
         ),
+        "vectors": make_qaa(root / "vectors", base, attention + mlp, 9, size=0.5, readouts=13, vectors=True),
         "centred": make_qaa(
             root / "centred", base, attention + mlp, 7, size=2, inputs="centred-rms", whitened=True, heads=2
         ),
@@ -143,7 +144,7 @@ def served(request, tmp_path_factory):
 
 
 def test_twenty_mixed_requests_are_exact(served):
-    """Base, 6 QAA adapters of different ansatz, depth, options and modules, and 2 of LoRA, in 2 slots."""
+    """Base, 7 QAA adapters of different ansatz, depth, options and modules, and 2 of LoRA, in 2 slots."""
     names = list(served.adapters)
     served.check([(names[i % len(names)], prompt(1 + (i * 17) % 60, i)) for i in range(20)])
 

@@ -99,10 +99,10 @@ def make_qaa(
         if matches(name, settings.target_modules):
             n = settings.qubits(d_in)
             theta = torch.randn(settings.heads, *settings.circuit(n).theta_shape, generator=generator) * 2
-            weight = torch.randn(d_out, settings.rank(n), generator=generator) * size
+            b = torch.randn(d_out, settings.rank(n), generator=generator).mul(size).to(weight_dtype)
             modules[name] = ModuleWeights(
                 theta,
-                weight.to(weight_dtype),
+                (b[:, 0].float(), b[0].float() / size) if settings.vectors else b,
                 # Modules that read one input have one parent.
                 _standard(f"{name.rpartition('.')[0]} {d_in}", d_in) if settings.inputs != "raw" else None,
                 _standard(name, settings.rank(n)) if settings.whitened else None,

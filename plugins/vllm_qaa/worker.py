@@ -456,7 +456,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             b = weights.weight.float() * config.scale(weights.qubits)
             loras[module] = LoRALayerWeights(
                 module,
-                rank=weights.weight.shape[1],
+                rank=weights.rank,
                 lora_alpha=1,
                 lora_a=weights.theta,
                 lora_b=b.to(self.lora_config.lora_dtype),

@@ -23,6 +23,7 @@ from qaa_serve.adapters.files import (
 )
 from qaa_serve.adapters.lora import MAX_RANK, Lora, LoraConfig, LoraPair, check_lora
 from qaa_serve.adapters.staging import staged
+from qaa_serve.adapters.vectors import signs, signs_between
 from qaa_serve.adapters.verdict import MAX_ADAPTER_BYTES, Sound, judge
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "resolve_base",
     "save_adapter",
     "shown",
+    "signs",
+    "signs_between",
     "staged",
     "standardised",
 ]

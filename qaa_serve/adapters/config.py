@@ -19,7 +19,9 @@ MAX_ALPHA = 1e6
 
 
 #: Fields that older readers do not know, with their defaults.
-_LATER = {"readouts": None, "constant": False, "length": False, "inputs": "raw", "whitened": False}
+_LATER = {
+    "readouts": None, "constant": False, "length": False, "inputs": "raw", "whitened": False, "vectors": False
+}  # fmt: skip
 
 #: What is done with a layer's input before it is embedded; DESIGN: x <- (x - offset) * scale, channel by channel.
 Inputs: TypeAlias = Literal["raw", "rms", "centred-rms"]
@@ -46,6 +48,7 @@ class AdapterConfig(BaseModel):
     length: bool = False
     inputs: Inputs = "raw"
     whitened: bool = False
+    vectors: bool = False
 
     @field_validator("ansatz")
     @classmethod
@@ -75,20 +78,26 @@ class AdapterConfig(BaseModel):
         Raises:
             ValueError: for more readouts than so many qubits have.
         """
-        return Ansatz(self.ansatz, qubits, self.layers, self.readouts or 0, self.constant, self.length)
+        return Ansatz(self.ansatz, qubits, self.layers, self._columns(qubits), self.constant, self.length)
 
     def scale(self, qubits: int) -> float:
-        """Factor on B z: alpha * 2**(n/2) / (heads * m) for m readouts a circuit, n by default.
+        """Factor on B z: alpha * 2**(n/2) / (heads * m) for m readouts a circuit.
 
         The spread of z falls with the number of qubits n like 2**(-n/2); the factor keeps the update's size
-        comparable over widths. Whitened z has spread 1 without it: alpha / (heads * m).
+        comparable over widths. Whitened z has spread 1 without it: alpha / (heads * m). A B of signs between
+        vectors adds up what is independent, so that its sum's spread grows with the root: alpha / sqrt(heads * m).
         """
         spread = 1 if self.whitened else 2 ** (-qubits / 2)
-        return float(self.alpha / spread / self.rank(qubits))
+        columns = self.rank(qubits)
+        return float(self.alpha / spread / (columns**0.5 if self.vectors else columns))
 
     def rank(self, qubits: int) -> int:
         """Number of columns of B, heads * readouts: what the rank is to a LoRA adapter."""
-        return self.heads * (self.readouts or qubits)
+        return self.heads * (self._columns(qubits) or qubits)
+
+    def _columns(self, qubits: int) -> int:
+        """Readouts of a circuit; 0: one a qubit. With vectors one more costs a number: all there are."""
+        return self.readouts or (qubits * (qubits + 1) // 2 if self.vectors else 0)
 
     @classmethod
     def parse(cls, raw: object) -> AdapterConfig:

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from qaa_serve.adapters.base import LinearWidths
 from qaa_serve.adapters.config import AdapterConfig
 from qaa_serve.adapters.errors import AdapterError, shown
 from qaa_serve.adapters.staging import staged
+from qaa_serve.adapters.vectors import signs_between
 from qaa_serve.circuits import Ansatz
 
 CONFIG_FILE = "adapter_config.json"
@@ -41,7 +42,10 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2), **dict.fromkeys(("BOOL", "I8", "U8"), 1),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2"), 1),
 }  # fmt: skip
-_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>theta|weight|inputs|readouts)")
+_VECTORS = ("lambda_b", "lambda_d")
+_TRAINED = ("theta", "weight", *_VECTORS)
+_KINDS = (*_TRAINED, "inputs", "readouts")
+_TENSOR_NAME = re.compile(rf"base_model\.model\.(?P<module>.+)\.qaa_(?P<kind>{'|'.join(_KINDS)})")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _UNADAPTABLE = re.compile(
@@ -63,15 +67,36 @@ class ModuleWeights:
 
     Attributes:
         theta: (heads, rows, n) float32 angles.
-        weight: (d_out, heads * n), B of the formula.
+        b: B of the formula, (d_out, rank) with rank = heads * readouts; or what it is made of, lambda_b (d_out,)
+            and lambda_d (rank,) float32.
         inputs: (2, d_in) float32, offset and scale of each channel of x; None for raw ones.
-        readouts: (2, heads * n) float32, offset and scale of each of z; None unless whitened.
+        readouts: (2, rank) float32, offset and scale of each of z; None unless whitened.
     """
 
     theta: torch.Tensor
-    weight: torch.Tensor
+    b: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     inputs: torch.Tensor | None = None
     readouts: torch.Tensor | None = None
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """B, (d_out, rank). Made when it is asked for: vectors of a small file may stand for a huge matrix."""
+        return self.b if isinstance(self.b, torch.Tensor) else signs_between(*self.b)
+
+    @property
+    def d_out(self) -> int:
+        """The layer's outputs."""
+        return len(self.b[0] if isinstance(self.b, tuple) else self.b)
+
+    @property
+    def rank(self) -> int:
+        """Columns of B."""
+        return self.b[1].shape[0] if isinstance(self.b, tuple) else self.b.shape[1]
+
+    @property
+    def trained(self) -> int:
+        """How many numbers a training changes."""
+        return sum(self.tensors[kind].numel() for kind in _TRAINED if kind in self.tensors)
 
     @property
     def qubits(self) -> int:
@@ -81,7 +106,8 @@ class ModuleWeights:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by what follows ``qaa_`` in their names on disk."""
-        found = {"theta": self.theta, "weight": self.weight, "inputs": self.inputs, "readouts": self.readouts}
+        b = {"weight": self.b} if isinstance(self.b, torch.Tensor) else dict(zip(_VECTORS, self.b, strict=True))
+        found = {"theta": self.theta, **b, "inputs": self.inputs, "readouts": self.readouts}
         return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
@@ -101,7 +127,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank (heads * n) over the layers; the server's max rank must not be below it."""
-        return max(module.weight.shape[1] for module in self.modules.values())
+        return max(module.rank for module in self.modules.values())
 
     @property
     def nbytes(self) -> int:
@@ -476,13 +502,16 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
         if match is None:
             raise AdapterError(
                 f"{WEIGHTS_FILE}: tensor {shown(name)} does not belong in a QAA adapter; names are "
-                "base_model.model.<module>.qaa_theta, .qaa_weight, .qaa_inputs and .qaa_readouts"
+                f"base_model.model.<module>.{', .'.join(f'qaa_{kind}' for kind in _KINDS)}"
             )
         pairs.setdefault(match["module"], {})[match["kind"]] = tensor
     for target in config.target_modules:
         if not any(matches(module, (target,)) for module in pairs):
             raise AdapterError(f"target module {shown(target)} has no tensors in {WEIGHTS_FILE}")
-    asked = {"theta": True, "weight": True, "inputs": config.inputs != "raw", "readouts": config.whitened}
+    asked = {
+        "theta": True, "weight": not config.vectors, **dict.fromkeys(_VECTORS, config.vectors),
+        "inputs": config.inputs != "raw", "readouts": config.whitened,
+    }  # fmt: skip
     modules = {}
     circuit = cache(config.circuit)
     for module, pair in pairs.items():
@@ -502,7 +531,8 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
             if kind in pair and not wanted:
                 raise AdapterError(
                     f"{WEIGHTS_FILE}: tensor base_model.model.{module:.200}.qaa_{kind} does not belong in an "
-                    f"adapter with inputs {shown(config.inputs)} and whitened {shown(config.whitened)}"
+                    f"adapter with inputs {shown(config.inputs)}, whitened {shown(config.whitened)} and vectors "
+                    f"{shown(config.vectors)}"
                 )
         modules[module] = _module(config, circuit, module, pair)
     check_finite(tensors)
@@ -518,7 +548,7 @@ def _module(
         if tensor.dtype not in dtypes:
             needed = f"one of {dtypes}" if len(dtypes) > 1 else str(dtypes[0])
             raise AdapterError(f"{names[kind]} has dtype {tensor.dtype}; {needed} is needed")
-    theta, weight = tensors["theta"], tensors["weight"]
+    theta = tensors["theta"]
     qubits = theta.shape[-1] if theta.ndim else 0
     try:
         shape = circuit(qubits).theta_shape
@@ -531,17 +561,34 @@ def _module(
             f"{config.ansatz!r} with {config.layers} layers, {config.heads} heads and {qubits} qubits"
         )
     rank = config.rank(qubits)
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != rank:
-        raise AdapterError(f"{names['weight']} has shape {tuple(weight.shape)}; (d_out, {rank}) is needed")
-    inputs, readouts = tensors.get("inputs"), tensors.get("readouts")
+    all_widths: dict[str, tuple[int | str, ...]] = {
+        "weight": ("d_out", rank), "lambda_b": ("d_out",), "lambda_d": (rank,), "readouts": (2, rank)
+    }  # fmt: skip
+    for kind, widths in all_widths.items():
+        if kind in tensors and not _is_shaped(tensors[kind], widths):
+            raise AdapterError(
+                f"{names[kind]} has shape {tuple(tensors[kind].shape)}; {_written(widths)} is needed"
+            )
+    inputs = tensors.get("inputs")
     if inputs is not None and not (inputs.ndim == 2 and len(inputs) == 2 and _embeds(config, inputs) == qubits):
         raise AdapterError(
             f"{names['inputs']} has shape {tuple(inputs.shape)}; (2, d_in) is needed, with a d_in that {qubits} "
             "qubits are for"
         )
-    if readouts is not None and tuple(readouts.shape) != (2, rank):
-        raise AdapterError(f"{names['readouts']} has shape {tuple(readouts.shape)}; (2, {rank}) is needed")
-    return ModuleWeights(theta.reshape(config.heads, *shape), weight, inputs, readouts)
+    b = (tensors["lambda_b"], tensors["lambda_d"]) if config.vectors else tensors["weight"]
+    return ModuleWeights(theta.reshape(config.heads, *shape), b, inputs, tensors.get("readouts"))
+
+
+def _is_shaped(tensor: torch.Tensor, widths: tuple[int | str, ...]) -> bool:
+    """Whether a tensor has these widths; one with a name is any but 0."""
+    return tensor.ndim == len(widths) and all(
+        found > 0 if isinstance(width, str) else found == width
+        for found, width in zip(tensor.shape, widths, strict=True)
+    )
+
+
+def _written(widths: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, widths))}{',' * (len(widths) == 1)})"
 
 
 def _embeds(config: AdapterConfig, inputs: torch.Tensor) -> int:
@@ -554,9 +601,10 @@ def _embeds(config: AdapterConfig, inputs: torch.Tensor) -> int:
 
 def misfit(weights: ModuleWeights, qubits: int, d_in: int, d_out: int) -> str | None:
     """Why weights are not for a layer d_in -> d_out whose input so many qubits embed; None if they are."""
-    rows = weights.weight.shape[0]
+    rows = weights.d_out
     if weights.qubits != qubits or rows != d_out:
-        needed = f"{qubits} qubits and {d_out} rows of qaa_weight"
+        kind = "lambda_b" if isinstance(weights.b, tuple) else "weight"
+        needed = f"{qubits} qubits and {d_out} rows of qaa_{kind}"
         return f"which needs {needed}; the adapter has {weights.qubits} and {rows}"
     if weights.inputs is not None and weights.inputs.shape[1] != d_in:
         return f"which needs {d_in} columns of qaa_inputs; the adapter has {weights.inputs.shape[1]}"

@@ -40,3 +40,8 @@ class CircuitOptions:
         group=_GROUP,
     )
     whitened: bool = option(True, "bring each readout to mean 0 and spread 1", group=_GROUP)
+    vectors: bool = option(
+        False,
+        "train two vectors in place of B, between which fixed signs stand; all pairs are read out by default",
+        group=_GROUP,
+    )

@@ -19,9 +19,12 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from qaa_serve.adapters import AdapterConfig, Inputs, standardised
+from qaa_serve.adapters import AdapterConfig, Inputs, ModuleWeights, signs_between, standardised
 from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.adjoint import expectation_values
+
+#: What lambda_d begins as. VeRA begins with 0.1 behind features of its scale; ours are alpha times as large.
+_FIRST_LAMBDA_D = 1 / 64
 
 _CANNOT_MERGE = (
     "a QAA adapter cannot be merged into the base weights: its update B z is not linear in x. "
@@ -84,7 +87,8 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     Attributes:
         qaa_theta: adapter name -> angles, (rows, n), or (heads, rows, n) for more than one head.
-        qaa_weight: adapter name -> B, (d_out, heads * readouts).
+        qaa_weight: adapter name -> B, (d_out, heads * readouts), unless it is made of vectors.
+        qaa_lambda_b, qaa_lambda_d: adapter name -> those, (d_out,) and (heads * readouts,).
         qaa_inputs: adapter name -> offset and scale of x's channels, (2, d_in), unless inputs are raw. They are
             measured by ``standardise``, or else on the first batch of a training.
         qaa_readouts: adapter name -> those of z, (2, heads * readouts), where it is whitened.
@@ -99,7 +103,7 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         ValueError: for an input that no circuit embeds, see ``qubits_for``.
     """
 
-    adapter_layer_names = ("qaa_theta", "qaa_weight")
+    adapter_layer_names = ("qaa_theta", "qaa_weight", "qaa_lambda_b", "qaa_lambda_d")
     other_param_names = ("qaa_form", "qaa_inputs", "qaa_readouts")
 
     # BaseTunerLayer has these; type checkers know nothing of PEFT and would find nn.Module.__getattr__.
@@ -118,6 +122,8 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.in_features, self.out_features = shape
         self.qaa_theta = nn.ParameterDict()
         self.qaa_weight = nn.ParameterDict()
+        self.qaa_lambda_b = nn.ParameterDict()
+        self.qaa_lambda_d = nn.ParameterDict()
         self.qaa_inputs = BufferDict({}, persistent=True)
         self.qaa_readouts = BufferDict({}, persistent=True)
         self.qaa_form: dict[str, _Form] = {}
@@ -132,16 +138,20 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         ansatz = config.circuit(qubits)
         shape = ansatz.theta_shape if config.heads == 1 else (config.heads, *ansatz.theta_shape)
         theta = torch.empty(shape, dtype=torch.float32).uniform_(-math.pi, math.pi)
-        weight = torch.zeros(self.out_features, config.rank(qubits), dtype=torch.float32)
+        rank = config.rank(qubits)
         self.qaa_theta[adapter_name] = nn.Parameter(theta)
-        self.qaa_weight[adapter_name] = nn.Parameter(weight)
+        if config.vectors:
+            self.qaa_lambda_b[adapter_name] = nn.Parameter(torch.zeros(self.out_features))
+            self.qaa_lambda_d[adapter_name] = nn.Parameter(torch.full((rank,), _FIRST_LAMBDA_D))
+        else:
+            self.qaa_weight[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
         form = _Form(ansatz, config.heads, config.scale(qubits), config.inputs, config.whitened)
         self.qaa_form[adapter_name] = form
         nothing = torch.tensor([[0.0], [1.0]])
         if form.inputs != "raw":
             self.qaa_inputs[adapter_name] = nothing.repeat(1, self.in_features)
         if form.whitened:
-            self.qaa_readouts[adapter_name] = nothing.repeat(1, config.rank(qubits))
+            self.qaa_readouts[adapter_name] = nothing.repeat(1, rank)
         if self.stages(adapter_name):
             self._unmeasured.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -150,14 +160,14 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but without its cast to the base's dtype: 16 bits are too few for angles."""
         device = device or self.weight.device
-        for tensors in (self.qaa_theta, self.qaa_weight, self.qaa_inputs, self.qaa_readouts):
+        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, "qaa_inputs", "qaa_readouts")):
             if adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name].data = tensors[adapter_name].data.to(device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """What was measured before an adapter was saved is not measured again."""
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._unmeasured -= {name for name in self._unmeasured if f"{prefix}qaa_weight.{name}" in state_dict}
+        self._unmeasured -= {name for name in self._unmeasured if f"{prefix}qaa_theta.{name}" in state_dict}
 
     def stages(self, adapter_name: str) -> list[str]:
         """What is to be measured, in this order: ``inputs``, ``readouts``."""
@@ -213,7 +223,28 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if adapter_name in self.qaa_readouts:
                 z = standardised(z, self.qaa_readouts[adapter_name])
             # Scaling z, not B or the result: what is kept for the backward pass is then z and B itself.
-            return linear(self.qaa_form[adapter_name].scale * z, self.qaa_weight[adapter_name].float())
+            return linear(self.qaa_form[adapter_name].scale * z, self._b(adapter_name))
+
+    def _b(self, adapter_name: str) -> torch.Tensor:
+        """B of one adapter, (d_out, heads * readouts) float32."""
+        if adapter_name in self.qaa_weight:
+            weight: torch.Tensor = self.qaa_weight[adapter_name].float()
+            return weight
+        return signs_between(self.qaa_lambda_b[adapter_name].float(), self.qaa_lambda_d[adapter_name].float())
+
+    def weights(self, adapter_name: str) -> ModuleWeights:
+        """What is stored of one adapter."""
+        form = self.qaa_form[adapter_name]
+        b: Any = (
+            (self.qaa_lambda_b, self.qaa_lambda_d) if adapter_name in self.qaa_lambda_b else (self.qaa_weight,)
+        )
+        found = tuple(tensors[adapter_name] for tensors in b)
+        return ModuleWeights(
+            self.qaa_theta[adapter_name].view(form.heads, *form.ansatz.theta_shape),
+            found if len(found) > 1 else found[0],
+            dict(self.qaa_inputs.items()).get(adapter_name),
+            dict(self.qaa_readouts.items()).get(adapter_name),
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused: a circuit has no matrix that could be added to W."""

@@ -55,7 +55,7 @@ class Method:
         refuses: option that all methods share -> why this one cannot do with it.
         trains_base: the base's own weights are trained, so that the result is a model and no adapter.
         usage: what to do with the result; may name ``{model}``, ``{output}``, ``{parent}`` and ``{name}``.
-        undecayed: part of the names of parameters with a rate of their own, which are never decayed.
+        undecayed: parts of the names of parameters with a rate of their own, which are never decayed.
     """
 
     name: ClassVar[str]
@@ -64,7 +64,7 @@ class Method:
     refuses: ClassVar[Mapping[str, str]] = {}
     trains_base: ClassVar[bool] = False
     usage: ClassVar[str] = SERVED
-    undecayed: ClassVar[str] = " "  # no name has one
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -93,7 +93,8 @@ class Method:
         groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "own": []}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                kind = "own" if self.undecayed in name else "plain" if parameter.ndim < 2 else "decayed"
+                own = any(part in name for part in self.undecayed)
+                kind = "own" if own else "plain" if parameter.ndim < 2 else "decayed"
                 groups[kind].append(parameter)
         found: ParameterGroups = [
             {"params": groups["decayed"], "lr": learning_rate},

@@ -28,10 +28,10 @@ class QAA(CircuitOptions, Method):
     name: ClassVar[str] = "qaa"
     summary: ClassVar[str] = "a quantum circuit and a linear map back"
     learning_rate: ClassVar[float] = 3e-3
-    undecayed: ClassVar[str] = ".qaa_theta."
+    undecayed: ClassVar[tuple[str, ...]] = (".qaa_theta.", ".qaa_lambda_")
 
     theta_lr: float | None = option(
-        None, "learning rate of the circuit's angles (default: 5 times --lr)", group=GROUP, above=0
+        None, "learning rate of the circuit's angles and of vectors (default: 5 times --lr)", group=GROUP, above=0
     )
     freeze_angles: bool = option(False, "leave the angles at random and train B alone", group=GROUP)
 
@@ -49,27 +49,22 @@ class QAA(CircuitOptions, Method):
             raise TrainingError(f"the base model cannot be adapted so: {error}") from error
         if self.freeze_angles:
             for name, parameter in model.named_parameters():
-                if self.undecayed in name:
+                if ".qaa_theta." in name:
                     parameter.requires_grad_(False)
         return model
 
     def groups(self, model: nn.Module, learning_rate: float, own_rate: float | None = None) -> ParameterGroups:
-        """Angles at a rate of their own."""
+        """Angles and vectors at a rate of their own."""
         return super().groups(model, learning_rate, own_rate or self.theta_lr or 5 * learning_rate)
 
     def save(self, model: Any, directory: Path, base: str) -> None:
         """Write the adapter as the server reads it."""
-        from qaa_serve.adapters import ModuleWeights, save_adapter
+        from qaa_serve.adapters import save_adapter
         from qaa_serve.training.layer import QAALinear
 
         config = model.peft_config[_ADAPTER].checked(base)
         modules = {
-            name: ModuleWeights(
-                layer.qaa_theta[_ADAPTER].view(config.heads, *layer.qaa_form[_ADAPTER].ansatz.theta_shape),
-                layer.qaa_weight[_ADAPTER],
-                dict(layer.qaa_inputs.items()).get(_ADAPTER),
-                dict(layer.qaa_readouts.items()).get(_ADAPTER),
-            )
+            name: layer.weights(_ADAPTER)
             for name, layer in model.get_base_model().named_modules()
             if isinstance(layer, QAALinear)
         }

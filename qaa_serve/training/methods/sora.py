@@ -33,7 +33,7 @@ class Sora(Lora):
     name: ClassVar[str] = "sora"
     summary: ClassVar[str] = "LoRA that prunes the ranks it does not need"
     config: ClassVar[Mapping[str, Any]] = {"peft_type": "LORA"}
-    undecayed: ClassVar[str] = ".lora_gate"
+    undecayed: ClassVar[tuple[str, ...]] = (".lora_gate",)
 
     xi: float = option(3e-4, "what a step takes off each rank's gate, as the paper has it", group=GROUP, least=0)
 
@@ -58,7 +58,7 @@ class Sora(Lora):
             def on_optimizer_step(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: N805
                 with torch.no_grad():
                     for name, gate in kwargs["model"].named_parameters():
-                        if self.undecayed in name:
+                        if ".lora_gate" in name:
                             gate.copy_(torch.nn.functional.softshrink(gate, self.xi))
 
         return [*super().callbacks(), ProximalStep()]
