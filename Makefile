@@ -80,7 +80,7 @@ venv: $(STAMP)
 
 $(VENV)/bin/python:
 	@echo "--- Setting up $(VENV), a virtual environment: seconds"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, found " + sys.version.split()[0] + ": PYTHON=python3.12 chooses another")'
 	$(PYTHON) -m venv $(VENV)
 
 # What takes long is said before: pip itself is quiet but for errors.

@@ -39,7 +39,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
         print_help()
         return 0
-    if arguments and not Path(arguments[0]).exists():
+    if arguments and not (arguments[0].startswith("-") or Path(arguments[0]).exists()):
         for command in get_close_matches(arguments[0], _COMMANDS, n=1, cutoff=0.75):
             raise UsageError(f"there is no command and no model {arguments[0]}: is {command} meant?")
     check_serve(arguments)

@@ -124,6 +124,22 @@ def test_make_serve_starts_it_beside_the_server_which_goes_on_without_it(tmp_pat
     assert asked[asked.index("--url") + 1] == "http://127.0.0.1:8123"
 
 
+def test_another_python_is_refused_with_what_to_do(tmp_path):
+    program = tmp_path / "python3.14"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\ncode = sys.argv[2]\n"
+        "sys.version_info, sys.version = (3, 14, 0), '3.14.0 (main)'\nexec(code)\n"
+    )
+    program.chmod(0o755)
+    made = subprocess.run(
+        ["make", "venv", f"VENV={tmp_path / 'venv'}", f"PYTHON={program}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert made.returncode == 2
+    assert "Python 3.11 to 3.13 is needed, found 3.14.0: PYTHON=" in made.stderr
+    assert not (tmp_path / "venv").exists()
+
+
 def test_set_up_says_what_it_does_before_each_long_stage_and_hides_no_error(tmp_path):
     """The recipe of the Makefile, with a stand-in of Python that fails to install the second time."""
     program = tmp_path / "bin" / "python"

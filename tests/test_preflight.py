@@ -51,6 +51,7 @@ def closed_port() -> int:
     [
         (["nope", "--adapters", "adapters"], "no directory nope here, .* the hub cannot be reached"),
         (["serve", "org/nope", "--adapters", "adapters"], "no directory org/nope here"),
+        (["--adapters", "missing"], "--adapters missing does not exist"),
         (["adpaters", "list"], "no command and no model adpaters: is adapters meant"),
         (["./nope"], "there is no directory ./nope"),
         (["model.gguf"], "GGUF file.*from_pretrained.*gguf_file='model.gguf'"),

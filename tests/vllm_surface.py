@@ -222,14 +222,17 @@ def parameters(node: ast.AST) -> list[str]:
     return names + ([given.kwarg.arg] if given.kwarg else [])
 
 
-def our_files() -> list[Path]:
-    return sorted(path for folder in ("qaa_serve", "plugins") for path in (ROOT / folder).rglob("*.py"))
+@cache
+def our_code() -> dict[Path, list[ast.AST]]:
+    """Our files with everything that stands in each."""
+    files = sorted(path for folder in ("qaa_serve", "plugins") for path in (ROOT / folder).rglob("*.py"))
+    return {path: [*ast.walk(ast.parse(path.read_text()))] for path in files}
 
 
 def imports() -> Iterator[tuple[str, str]]:
     """(module, name) of everything that our code imports from vLLM; the name is empty for a whole module."""
-    for path in our_files():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for nodes in our_code().values():
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
                 yield from ((node.module or "", alias.name) for alias in node.names)
             elif isinstance(node, ast.Import):
@@ -240,9 +243,9 @@ def attributes_of(name: str, folder: str = "") -> set[str]:
     """What our code asks of a variable or module of that name, in the files whose path has the folder."""
     return {
         node.attr
-        for path in our_files()
+        for path, nodes in our_code().items()
         if folder in path.parts or not folder
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
     }
 

@@ -78,7 +78,9 @@ class InsidePage(Page):
         card = directory / "README.md"
         if card.is_file():
             with ui.expansion("Card", value=True).classes("qaa-column"):
-                ui.markdown(_without_front_matter(card.read_text(errors="replace")[:200_000]))
+                # Names have_underscores, which are no emphasis.
+                text = _without_front_matter(card.read_text(errors="replace")[:200_000])
+                ui.markdown(text, extras=["fenced-code-blocks", "tables", "code-friendly"])
 
     def _show_circuit(self, directory: Path, modules: list[str], drawing: bytes) -> None:
         """The drawing, and a choice of the module that it is of."""

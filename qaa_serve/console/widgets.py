@@ -164,9 +164,9 @@ def line_chart(title: str, x_axis: Mapping[str, Any], series: list[dict[str, Any
     grey = {"textStyle": {"color": "#888"}}
     return ui.echart(
         {
-            "title": {"text": title, "left": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
+            "title": {"text": title, "padding": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
             "animation": False,
-            "grid": {"left": 55, "right": 15, "top": 60, "bottom": 35},
+            "grid": {"left": 55, "right": 15, "top": 55, "bottom": 35},
             "legend": {"top": 22, **grey},
             "tooltip": {"trigger": "axis"},
             "xAxis": x_axis,
