@@ -170,8 +170,9 @@ def test_angles_are_not_decayed(base: Path, data: Path) -> None:
     assert [group.get("weight_decay") for group in groups] == [None, 0.0]
     assert {p.shape for p in groups[1]["params"]} == {(5, 4)}
     run = _prepare(options(base, data, output=data.parent / "v", method_options={"vectors": True}))
-    (group,) = run.method.groups(run.model, 1e-3)
-    assert (group["lr"], group["weight_decay"]) == (pytest.approx(5e-3), 0.0)
+    angles, vectors = run.method.groups(run.model, 1e-3)
+    assert (angles["lr"], angles["weight_decay"], vectors["lr"], vectors["weight_decay"]) == (1e-3, 0, 5e-3, 0)
+    assert {p.ndim for p in vectors["params"]} == {1}
 
 
 class TestPacking:

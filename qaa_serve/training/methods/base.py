@@ -55,7 +55,6 @@ class Method:
         refuses: option that all methods share -> why this one cannot do with it.
         trains_base: the base's own weights are trained, so that the result is a model and no adapter.
         usage: what to do with the result; may name ``{model}``, ``{output}``, ``{parent}`` and ``{name}``.
-        undecayed: parts of the names of parameters with a rate of their own, which are never decayed.
     """
 
     name: ClassVar[str]
@@ -64,7 +63,6 @@ class Method:
     refuses: ClassVar[Mapping[str, str]] = {}
     trains_base: ClassVar[bool] = False
     usage: ClassVar[str] = SERVED
-    undecayed: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,26 +80,27 @@ class Method:
         """
         raise NotImplementedError
 
-    def groups(self, model: nn.Module, learning_rate: float, own_rate: float | None = None) -> ParameterGroups:
-        """The trainable parameters by learning rate; what has no direction to keep short is not decayed.
+    def own_rates(self, learning_rate: float) -> Mapping[str, float]:
+        """Parts of parameters' names, and the learning rate of what is called so, which is never decayed.
 
         Args:
-            model: as ``build`` made it.
-            learning_rate: of all but those with a rate of their own.
-            own_rate: of those named by ``undecayed``; None: the same.
+            learning_rate: of all others.
         """
-        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "own": []}
+        return {}
+
+    def groups(self, model: nn.Module, learning_rate: float) -> ParameterGroups:
+        """The trainable parameters by learning rate; what has no direction to keep short is not decayed."""
+        rates = {"matrices": learning_rate, "plain": learning_rate, **self.own_rates(learning_rate)}
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                own = any(part in name for part in self.undecayed)
-                kind = "own" if own else "plain" if parameter.ndim < 2 else "decayed"
-                groups[kind].append(parameter)
-        found: ParameterGroups = [
-            {"params": groups["decayed"], "lr": learning_rate},
-            {"params": groups["plain"], "lr": learning_rate, "weight_decay": 0.0},
-            {"params": groups["own"], "lr": own_rate or learning_rate, "weight_decay": 0.0},
+                own = next((part for part in self.own_rates(learning_rate) if part in name), None)
+                groups[own or ("plain" if parameter.ndim < 2 else "matrices")].append(parameter)
+        return [
+            {"params": groups[kind], "lr": rate, **({} if kind == "matrices" else {"weight_decay": 0.0})}
+            for kind, rate in rates.items()
+            if groups[kind]
         ]
-        return [group for group in found if group["params"]]
 
     def save(self, model: Any, directory: Path, base: str) -> None:
         """Write what was trained to an empty directory; an adapter's config is to name that base."""
