@@ -55,7 +55,7 @@ class QAA(CircuitOptions, Method):
         return model
 
     def own_rates(self, learning_rate: float) -> Mapping[str, float]:
-        """Vectors learn at 5 times the rate, which suits B; angles too, but for those that vectors stand behind."""
+        """Vectors learn at 5 times the rate, which suits B, and so do angles, unless vectors stand behind."""
         angles = self.theta_lr or (learning_rate if self.vectors else 5 * learning_rate)
         return {".qaa_theta.": angles, ".qaa_lambda_": 5 * learning_rate}
 
