@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 
 from qaa_serve.training import TrainingError, TrainOptions, train
-from qaa_serve.training.compare import cli, study
+from qaa_serve.training.compare import cli
 from qaa_serve.training.compare.evaluate import generate
 from qaa_serve.training.compare.figures import _parameters
 from qaa_serve.training.compare.files import model_digest, owned
@@ -34,9 +34,10 @@ from qaa_serve.training.compare.metrics import (
 )
 from qaa_serve.training.compare.paired import differences
 from qaa_serve.training.compare.plan import Variant, make_plan, read_config
+from qaa_serve.training.compare.results import at_the_edge, smoothed, summarise
 from qaa_serve.training.compare.rows import as_test_set, read_rows, split
 from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
-from qaa_serve.training.compare.study import best_point, smoothed, summarise
+from qaa_serve.training.compare.study import best_point
 from qaa_serve.training.loss import row_losses
 from qaa_serve.training.methods import COMPARED
 from qaa_serve.training.trained import load_trained
@@ -623,7 +624,7 @@ class TestCommand:
 def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out(
     chosen: float, tried: tuple[float, ...], at_the_end: bool
 ) -> None:
-    points = [{"lr": value, "layers": 2} for value in tried]
-    notes = list(study._at_the_edge("qaa", {"lr": chosen, "layers": 2}, points))
+    variant = Variant("qaa", "qaa", tuple({"lr": value, "layers": 2} for value in tried))
+    notes = list(at_the_edge(variant, {"lr": chosen, "layers": 2}))
     assert len(notes) == at_the_end
     assert all(note.startswith(f"qaa: the best lr of those tried, {chosen:g}, is at the end") for note in notes)
