@@ -109,7 +109,7 @@ class TestDryRun:
             result = train(options(base, data, method=method, overwrite=True))
             estimated = plan(options(base, data, method=method, overwrite=True)).memory
             kept = estimated["activations kept for the backward pass"]
-            assert kept == pytest.approx(result.memory.saved_for_backward, rel=0.02)
+            assert kept == pytest.approx(result.memory["saved_for_backward_bytes"], rel=0.02)
 
     def test_counts_packed_rows(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("--model", base, "--data", data, "--packing", "--max-length", 30, "--batch-size", 2)

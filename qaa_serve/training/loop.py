@@ -9,7 +9,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,11 @@ from qaa_serve.training.loss import row_losses
 from qaa_serve.training.methods import Method, Setting, check_shared, configured, get_method
 from qaa_serve.training.options import TrainOptions, names
 from qaa_serve.training.progress import Progress
-from qaa_serve.training.record import RECORD_FILE, training_record
-from qaa_serve.training.result import TrainResult
+from qaa_serve.training.result import RECORD_FILE, TrainResult, training_record
 from qaa_serve.training.targets import resolve_targets
 from qaa_serve.training.trainer import (
     AdapterTrainer,
     Flow,
-    Memory,
     PeakMemory,
     SavedBytes,
     drop_incomplete,
@@ -102,7 +101,8 @@ def train(options: TrainOptions) -> TrainResult:
     checkpoints = _checkpoints(options.output)
     resume_from = _resume_point(run, checkpoints)
     try:
-        result = _fit(run, checkpoints, resume_from)
+        with _without_cache(run.model):
+            result = _fit(run, checkpoints, resume_from)
         if result.is_worse and not options.accept_worse:
             before, after = result.compared
             raise WorseError(
@@ -440,7 +440,6 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
     evaluates = run.eval_rows is not None
     every = options.eval_steps if evaluates else options.save_steps
     interval = {"strategy": "epoch" if every is None else "steps", "steps": every or 500}
-    cache = _without_cache(run.model)  # before Trainer, which sets the same option
     progress = Progress(quiet=not is_main_process(), patience=options.patience)
     try:
         arguments = TrainingArguments(
@@ -509,7 +508,7 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
     before = _mean_loss(run.model, probed)
     memory = PeakMemory()
     started = time.perf_counter()
-    with progress, flow, cache:
+    with progress, flow:
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         except torch.OutOfMemoryError as error:
@@ -538,7 +537,12 @@ def _fit(run: _Run, checkpoints: Path, resume_from: Path | None) -> TrainResult:
         probe=(before, _mean_loss(run.model, probed)) if probed else None,
         seconds=seconds,
         seconds_per_step=flow.seconds_per_step,
-        memory=Memory(memory.start, memory.peak(), trainer.saved_for_backward or 0, memory.cuda()),
+        memory={
+            "base_rss_bytes": memory.start,
+            "peak_rss_bytes": memory.peak(),
+            "saved_for_backward_bytes": trainer.saved_for_backward or 0,
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        },
         notes=tuple(_notes(run)),
     )
 
@@ -549,18 +553,15 @@ def _mean_loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     return float(loss / max(tokens, 1))
 
 
-class _without_cache:  # noqa: N801 - reads as a verb where it is used
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
     """While training, no keys and values are kept for a next token; the setting is not to reach a saved model."""
-
-    def __init__(self, model: Any) -> None:
-        self._config = model.config
-        self._before = model.config.use_cache
-
-    def __enter__(self) -> None:
-        self._config.use_cache = False
-
-    def __exit__(self, *_: object) -> None:
-        self._config.use_cache = self._before
+    before = model.config.use_cache
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
 
 
 def _save(run: _Run, result: TrainResult) -> None:
