@@ -27,9 +27,10 @@ from qaa_serve.training.compare.results import (
     take_steps_to_loss,
     variant_entry,
 )
-from qaa_serve.training.compare.rows import Row, Rows, as_test_set, read_rows, split
+from qaa_serve.training.compare.rows import Row, as_test_set, by_prompt, notes_on, read_rows, split
 from qaa_serve.training.compare.runner import Evaluation, Reporter, Run, execute, make_evaluation, make_run
 from qaa_serve.training.compare.settings import Settings
+from qaa_serve.training.data import Usable
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.methods import Setting, configured, get_method, own_options
 
@@ -49,7 +50,7 @@ class Material:
 
     train: Sequence[Row]
     validation: Sequence[Row] | None
-    test: Rows
+    test: Usable[Row]
     digests: Mapping[str, str | None]
     test_set: Mapping[str, Any]
     notes: Sequence[str]
@@ -70,7 +71,7 @@ def prepare(settings: Settings) -> Material:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrainingError(f"the base model {settings.model!r} cannot be read: {lines[0]}") from error
 
-    def read(source: str) -> Rows:
+    def read(source: str) -> Usable[Row]:
         return read_rows(
             source,
             tokenizer,
@@ -80,7 +81,8 @@ def prepare(settings: Settings) -> Material:
         )
 
     rows, test = read(settings.data), read(settings.eval_data)
-    notes = list(dict.fromkeys([*rows.notes, *test.notes]))
+    notes = list(dict.fromkeys([*notes_on(rows), *notes_on(test)]))
+    asked = by_prompt(test.rows)
     train: Sequence[Row] = rows.rows
     held: Sequence[Row] | None = None
     digests: dict[str, str | None] = {"data": rows.digest, "eval_data": None}
@@ -89,22 +91,22 @@ def prepare(settings: Settings) -> Material:
         given = read(str(validation))
         held, digests["eval_data"] = given.rows, given.digest
     elif validation is not None:
-        train, held = split(rows, validation)
+        train, held = split(rows.rows, validation)
         digests = {
             name: digest_of([row.value for row in part]) for name, part in (("data", train), ("eval_data", held))
         }
-    shared = test.prompts.keys() & rows.prompts.keys()
+    shared = asked.keys() & by_prompt(rows.rows).keys()
     if shared:
         notes.append(
-            f"{len(shared)} of the {len(test.prompts)} test prompts are training prompts too: "
+            f"{len(shared)} of the {len(asked)} test prompts are training prompts too: "
             "the scores on them say how well answers were remembered"
         )
-    if held is not None and test.prompts.keys() & {row.prompt for row in held} - shared:
+    if held is not None and asked.keys() & {row.prompt for row in held} - shared:
         notes.append("some test prompts are validation prompts too: options were chosen by them")
-    unseen = unseen_by_rouge([[row.reference for row in group] for group in test.prompts.values()])
+    unseen = unseen_by_rouge([[row.reference for row in group] for group in asked.values()])
     if unseen:
         notes.append(
-            f"{unseen} of the {len(test.prompts)} test prompts have references without any letter a-z or digit, "
+            f"{unseen} of the {len(asked)} test prompts have references without any letter a-z or digit, "
             "which is all that ROUGE sees"
         )
     directory = Path(settings.model)
@@ -114,7 +116,7 @@ def prepare(settings: Settings) -> Material:
         validation=held,
         test=test,
         digests={"model": base, **digests},
-        test_set=_fitting(as_test_set(test), config, settings),
+        test_set=_fitting(as_test_set(test.rows), config, settings),
         notes=notes,
     )
 
