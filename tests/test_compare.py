@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 
 from qaa_serve.training import TrainingError, TrainOptions, train
-from qaa_serve.training.compare import cli, study
+from qaa_serve.training.compare import cli
 from qaa_serve.training.compare.evaluate import generate
 from qaa_serve.training.compare.figures import _parameters
 from qaa_serve.training.compare.files import model_digest, owned
@@ -34,9 +34,10 @@ from qaa_serve.training.compare.metrics import (
 )
 from qaa_serve.training.compare.paired import differences
 from qaa_serve.training.compare.plan import Variant, make_plan, read_config
-from qaa_serve.training.compare.rows import as_test_set, read_rows, split
+from qaa_serve.training.compare.results import at_the_edge, smoothed, summarise
+from qaa_serve.training.compare.rows import as_test_set, notes_on, read_rows, split
 from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
-from qaa_serve.training.compare.study import best_point, smoothed, summarise
+from qaa_serve.training.compare.study import best_point
 from qaa_serve.training.loss import row_losses
 from qaa_serve.training.methods import COMPARED
 from qaa_serve.training.trained import load_trained
@@ -167,7 +168,7 @@ class TestRows:
     def test_prompts_with_several_references(self, base: Path, tmp_path: Path) -> None:
         rows = [pair("t5 t6", "t7"), pair("t9", "t10 t11"), pair("t5 t6", "t8"), pair("t5 t6", "t7")]
         read = read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), AutoTokenizer.from_pretrained(base))
-        test = as_test_set(read)
+        test = as_test_set(read.rows)
         assert [(prompt["references"], prompt["shown"]) for prompt in test["prompts"]] == [
             (["t7", "t8"], "t5 t6"),
             (["t10 t11"], "t9"),
@@ -180,7 +181,7 @@ class TestRows:
         talk = {"messages": [{"role": "user", "content": "t5"}]}
 
         def test_set(*rows: Any) -> Any:
-            return as_test_set(read_rows(str(write_rows(tmp_path / "rows.jsonl", list(rows))), tokenizer))
+            return as_test_set(read_rows(str(write_rows(tmp_path / "rows.jsonl", list(rows))), tokenizer).rows)
 
         said = [
             {"messages": [*talk["messages"], {"role": "assistant", "content": f"t3 {t}"}]} for t in ("t6", "t7")
@@ -218,20 +219,20 @@ class TestRows:
     def test_split_is_by_prompt_and_does_not_depend_on_the_order(self, base: Path, tmp_path: Path) -> None:
         rows = [pair(f"t{i % 10 + 5}", f"t{i + 20}") for i in range(30)]
         tokenizer = AutoTokenizer.from_pretrained(base)
-        train_rows, held = split(read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer), 0.2)
+        train_rows, held = split(read_rows(str(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer).rows, 0.2)
         assert (len(train_rows), len(held)) == (24, 6)
         assert not {row.prompt for row in train_rows} & {row.prompt for row in held}
-        _, again = split(read_rows(str(write_rows(tmp_path / "turned.jsonl", rows[::-1])), tokenizer), 0.2)
+        _, again = split(read_rows(str(write_rows(tmp_path / "turned.jsonl", rows[::-1])), tokenizer).rows, 0.2)
         assert {row.prompt for row in again} == {row.prompt for row in held}
         with pytest.raises(TrainingError, match="one prompt only"):
-            split(read_rows(str(write_rows(tmp_path / "one.jsonl", rows[:1])), tokenizer), 0.2)
+            split(read_rows(str(write_rows(tmp_path / "one.jsonl", rows[:1])), tokenizer).rows, 0.2)
 
     def test_bad_rows_are_named(self, base: Path, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "rows.jsonl", [pair("t5", "t6"), {"prompt": "t5"}, pair("t5", " ")])
         tokenizer = AutoTokenizer.from_pretrained(base)
         with pytest.raises(TrainingError, match=r"2 of 3 rows cannot be used:\n  line 2: no known.*\n  line 3"):
             read_rows(str(path), tokenizer)
-        (note,) = read_rows(str(path), tokenizer, skip_bad_rows=True).notes
+        (note,) = notes_on(read_rows(str(path), tokenizer, skip_bad_rows=True))
         assert note == f"{path}: 2 unusable rows were left out"
 
 
@@ -421,7 +422,7 @@ class TestAnswers:
             )
         )
         model, tokenizer = load_trained(tmp_path / "made")
-        test = as_test_set(read_rows(str(rows), tokenizer))
+        test = as_test_set(read_rows(str(rows), tokenizer).rows)
         losses = row_losses(model, test["rows"], 4)
         alone = torch.cat([row_losses(model, [row], 1) for row in test["rows"]])
         torch.testing.assert_close(losses, alone, atol=1e-4, rtol=1e-4)
@@ -623,7 +624,7 @@ class TestCommand:
 def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out(
     chosen: float, tried: tuple[float, ...], at_the_end: bool
 ) -> None:
-    points = [{"lr": value, "layers": 2} for value in tried]
-    notes = list(study._at_the_edge("qaa", {"lr": chosen, "layers": 2}, points))
+    variant = Variant("qaa", "qaa", tuple({"lr": value, "layers": 2} for value in tried))
+    notes = list(at_the_edge(variant, {"lr": chosen, "layers": 2}))
     assert len(notes) == at_the_end
     assert all(note.startswith(f"qaa: the best lr of those tried, {chosen:g}, is at the end") for note in notes)

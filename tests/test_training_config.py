@@ -103,13 +103,14 @@ class TestDryRun:
 
     def test_memory_is_what_the_step_keeps(self, base: Path, data: Path) -> None:
         """The estimate's activations are those of the longest batch; here all batches are alike."""
-        from qaa_serve.training.loop import plan
+        from qaa_serve.training.dry_run import memory
+        from qaa_serve.training.prepare import prepare
 
         for method in ("qaa", "lora", "prefix"):
             result = train(options(base, data, method=method, overwrite=True))
-            estimated = plan(options(base, data, method=method, overwrite=True)).memory
+            estimated = memory(prepare(options(base, data, method=method, overwrite=True)))
             kept = estimated["activations kept for the backward pass"]
-            assert kept == pytest.approx(result.memory.saved_for_backward, rel=0.02)
+            assert kept == pytest.approx(result.memory["saved_for_backward_bytes"], rel=0.02)
 
     def test_counts_packed_rows(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("--model", base, "--data", data, "--packing", "--max-length", 30, "--batch-size", 2)

@@ -15,8 +15,9 @@ from training_support import ROWS, options
 from transformers import AutoModelForCausalLM
 
 from qaa_serve.training import TrainingError, train
-from qaa_serve.training.loop import _fit, _prepare
+from qaa_serve.training.loop import _fit
 from qaa_serve.training.methods import COMPARED
+from qaa_serve.training.prepare import prepare
 from qaa_serve.training.trained import load_trained
 
 
@@ -76,7 +77,7 @@ def gates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 class TestSoRA:
     def trained(self, base: Path, data: Path, xi: float, **changed: Any) -> Any:
-        run = _prepare(options(base, data, method="sora", method_options={"xi": xi, "rank": 6}, **changed))
+        run = prepare(options(base, data, method="sora", method_options={"xi": xi, "rank": 6}, **changed))
         self.before = gates(run.model)
         _fit(run, data.parent / f"checkpoints-{xi}", None)
         return run
@@ -156,7 +157,7 @@ class TestFull:
         assert again.first_loss == pytest.approx(loss_of(model), rel=0.05)
 
     def test_decay_spares_norms(self, base: Path, data: Path) -> None:
-        run = _prepare(options(base, data, method="full", weight_decay=0.5))
+        run = prepare(options(base, data, method="full", weight_decay=0.5))
         decayed, spared = run.method.groups(run.model, 1e-3)
         assert all(p.ndim == 2 for p in decayed["params"])
         assert "weight_decay" not in decayed
@@ -165,7 +166,7 @@ class TestFull:
 
 
 def test_angles_are_not_decayed(base: Path, data: Path) -> None:
-    run = _prepare(options(base, data, weight_decay=0.5))
+    run = prepare(options(base, data, weight_decay=0.5))
     groups = run.method.groups(run.model, 1e-3)
     assert [group.get("weight_decay") for group in groups] == [None, 0.0]
     assert {p.shape for p in groups[1]["params"]} == {(5, 4)}
@@ -178,7 +179,7 @@ def test_angles_are_not_decayed(base: Path, data: Path) -> None:
 class TestPacking:
     def test_changes_no_loss(self, base: Path, data: Path) -> None:
         """Rows in one line neither see each other nor shift a position: the same loss before any training."""
-        run = _prepare(options(base, data, packing=True))
+        run = prepare(options(base, data, packing=True))
         assert len(run.rows) < run.rows.source_rows == len(ROWS)
         plain = train(options(base, data, max_steps=1, eval_data=data))
         packed = train(options(base, data, max_steps=1, eval_data=data, packing=True, overwrite=True))

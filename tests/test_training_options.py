@@ -19,7 +19,7 @@ from qaa_serve.adapters import AdapterConfig, load_adapter
 from qaa_serve.training import QAAConfig, TrainingError, TrainOptions, cli, train
 from qaa_serve.training.circuit_options import CircuitOptions
 from qaa_serve.training.errors import WorseError
-from qaa_serve.training.loop import _prepare
+from qaa_serve.training.prepare import prepare
 from qaa_serve.training.trainer import AdapterTrainer
 
 
@@ -96,7 +96,7 @@ class TestSources:
         other = data.with_name("other.jsonl")
         other.write_text(data.read_text().replace("arr", "zzz"))
         given = {"output": data.parent / "out", "data_weights": weights, "seed": 1}
-        run = _prepare(TrainOptions(model=str(base), data=(data, other), **given))
+        run = prepare(TrainOptions(model=str(base), data=(data, other), **given))
         return [tuple(row["input_ids"]) for row in run.rows.rows]
 
     def test_a_weight_is_how_often_rows_come(self, base: Path, data: Path) -> None:

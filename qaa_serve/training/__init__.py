@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from qaa_serve.training.config import QAAConfig
     from qaa_serve.training.layer import QAALinear
     from qaa_serve.training.loop import train
-    from qaa_serve.training.model import QAAModel
+    from qaa_serve.training.model import QAAModel, register
     from qaa_serve.training.options import TrainOptions
-    from qaa_serve.training.registration import register
     from qaa_serve.training.result import TrainResult
 
 __all__ = [
@@ -38,7 +37,7 @@ _HOMES = {
     "QAAModel": "model",
     "TrainOptions": "options",
     "TrainResult": "result",
-    "register": "registration",
+    "register": "model",
     "train": "loop",
 }
 
@@ -46,7 +45,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qaa_serve.training.registration import register
+    from qaa_serve.training.model import register
 
     register()
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

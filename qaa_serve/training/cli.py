@@ -14,7 +14,6 @@ from qaa_serve.training.methods import METHODS, configured, get_method
 from qaa_serve.training.options import ADAPTER, WHAT, TrainOptions
 
 if TYPE_CHECKING:
-    from qaa_serve.training.loop import Plan
     from qaa_serve.training.result import TrainResult
 
 DESCRIPTION = """\
@@ -136,17 +135,18 @@ def run(args: argparse.Namespace) -> int:
         return 130
 
 
-def _run(options: TrainOptions, dry_run: bool) -> int:
+def _run(options: TrainOptions, dry: bool) -> int:
     from transformers.utils import logging
 
     from qaa_serve.adapters import AdapterError
-    from qaa_serve.training.loop import plan, train
+    from qaa_serve.training.dry_run import dry_run
+    from qaa_serve.training.loop import train
     from qaa_serve.training.trainer import is_main_process
 
     logging.disable_progress_bar()
     try:
-        if dry_run:
-            _print_plan(options, plan(options))
+        if dry:
+            dry_run(options)
         else:
             result = train(options)
             if is_main_process():
@@ -176,39 +176,6 @@ def _summary(options: TrainOptions, result: TrainResult) -> str:
         )
     lines += [f"saved in {result.output}", usage(get_method(options.method), options.to_json())]
     return "\n".join(lines)
-
-
-def _print_plan(options: TrainOptions, found: Plan) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from qaa_serve.training.card import percent
-
-    console = Console(highlight=False)
-    rows, lines = found.rows
-    packed = f" packed into {lines:,}" if lines != rows else ""
-    say = [
-        *found.notes,
-        f"adapted layers: {', '.join(found.target_modules)}" if found.target_modules else "",
-        f"trained parameters: {found.trainable:,} ({percent(found.trainable, found.total)} of the base's "
-        f"{found.total:,})",
-        f"data: {rows:,} rows{packed}, {found.tokens:,} tokens, of which the loss is on {found.answer_tokens:,}",
-        f"steps: {found.steps:,} of {options.batch_size} x {options.grad_accum} rows",
-        f"memory: {_megabytes(sum(found.memory.values()))}, as an estimate: "
-        + ", ".join(f"{what} {_megabytes(size)}" for what, size in found.memory.items()),
-        "first row, the part that the loss is on in [[ ]]:" if not console.is_terminal else "first row:",
-    ]
-    for line in filter(None, say):
-        console.print(line, markup=False, soft_wrap=True)
-    example = Text()
-    for text, learnt in found.example:
-        shown = f"[[{text}]]" if learnt and not console.is_terminal else text
-        example.append(shown, style="bold green" if learnt else "dim")
-    console.print(example, soft_wrap=True)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,37 +41,29 @@ class Usable(Generic[T]):
     """What was made of a source's rows.
 
     Attributes:
+        name: the source, as it was given.
         rows: of the usable ones.
         digest: SHA-256 of the source, in hex.
         problems: one line a row that was left out, each with its place.
         unused: keys in the rows that nothing was made of.
     """
 
-    rows: list[T]
+    name: str
+    rows: Sequence[T]
     digest: str
     problems: tuple[str, ...]
     unused: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Examples(Dataset[dict[str, list[int]]]):
-    """The usable rows of a source.
+class Examples(Usable[dict[str, list[int]]], Dataset[dict[str, list[int]]]):
+    """Rows to train on: ``input_ids`` and ``labels`` of each; ``position_ids`` too where rows are packed.
 
     Attributes:
-        name: the source, as it was given.
-        rows: one dictionary a row: ``input_ids`` and ``labels``; ``position_ids`` too where rows are packed.
-        digest: SHA-256 of the source, in hex.
-        problems: one line a row that was left out, each with its place.
-        unused: keys in the rows that nothing was made of.
         shortened: how many rows were cut to ``max_length`` tokens.
         source_rows: number of usable rows of the source: more than ``rows`` if they are packed.
     """
 
-    name: str
-    rows: Sequence[dict[str, list[int]]]
-    digest: str
-    problems: tuple[str, ...]
-    unused: tuple[str, ...]
     shortened: int
     source_rows: int
 
@@ -160,9 +152,8 @@ def read_examples(
         shortened += len(ids) > max_length
         return {"input_ids": ids[:max_length], "labels": labels}
 
-    name = str(source)
-    read = read_usable(name, encode, skip_bad_rows=skip_bad_rows, remedy="--skip-bad-rows")
-    return Examples(name, read.rows, read.digest, read.problems, read.unused, shortened, len(read.rows))
+    read = read_usable(str(source), encode, skip_bad_rows=skip_bad_rows, remedy="--skip-bad-rows")
+    return Examples(**vars(read), shortened=shortened, source_rows=len(read.rows))
 
 
 def read_usable(name: str, use: Callable[[dict[str, Any]], T], *, skip_bad_rows: bool, remedy: str) -> Usable[T]:
@@ -200,7 +191,7 @@ def read_usable(name: str, use: Callable[[dict[str, Any]], T], *, skip_bad_rows:
         )
     if not rows:
         raise TrainingError(f"data {name} has no rows")
-    return Usable(rows, found.digest, tuple(problems), tuple(sorted(unused)))
+    return Usable(name, rows, found.digest, tuple(problems), tuple(sorted(unused)))
 
 
 def with_references(row: object) -> list[Any]:

@@ -1,17 +1,21 @@
-"""QAA as a PEFT tuner: puts QAALinear in the place of the target modules."""
+"""QAA as a PEFT tuner: puts QAALinear in the place of the target modules, and makes PEFT know the method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType
 from torch import nn
 
 from qaa_serve.training.config import QAAConfig
+from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.layer import Moments, QAALinear
+from qaa_serve.training.peft_type import qaa_type
 from qaa_serve.training.targets import resolve_targets
 
 
@@ -74,3 +78,32 @@ def standardise(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]],
             layer._disable_adapters = False
             layer.standardise(adapter_name, stage, moments[layer])
     model.train(training)
+
+
+def register() -> PeftType:
+    """Add QAA to PEFT's methods, through private tables that have no public door, once; later calls do nothing.
+
+    Returns:
+        The member ``PeftType.QAA``.
+
+    Raises:
+        TrainingError: for a PEFT whose tables are not known to be the same, or that has another QAA.
+    """
+    member = qaa_type()
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import register_peft_method
+
+        if member not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            register_peft_method(name="qaa", config_cls=QAAConfig, model_cls=QAAModel)
+        registered = PEFT_TYPE_TO_CONFIG_MAPPING[member]
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"QAA could not be entered into the tables of peft {peft.__version__}: {error}"
+        ) from error
+    if registered is not QAAConfig:
+        raise TrainingError(
+            f"PEFT's method QAA belongs to {registered.__module__}.{registered.__qualname__} already: "
+            "do not import that package together with this one"
+        )
+    return member

@@ -1,11 +1,26 @@
-"""What a training gives back."""
+"""What a training gives back, and what training.json says of it. The README.md beside that says it to people."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from qaa_serve.training.trainer import Memory
+import peft
+import torch
+import transformers
+
+from qaa_serve import __version__
+from qaa_serve.training.data import Examples
+from qaa_serve.training.options import TrainOptions
+
+RECORD_FILE = "training.json"
+RECORD_FORMAT = 1
+
+#: Of a result, what is not in the record under the same name.
+_UNRECORDED = ("output", "rows", "probe", "notes")
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,9 @@ class TrainResult:
         probe: loss on a few of the training rows before and after; None with evaluation data.
         seconds: duration of the training loop; after a resumption that of its last part.
         seconds_per_step: median duration of a step, evaluation left out.
-        memory: bytes.
+        memory: bytes: ``base_rss_bytes`` and ``peak_rss_bytes``, resident before and at most during training;
+            ``saved_for_backward_bytes``, kept by autograd for the first batch, without parameters;
+            ``peak_cuda_bytes``, the most that the CUDA allocator handed out, None without a GPU.
         notes: lines about rows that were left out or cut.
     """
 
@@ -47,7 +64,7 @@ class TrainResult:
     probe: tuple[float, float] | None
     seconds: float
     seconds_per_step: float
-    memory: Memory
+    memory: Mapping[str, int | None]
     notes: tuple[str, ...]
 
     @property
@@ -82,6 +99,50 @@ class TrainResult:
         """Whether the training did more harm than good. The few rows of the probe may be a hundredth off."""
         before, after = self.compared
         return not after <= before * (1.0 if self.evaluations else 1.01)
+
+
+def training_record(
+    options: TrainOptions,
+    used: dict[str, Any],
+    rows: Examples,
+    eval_rows: Examples | None,
+    result: TrainResult,
+    directory: Path,
+) -> dict[str, Any]:
+    """The object to write to training.json; docs/training.md lists its keys.
+
+    Args:
+        options: as given.
+        used: options with the values that stood for None or were the method's defaults.
+        rows: what was trained on.
+        eval_rows: what was evaluated on.
+        result: what came out.
+        directory: holds the weights already.
+    """
+
+    def source(read: Examples) -> dict[str, Any]:
+        return {"source": read.name, "rows": read.source_rows, "sha256": read.digest}
+
+    return {
+        "format": RECORD_FORMAT,
+        "method": options.method,
+        "options": options.to_json() | used,
+        "versions": {  # of everything that the numbers depend on
+            "qaa-serve": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "python": platform.python_version(),
+        },
+        "data": source(rows),
+        "eval_data": None if eval_rows is None else source(eval_rows),
+        **{field.name: getattr(result, field.name) for field in fields(result) if field.name not in _UNRECORDED},
+        "first_loss": result.first_loss,
+        "train_loss": result.train_loss,
+        "base_eval_loss": result.base_eval_loss,
+        "eval_loss": result.eval_loss,
+        "adapter_bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+    }
 
 
 def _mean(values: tuple[float, ...]) -> float:

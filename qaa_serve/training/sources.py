@@ -41,12 +41,10 @@ class Source:
     """All rows of a source.
 
     Attributes:
-        name: as it was given.
         digest: SHA-256, in hex, of the file, or of the rows as JSON where there is no single file.
         rows: in order.
     """
 
-    name: str
     digest: str
     rows: list[SourceRow]
 
@@ -83,7 +81,7 @@ def _read_file(name: str, path: Path) -> Source:
             rows = list((reader or _json_lines)(_as_utf8(text)))
         except (TrainingError, csv.Error, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
             raise TrainingError(f"data file {name} cannot be read: {error}") from error
-    return Source(name, hashlib.sha256(content).hexdigest(), rows)
+    return Source(hashlib.sha256(content).hexdigest(), rows)
 
 
 def _as_utf8(content: bytes) -> bytes:
@@ -148,7 +146,7 @@ def _read_data_set(name: str) -> Source:
     hashed = hashlib.sha256()
     for row in rows:
         hashed.update(json.dumps(row.value, sort_keys=True, default=str).encode() + b"\n")
-    return Source(name, hashed.hexdigest(), rows)
+    return Source(hashed.hexdigest(), rows)
 
 
 def _data_set_rows(name: str, path: str, **options: Any) -> list[SourceRow]:

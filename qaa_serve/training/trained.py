@@ -51,7 +51,7 @@ def load_trained(
         if config.is_file():
             from peft import PeftModel
 
-            from qaa_serve.training.registration import register
+            from qaa_serve.training.model import register
 
             register()
             loaded = PeftModel.from_pretrained(loaded, directory)

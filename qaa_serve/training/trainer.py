@@ -12,7 +12,6 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -291,23 +290,6 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return self
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of this process.
-
-    Attributes:
-        base_rss: resident before training, with the model loaded.
-        peak_rss: the most that was resident during training.
-        saved_for_backward: kept for the backward pass of the first batch, without parameters.
-        peak_cuda: the most that the CUDA allocator handed out; None without a GPU.
-    """
-
-    base_rss: int
-    peak_rss: int
-    saved_for_backward: int
-    peak_cuda: int | None
-
-
 class PeakMemory:
     """From its making to ``peak()``: the most memory that was resident."""
 
@@ -326,11 +308,6 @@ class PeakMemory:
         """Bytes; where the mark cannot be reset, since the process began."""
         mark = _status("VmHWM") if self._resets else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         return max(mark, self.start)  # the kernel's two counters are not quite in step
-
-    @staticmethod
-    def cuda() -> int | None:
-        """Bytes of CUDA's allocator at its peak."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _status(key: str) -> int:

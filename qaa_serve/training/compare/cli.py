@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qaa_serve.training import options
 from qaa_serve.training.compare.settings import AGAIN, WHAT, Settings
 from qaa_serve.training.errors import TrainingError
-from qaa_serve.training.fields import add_fields, flag
+from qaa_serve.training.fields import add_fields
 from qaa_serve.training.methods import COMPARED, METHODS
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _compare(args: argparse.Namespace) -> int:
     from qaa_serve.training.compare.display import Display
     from qaa_serve.training.compare.peft_results import write_peft_results
     from qaa_serve.training.compare.plan import make_plan, read_config
-    from qaa_serve.training.compare.report import write_report
+    from qaa_serve.training.compare.report import quality_lines, write_report
     from qaa_serve.training.compare.study import Study, prepare
 
     logging.disable_progress_bar()
@@ -168,7 +168,11 @@ def _compare(args: argparse.Namespace) -> int:
     )
     settings = Settings(
         plan=plan,
-        command=["qaa-serve", "compare", *_command_line(args)],
+        command=[
+            "qaa-serve",
+            "compare",
+            *(each for each in getattr(args, "command_line", ()) if each != "--retry-failed"),
+        ],
         **{name: given[name] for name in Settings.__dataclass_fields__ if name in given},
     )
     material = prepare(settings)
@@ -191,14 +195,13 @@ def _compare(args: argparse.Namespace) -> int:
         print(f"failed: the base: {results['base']['reason']}", file=sys.stderr)
     if failed:
         print("the same command with --retry-failed trains these again", file=sys.stderr)
-    print(_short_table(results))
+    print(quality_lines(results))
     print(f"report: {reports[1]} (also {reports[0].name}, results.json, figures/, peft/)")
     return 1 if failed or results["base"]["reason"] else 0
 
 
 def _planned(settings: Settings, material: Material) -> str:
     from qaa_serve.training.compare.plan import check_options, options_text
-    from qaa_serve.training.compare.runner import training_of
     from qaa_serve.training.compare.study import Study, planned_parameters
     from qaa_serve.training.trainer import planned_steps
 
@@ -217,47 +220,13 @@ def _planned(settings: Settings, material: Material) -> str:
             size = "?" if parameters is None else f"{parameters:,}"
             own = {key: value for key, value in point.items() if key not in plan.common}
             text = options_text(own)
-            done = " (finished already)" if training_of(run) else ""
+            done = " (finished already)" if run.result() else ""
             lines.append(f"  {text}: {steps:,} steps, {size} parameters{done}")
         trainings = len(variant.points) - 1 + len(plan.seeds)
         total += trainings
         chosen = f" of which {len(variant.points)} to choose by" if len(variant.points) > 1 else ""
         lines.append(f"  {trainings} trainings{chosen}")
     return "\n".join([*lines, f"{total} trainings in all, {len(plan.variants) * len(plan.seeds) + 1} evaluations"])
-
-
-def _short_table(results: dict[str, Any]) -> str:
-    width = max(len(variant["name"]) for variant in results["variants"])
-    lines = [f"{'':{width}}  {'parameters':>14}  {'test loss':>9}  {'BLEU':>6}  {'ROUGE-L':>7}"]
-    base = results["base"]["scores"]
-    if base:
-        lines.append(
-            f"{'base':{width}}  {0:>14}  {base['test_loss']:>9.3f}  {base['bleu']:>6.2f}  {base['rouge_l']:>7.2f}"
-        )
-    for variant in results["variants"]:
-        means = {name: found["mean"] for name, found in variant["summary"].items()}
-        if "bleu" in means:
-            lines.append(
-                f"{variant['name']:{width}}  {means['trainable']:>14,.0f}  {means['test_loss']:>9.3f}  "
-                f"{means['bleu']:>6.2f}  {means['rouge_l']:>7.2f}"
-            )
-        else:
-            lines.append(f"{variant['name']:{width}}  failed")
-    return "\n".join(lines)
-
-
-def _command_line(args: argparse.Namespace) -> list[str]:
-    """The arguments again, those that were given."""
-    line: list[str] = []
-    for name, value in vars(args).items():
-        if name in ("dry_run", "retry_failed") or value in (None, ()):
-            continue
-        line.append(flag(name))
-        if name in ("methods", "seeds"):
-            line.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-        elif value is not True:
-            line += map(str, value if isinstance(value, list) else [value])
-    return line
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -284,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command itself; returns the exit status."""
     parser = argparse.ArgumentParser(prog="qaa-serve compare")
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return run(parser.parse_args(arguments, argparse.Namespace(command_line=tuple(arguments))))
 
 
 if __name__ == "__main__":

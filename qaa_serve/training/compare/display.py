@@ -11,7 +11,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-_STEP = re.compile(r"step (\d+)(?:/(\d+))?")
+_COURSE = re.compile(r"step \d|\d of \d+ prompts")
 
 
 class Display:
@@ -52,9 +52,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Shows where it is, if its last line says so."""
-        if text.startswith("evaluating "):
-            self._bar.update(self._task, description=escape(text))
-        elif _STEP.search(text):
+        if _COURSE.search(text):
             self._bar.update(self._task, description=escape(f"{self._title}: {text}"))
 
     def end(self, title: str, outcome: str) -> None:

@@ -1,12 +1,7 @@
-"""Has models answer the test set: one process for all that are to be evaluated, one after the other.
-
-``python -m qaa_serve.training.compare.evaluate JOB.json``. What comes out of a model lies in its own file when
-the process goes on to the next one, so that a process that dies takes one model's result with it and no more.
-"""
+"""Has one model answer the test set: ``python -m qaa_serve.training.compare.evaluate JOB.json``."""
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
@@ -29,76 +24,63 @@ EVALUATION_FORMAT = 2
 
 
 def main(job_file: Path) -> int:
-    """Evaluate the models of a job.
+    """Evaluate a model and write what came out.
 
     Args:
-        job_file: an object with ``model``, ``test`` (a file as ``rows.as_test_set`` has it), ``batch_size``,
-            ``max_new_tokens``, ``bf16``, ``threads``, ``trust_remote_code``, and ``models``: a list of ``name``,
-            ``directory`` (None: the base), ``output`` (the result's file), ``failure`` (the file of the reason
-            if there is no result) and ``digest``.
+        job_file: an object with ``model`` (the base), ``directory`` (of what was trained on it; None: nothing),
+            ``test`` (a file as ``rows.as_test_set`` has it), ``batch_size``, ``max_new_tokens``, ``bf16``,
+            ``threads``, ``trust_remote_code``, ``output`` (the result's file) and ``digest``.
+
+    The result has ``format``, ``digest``, ``loss`` (nats a token), ``tokens``, ``prompt_nats`` and
+    ``prompt_tokens`` (sums by prompt), ``texts`` (one a prompt), ``generated_tokens`` and ``seconds``.
+
+    Raises:
+        TrainingError: if the model cannot be loaded, or its loss is no number.
     """
     job = json.loads(job_file.read_bytes())
     test = json.loads(Path(job["test"]).read_bytes())
     logging.disable_progress_bar()
     if job["threads"]:
         torch.set_num_threads(job["threads"])
-    for number, model in enumerate(job["models"], start=1):
-        title = f"evaluating {model['name']} ({number} of {len(job['models'])})"
-        print(title, flush=True)
-        try:
-            result = _evaluate(job, model["directory"], test, title)
-        except Exception as error:  # one model's trouble is not the others'
-            print(f"{title}: {type(error).__name__}: {error}", flush=True)
-            write_json(Path(model["failure"]), {"reason": f"{type(error).__name__}: {error}"})
-        else:
-            write_json(Path(model["output"]), {"format": EVALUATION_FORMAT, "digest": model["digest"], **result})
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return 0
-
-
-def _evaluate(job: dict[str, Any], directory: str | None, test: dict[str, Any], title: str) -> dict[str, Any]:
     started = time.perf_counter()
     model, tokenizer = load_trained(
-        Path(directory or job["model"]),
+        Path(job["directory"] or job["model"]),
         job["model"],
         dtype=torch.bfloat16 if job["bf16"] else torch.float32,
         trust_remote_code=job["trust_remote_code"],
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    losses = torch.zeros(len(test["prompts"]), 2, dtype=torch.float64)
-    of_rows = row_losses(model, test["rows"], job["batch_size"])
-    losses.index_add_(0, torch.tensor([row["prompt"] for row in test["rows"]]), of_rows)
+    prompts, batch = [prompt["ids"] for prompt in test["prompts"]], job["batch_size"]
+    losses = torch.zeros(len(prompts), 2, dtype=torch.float64)
+    losses.index_add_(
+        0, torch.tensor([row["prompt"] for row in test["rows"]]), row_losses(model, test["rows"], batch)
+    )
     nats, tokens = losses.sum(0).tolist()
     loss = nats / tokens
     if not math.isfinite(loss):
         raise TrainingError(f"the loss on the test set is {loss}")
-    texts: list[str] = [""] * len(test["prompts"])
-    lengths = 0
-    for done, (place, answer) in enumerate(
-        generate(
-            model,
-            tokenizer,
-            [prompt["ids"] for prompt in test["prompts"]],
-            batch_size=job["batch_size"],
-            max_new_tokens=job["max_new_tokens"],
-        ),
-        start=1,
+    answers: dict[int, list[int]] = {}
+    for place, answer in generate(
+        model, tokenizer, prompts, batch_size=batch, max_new_tokens=job["max_new_tokens"]
     ):
-        texts[place] = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        lengths += len(answer)
-        if done % job["batch_size"] == 0:
-            print(f"{title}: {done} of {len(texts)} prompts", flush=True)
-    return {
+        answers[place] = answer
+        if len(answers) % batch == 0:
+            print(f"{len(answers)} of {len(prompts)} prompts", flush=True)
+    result = {
+        "format": EVALUATION_FORMAT,
+        "digest": job["digest"],
         "loss": loss,
         "tokens": int(tokens),
         "prompt_nats": losses[:, 0].tolist(),
         "prompt_tokens": losses[:, 1].int().tolist(),
-        "texts": texts,
-        "generated_tokens": lengths,
+        "texts": [
+            tokenizer.decode(answers[place], skip_special_tokens=True).strip() for place in range(len(prompts))
+        ],
+        "generated_tokens": sum(map(len, answers.values())),
         "seconds": time.perf_counter() - started,
     }
+    write_json(Path(job["output"]), result)
+    return 0
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qaa_serve.training.compare.plan import BASE
-from qaa_serve.training.compare.study import smoothed
+from qaa_serve.training.compare.results import smoothed
 
 #: Told apart by people who see few colours too; readable on white and on black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
@@ -24,13 +25,22 @@ _PAPER = {
     "dark": {"ink": "#dddddd", "paper": "#1b1d20", "grid": "#3a3d42"},
 }
 
-_QUALITY = (
-    ("bleu", "BLEU", "more is better"),
-    ("rouge_l", "ROUGE-L (F1, %)", "more is better"),
-    ("exact_match", "exact match (%)", "more is better"),
-    ("bertscore", "BERTScore (F1, %)", "more is better"),
-    ("test_loss", "test loss (nats a token)", "less is better"),
-)
+#: Figure of bars -> what each panel shows: a key of the summaries, the unit in which it is drawn, its title.
+_BARS = {
+    "quality": (
+        ("bleu", 1, "BLEU, more is better"),
+        ("rouge_l", 1, "ROUGE-L (F1, %), more is better"),
+        ("exact_match", 1, "exact match (%), more is better"),
+        ("bertscore", 1, "BERTScore (F1, %), more is better"),
+        ("test_loss", 1, "test loss (nats a token), less is better"),
+    ),
+    "memory": (
+        ("peak_rss_bytes", 2**20, "peak resident memory of the process (MiB)"),
+        ("saved_for_backward_bytes", 2**20, "kept for the backward pass, first step (MiB)"),
+        ("peak_cuda_bytes", 2**30, "peak of the CUDA allocator (GiB)"),
+    ),
+    "seconds": (("seconds_per_step", 1, "seconds a step (median of a training, mean over seeds)"),),
+}
 
 
 def draw(results: Mapping[str, Any], paper: str = "light") -> dict[str, bytes]:
@@ -49,9 +59,7 @@ def draw(results: Mapping[str, Any], paper: str = "light") -> dict[str, bytes]:
         "loss": _loss,
         "course": _course,
         "parameters": _parameters,
-        "quality": _quality,
-        "memory": _memory,
-        "seconds": _seconds,
+        **{name: partial(_bars, panels=panels) for name, panels in _BARS.items()},
     }
     style: Any = {
         "font.size": 9,
@@ -85,10 +93,18 @@ def _colours(results: Mapping[str, Any]) -> dict[str, str]:
     return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)} | {BASE: _BASE_COLOUR}
 
 
-def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def _finals(results: Mapping[str, Any], variant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A variant's final trainings."""
+    return [
+        run
+        for run in results["runs"]
+        if run["variant"] == variant["name"] and run["role"] == "final" and run["training"]
+    ]
+
+
+def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, list(axes[0])
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _loss(results: Mapping[str, Any]) -> Figure | None:
@@ -97,11 +113,7 @@ def _loss(results: Mapping[str, Any]) -> Figure | None:
     starts: list[float] = []
     highest = 0.0
     for variant in results["variants"]:
-        curves = [
-            smoothed(run["training"]["losses"])
-            for run in results["runs"]
-            if run["variant"] == variant["name"] and run["role"] == "final" and run["training"]
-        ]
+        curves = [smoothed(run["training"]["losses"]) for run in _finals(results, variant)]
         if not curves:
             continue
         starts += [curve[0] for curve in curves]
@@ -131,10 +143,11 @@ def _loss(results: Mapping[str, Any]) -> Figure | None:
 def _course(results: Mapping[str, Any]) -> Figure | None:
     """Gradient norm and learning rate of every step, of each variant's first seed."""
     figure, axes = _new(8, 3.2, 2)
-    first: dict[str, Any] = {}
-    for run in results["runs"]:
-        if run["role"] == "final" and run["training"]:
-            first.setdefault(run["variant"], run["training"])
+    first = {
+        variant["name"]: finals[0]["training"]
+        for variant in results["variants"]
+        if (finals := _finals(results, variant))
+    }
     if not any(record.get("grad_norms") for record in first.values()):
         return None
     colours = _colours(results)
@@ -163,8 +176,8 @@ def _parameters(results: Mapping[str, Any]) -> Figure | None:
     for variant in results["variants"]:
         seeds = [
             (run["training"]["trainable"], run["scores"]["test_loss"])
-            for run in results["runs"]
-            if run["variant"] == variant["name"] and run["role"] == "final" and run["training"] and run["scores"]
+            for run in _finals(results, variant)
+            if run["scores"]
         ]
         if seeds:
             curves.setdefault(_curve(variant), []).append((variant["name"], seeds))
@@ -192,95 +205,42 @@ def _parameters(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _bars(
-    axes: Axes, results: Mapping[str, Any], bars: Sequence[tuple[str, float, float | None]], text: str
-) -> None:
-    colours = _colours(results)
-    widest = max(value + (sd or 0.0) for _, value, sd in bars) or 1.0
-    for place, (name, value, sd) in enumerate(bars):
-        axes.barh(place, value, height=0.62, color=colours[name])
-        if sd:
-            axes.errorbar(value, place, xerr=sd, color=mpl.rcParams["text.color"], lw=1, capsize=2)
-        axes.text(value + (sd or 0.0) + 0.015 * widest, place, f"{value:.4g}", va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    axes.set_xlim(0, 1.17 * widest)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel(text)
-
-
-def _quality(results: Mapping[str, Any]) -> Figure | None:
+def _bars(results: Mapping[str, Any], panels: Sequence[tuple[str, float, str]]) -> Figure | None:
     base = results["base"]["scores"] or {}
     shown = []
-    for key, title, direction in _QUALITY:
-        bars = [(BASE, base[key], None)] if key in base else []
+    for key, unit, title in panels:
+        bars = [(BASE, base[key] / unit, 0.0)] if key in base else []
         bars += [
-            (variant["name"], variant["summary"][key]["mean"], variant["summary"][key]["sd"])
+            (variant["name"], found["mean"] / unit, (found["sd"] or 0.0) / unit)
             for variant in results["variants"]
-            if key in variant["summary"]
-        ]
-        if bars:
-            shown.append((title, direction, bars))
-    if not shown:
-        return None
-    rows = -(-len(shown) // 2)
-    most = max(len(bars) for _, _, bars in shown)
-    figure = Figure(figsize=(8, rows * (0.8 + 0.3 * most)), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False)
-    places = [axes for line in grid for axes in line]
-    for axes, (title, direction, bars) in zip(places, shown, strict=False):
-        _bars(axes, results, bars, "")
-        axes.set_title(f"{title}, {direction}", loc="left")
-    for axes in places[len(shown) :]:
-        axes.remove()
-    return figure
-
-
-def _one(results: Mapping[str, Any], key: str, unit: float, text: str) -> Figure | None:
-    bars = [
-        (
-            variant["name"],
-            variant["summary"][key]["mean"] / unit,
-            None if variant["summary"][key]["sd"] is None else variant["summary"][key]["sd"] / unit,
-        )
-        for variant in results["variants"]
-        if key in variant["summary"]
-    ]
-    if not bars:
-        return None
-    figure, (axes,) = _new(7, 0.8 + 0.34 * len(bars))
-    _bars(axes, results, bars, text)
-    return figure
-
-
-def _memory(results: Mapping[str, Any]) -> Figure | None:
-    cuda = any("peak_cuda_bytes" in variant["summary"] for variant in results["variants"])
-    if cuda:
-        return _one(results, "peak_cuda_bytes", 2**30, "peak of the CUDA allocator (GiB)")
-    parts = (
-        ("peak_rss_bytes", "peak resident memory of the process (MiB)"),
-        ("saved_for_backward_bytes", "kept for the backward pass, first step (MiB)"),
-    )
-    shown = []
-    for key, title in parts:
-        bars = [
-            (
-                variant["name"],
-                variant["summary"][key]["mean"] / 2**20,
-                (variant["summary"][key]["sd"] or 0.0) / 2**20,
-            )
-            for variant in results["variants"]
-            if key in variant["summary"]
+            if (found := variant["summary"].get(key))
         ]
         if bars:
             shown.append((title, bars))
     if not shown:
         return None
-    figure, places = _new(8, 0.9 + 0.34 * len(shown[0][1]), len(shown))
-    for axes, (title, bars) in zip(places, shown, strict=True):
-        _bars(axes, results, bars, title)
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    height = 0.8 + 0.3 * max(len(bars) for _, bars in shown)
+    figure = Figure(figsize=(8 if columns > 1 else 7, rows * height), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, bars) in zip(places, shown, strict=False):
+        _draw_bars(axes, bars, _colours(results))
+        axes.set_title(title, loc="left")
+    for axes in places[len(shown) :]:
+        axes.remove()
     return figure
 
 
-def _seconds(results: Mapping[str, Any]) -> Figure | None:
-    return _one(results, "seconds_per_step", 1.0, "seconds a step (median of a training, mean over seeds)")
+def _draw_bars(axes: Axes, bars: Sequence[tuple[str, float, float]], colours: Mapping[str, str]) -> None:
+    """Of names with value and standard deviation each."""
+    widest = max(value + sd for _, value, sd in bars) or 1.0
+    for place, (name, value, sd) in enumerate(bars):
+        axes.barh(place, value, height=0.62, color=colours[name])
+        if sd:
+            axes.errorbar(value, place, xerr=sd, color=mpl.rcParams["text.color"], lw=1, capsize=2)
+        axes.text(value + sd + 0.015 * widest, place, f"{value:.4g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.set_xlim(0, 1.17 * widest)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")

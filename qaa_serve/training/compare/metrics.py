@@ -120,6 +120,7 @@ class BertScore:
             directory's name, else the last.
 
     Attributes:
+        model: as given.
         layers: the one in use.
         description: model, layer and version, for the report.
 
@@ -147,7 +148,7 @@ class BertScore:
             f"{model.name}, layer {self.layers} of {total}, no idf, no rescaling, "
             f"bert_score {bert_score.__version__}"
         )
-        self._model = model
+        self.model = model
         self._is_t5 = config.model_type == "t5"
         self._scorer: Any = None
 
@@ -160,12 +161,12 @@ class BertScore:
             logging.disable_progress_bar()
             try:
                 with tempfile.TemporaryDirectory(prefix="encoder-") as scratch:
-                    path = self._model.resolve()
+                    path = self.model.resolve()
                     if "t5" in str(path) and not self._is_t5:  # bert_score takes any such path for a T5's
                         path = Path(scratch) / "link"
-                        path.symlink_to(self._model.resolve())
+                        path.symlink_to(self.model.resolve())
                     self._scorer = bert_score.BERTScorer(model_type=str(path), num_layers=self.layers)
             except Exception as error:
-                raise TrainingError(f"--bertscore-model {self._model} cannot be loaded: {error}") from error
+                raise TrainingError(f"--bertscore-model {self.model} cannot be loaded: {error}") from error
         _, _, f1 = self._scorer.score(list(texts), [list(refs) for refs in references], batch_size=32)
         return 100 * float(f1.mean())

@@ -67,11 +67,6 @@ class Plan:
     validation: float | Path | None
     common: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def selects(self) -> bool:
-        """Whether any variant has more than one point."""
-        return any(len(variant.points) > 1 for variant in self.variants)
-
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config file: YAML, TOML or JSON.
@@ -264,6 +259,11 @@ def digest_of(value: object) -> str:
 def slug(name: str) -> str:
     """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "variant"
+
+
+def differing(options: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a point's options those that not all points have alike."""
+    return {key: value for key, value in options.items() if any(point.get(key) != value for point in points)}
 
 
 def options_text(options: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +94,42 @@ def write_report(results: Mapping[str, Any], directory: Path) -> list[Path]:
     return written
 
 
+def quality_lines(results: Mapping[str, Any]) -> str:
+    """The scores as lines of text."""
+    table = _quality_table(results)
+    lines = [table["head"], *table["rows"]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
 def _inline(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _quality_table(results: Mapping[str, Any]) -> dict[str, Any]:
     scores = results["base"]["scores"] or {}
-    keys = [
-        column
-        for column in _QUALITY
-        if column[0] in scores or any(column[0] in variant["summary"] for variant in results["variants"])
-    ]
-    rows = [[BASE, "0", "", *(_number(scores.get(key), places) for key, _, places in keys), "-"]]
+    found = {key for variant in results["variants"] for key in variant["summary"]} | scores.keys()
+    columns = [column for column in _QUALITY if column[0] in found]
+    rows = [[BASE, "0", "", *(_number(scores.get(key), places) for key, _, places in columns), "-"]]
     for variant in results["variants"]:
         summary = variant["summary"]
+        size = ["-", "-"]
+        if "trainable" in summary:
+            trained, total = summary["trainable"]["mean"], summary["total"]["mean"]
+            size = [f"{trained:,.0f}", f"{100 * trained / total:.3g} %"]
+        finished = f"{variant['finished']} of {variant['runs']}, failed" if variant["runs"] else "failed"
         rows.append(
             [
                 variant["name"],
-                _count(summary),
-                _percent(summary),
-                *(_spread(summary.get(key), places) for key, _, places in keys),
-                _finished(variant),
+                *size,
+                *(_spread(summary.get(key), places) for key, _, places in columns),
+                finished if variant["failures"] else str(variant["finished"]),
             ]
         )
     return {
-        "head": ["", "trained parameters", "of the base", *(title for _, title, _ in keys), "seeds"],
+        "head": ["", "trained parameters", "of the base", *(title for _, title, _ in columns), "seeds"],
         "rows": rows,
     }
 
@@ -141,30 +153,19 @@ def _difference_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _cost_table(results: Mapping[str, Any]) -> dict[str, Any]:
     cuda = any("peak_cuda_bytes" in variant["summary"] for variant in results["variants"])
-    target = f"steps to loss {results['loss_target']['value']:.3f}"
-    head = ["", "peak RSS"] + (["peak CUDA"] if cuda else [])
-    head += ["kept for backward", "s a step", "training time", "saved", "steps", target, "train loss at the end"]
+    columns = [column for column in _COST if cuda or column[0] != "peak_cuda_bytes"]
     rows = []
     for variant in results["variants"]:
-        summary = variant["summary"]
-        reached = summary.get("steps_to_loss")
-        total = summary["steps"]["n"] if "steps" in summary else 0
-        steps = "not reached" if total else "-"
-        if reached:
-            steps = _spread(reached, 0) + (f" ({reached['n']} of {total} seeds)" if reached["n"] < total else "")
-        row = [variant["name"], _size(summary.get("peak_rss_bytes"))]
-        row += [_size(summary.get("peak_cuda_bytes"))] if cuda else []
-        row += [
-            _size(summary.get("saved_for_backward_bytes")),
-            _spread(summary.get("seconds_per_step"), 3),
-            _duration(summary.get("seconds")),
-            _size(summary.get("adapter_bytes")),
-            _spread(summary.get("steps"), 0),
-            steps,
-            _spread(summary.get("train_loss"), 3),
-        ]
-        rows.append(row)
-    return {"head": head, "rows": rows}
+        cells = {key: shown(variant["summary"].get(key)) for key, _, shown in columns}
+        reached = variant["summary"].get("steps_to_loss", {"n": 0})["n"]
+        total = variant["summary"].get("steps", {"n": 0})["n"]
+        if reached < total:
+            cells["steps_to_loss"] = (
+                f"{cells['steps_to_loss']} ({reached} of {total} seeds)" if reached else "not reached"
+            )
+        rows.append([variant["name"], *cells.values()])
+    target = results["loss_target"]["value"]
+    return {"head": ["", *(title.format(target=target) for _, title, _ in columns)], "rows": rows}
 
 
 def _selection_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -195,7 +196,7 @@ def _failures(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if results["base"]["reason"]:
         failures.insert(
-            0, {"variant": BASE, "seed": None, "reason": results["base"]["reason"], "log": "evaluation.log"}
+            0, {"variant": BASE, "seed": None, "reason": results["base"]["reason"], "log": results["base"]["log"]}
         )
     return failures
 
@@ -309,22 +310,6 @@ def _spread(found: Mapping[str, Any] | None, places: int) -> str:
     return f"{text} ± {_number(found['sd'], places)}"
 
 
-def _count(summary: Mapping[str, Any]) -> str:
-    return f"{summary['trainable']['mean']:,.0f}" if "trainable" in summary else "-"
-
-
-def _percent(summary: Mapping[str, Any]) -> str:
-    if "trainable" not in summary:
-        return "-"
-    return f"{100 * summary['trainable']['mean'] / summary['total']['mean']:.3g} %"
-
-
-def _finished(variant: Mapping[str, Any]) -> str:
-    if not variant["failures"]:
-        return str(variant["finished"])
-    return f"{variant['finished']} of {variant['runs']}, failed" if variant["runs"] else "failed"
-
-
 def _size(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
@@ -343,6 +328,20 @@ def _duration(found: Mapping[str, Any] | None) -> str:
         return f"{found['mean']:.1f} s"
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s"
+
+
+#: Of the table of costs: key of the summaries, title, how it is shown.
+_COST: tuple[tuple[str, str, Callable[[Mapping[str, Any] | None], str]], ...] = (
+    ("peak_rss_bytes", "peak RSS", _size),
+    ("peak_cuda_bytes", "peak CUDA", _size),
+    ("saved_for_backward_bytes", "kept for backward", _size),
+    ("seconds_per_step", "s a step", partial(_spread, places=3)),
+    ("seconds", "training time", _duration),
+    ("adapter_bytes", "saved", _size),
+    ("steps", "steps", partial(_spread, places=0)),
+    ("steps_to_loss", "steps to loss {target:.3f}", partial(_spread, places=0)),
+    ("train_loss", "train loss at the end", partial(_spread, places=3)),
+)
 
 
 def _cell(text: object) -> str:

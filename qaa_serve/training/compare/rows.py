@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qaa_serve.training.chat import conversation, text_of
-from qaa_serve.training.data import IGNORED, check_vocabulary, encode_row, is_conversation, read_usable
+from qaa_serve.training.data import IGNORED, Usable, check_vocabulary, encode_row, is_conversation, read_usable
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.options import Answers
 from qaa_serve.training.sources import RowError
@@ -38,27 +38,12 @@ class Row:
     shown: str
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a source.
-
-    Attributes:
-        rows: the usable ones.
-        digest: SHA-256 of the source, in hex.
-        notes: what the reader of the report should know about them.
-    """
-
-    rows: Sequence[Row]
-    digest: str
-    notes: Sequence[str]
-
-    @property
-    def prompts(self) -> dict[tuple[int, ...], list[Row]]:
-        """The rows by prompt, in the source's order."""
-        grouped: dict[tuple[int, ...], list[Row]] = {}
-        for row in self.rows:
-            grouped.setdefault(row.prompt, []).append(row)
-        return grouped
+def by_prompt(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
+    """The rows of each prompt, in the source's order."""
+    grouped: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.prompt, []).append(row)
+    return grouped
 
 
 def read_rows(
@@ -68,7 +53,7 @@ def read_rows(
     vocabulary: int | None = None,
     answers: Answers = "all",
     skip_bad_rows: bool = False,
-) -> Rows:
+) -> Usable[Row]:
     """Read rows in the forms that training takes.
 
     Args:
@@ -87,12 +72,15 @@ def read_rows(
         check_vocabulary(made.ids, vocabulary, tokenizer)
         return made
 
-    read = read_usable(
+    return read_usable(
         source, use, skip_bad_rows=skip_bad_rows, remedy="skip_bad_rows: true among the common options"
     )
-    notes = [f"{source}: {len(read.problems)} unusable rows were left out"] if read.problems else []
-    notes += [f"{source}: not used: {', '.join(read.unused)}"] if read.unused else []
-    return Rows(read.rows, read.digest, notes)
+
+
+def notes_on(read: Usable[Row]) -> list[str]:
+    """What the reader of the report should know about the rows of a source."""
+    notes = [f"{read.name}: {len(read.problems)} unusable rows were left out"] if read.problems else []
+    return notes + ([f"{read.name}: not used: {', '.join(read.unused)}"] if read.unused else [])
 
 
 def _row(row: Any, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Row:
@@ -120,7 +108,7 @@ def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str
     return row["instruction"] + (f"\n\n{extra}" if extra else ""), row["output"]
 
 
-def split(rows: Rows, part: float) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[Row], part: float) -> tuple[list[Row], list[Row]]:
     """Part the rows by prompt, so that no prompt is on both sides.
 
     The prompts with the smallest SHA-256 of their tokens go to the second side: the same ones whatever the
@@ -136,21 +124,22 @@ def split(rows: Rows, part: float) -> tuple[list[Row], list[Row]]:
     Raises:
         TrainingError: if there are fewer than two prompts.
     """
-    prompts = sorted(rows.prompts, key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
+    prompts = sorted(by_prompt(rows), key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
     if len(prompts) < 2:
         raise TrainingError("the training data has one prompt only: nothing can be split off to validate on")
     held = set(prompts[: min(max(1, round(part * len(prompts))), len(prompts) - 1)])
-    return [row for row in rows.rows if row.prompt not in held], [row for row in rows.rows if row.prompt in held]
+    return [row for row in rows if row.prompt not in held], [row for row in rows if row.prompt in held]
 
 
-def as_test_set(rows: Rows) -> dict[str, Any]:
+def as_test_set(rows: Sequence[Row]) -> dict[str, Any]:
     """What the evaluating process reads.
 
     Returns:
         ``prompts``: one object a prompt: ``ids``, ``references``, ``shown``; ``rows``: ``prompt``, its place among
         those, ``input_ids`` and ``labels``.
     """
-    places = {prompt: place for place, prompt in enumerate(rows.prompts)}
+    grouped = by_prompt(rows)
+    places = {prompt: place for place, prompt in enumerate(grouped)}
     return {
         "prompts": [
             {
@@ -158,7 +147,7 @@ def as_test_set(rows: Rows) -> dict[str, Any]:
                 "references": list(dict.fromkeys(row.reference for row in group)),
                 "shown": group[0].shown,
             }
-            for prompt, group in rows.prompts.items()
+            for prompt, group in grouped.items()
         ],
-        "rows": [{"prompt": places[row.prompt], "input_ids": row.ids, "labels": row.labels} for row in rows.rows],
+        "rows": [{"prompt": places[row.prompt], "input_ids": row.ids, "labels": row.labels} for row in rows],
     }

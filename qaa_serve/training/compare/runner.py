@@ -15,34 +15,66 @@ from typing import Any, Protocol
 from qaa_serve.training.compare.files import read_json, write_json
 from qaa_serve.training.compare.plan import digest_of, slug
 
-#: Followed by the config file.
+#: Each followed by a file of JSON that says what to do.
 TRAIN = (sys.executable, "-m", "qaa_serve.cli", "train", "--config")
 EVALUATE = (sys.executable, "-m", "qaa_serve.training.compare.evaluate")
 
-_RECORD = "training.json"
 _TAIL = 8192  # bytes of a log that are read for its last lines
 _PATIENCE = 60.0  # seconds for the last step and a checkpoint
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training.
+class Job:
+    """What a process of its own does once.
+
+    Attributes:
+        title: for people.
+        digest: SHA-256 of what the result depends on.
+        directory: where all files are.
+        output: the file of the result, which is there as soon as it is whole.
+        failure: the file of the reason why there is none.
+        log: what the process said.
+    """
+
+    title: str
+    digest: str
+    directory: Path
+    output: Path
+    failure: Path
+    log: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out, None if nothing did."""
+        found = read_json(self.output)
+        return found if isinstance(found, dict) else None
+
+    def reason(self) -> str | None:
+        """Why it failed, None if it did not."""
+        found = read_json(self.failure)
+        return str(found["reason"]) if isinstance(found, dict) else None
+
+    def start(self) -> Sequence[str]:
+        """Write what the process reads; returns its command."""
+        raise NotImplementedError
+
+    def outcome(self, result: Mapping[str, Any]) -> str:
+        """The result in a few words."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """One training; its result is the object of training.json.
 
     Attributes:
         variant: name of the row it belongs to.
-        label: the same for people, with what tells the points of a grid apart.
         seed: of this training.
         options: every option of ``qaa-serve train`` but ``output``.
-        digest: SHA-256 of what the result depends on.
-        directory: where its files are.
     """
 
     variant: str
-    label: str
     seed: int
     options: Mapping[str, Any]
-    digest: str
-    directory: Path
 
     @property
     def name(self) -> str:
@@ -52,12 +84,32 @@ class Run:
     @property
     def model(self) -> Path:
         """Directory of what was trained."""
-        return self.directory / "model"
+        return self.output.parent
 
-    @property
-    def log(self) -> Path:
-        """What the training said."""
-        return self.directory / "train.log"
+    def start(self) -> Sequence[str]:
+        """Its directory, emptied unless the training can go on from a checkpoint there."""
+        config = self.directory / "config.json"
+        options = {**self.options, "output": str(self.model), "resume": True, "accept_worse": True}
+        # What is there was interrupted and can go on, unless it failed, or its files were moved meanwhile.
+        resumes = read_json(config) == options and self.reason() is None
+        if self.directory.exists() and not resumes:
+            shutil.rmtree(self.directory)
+        resumes = resumes and any(self.directory.glob(".*.checkpoints/checkpoint-*"))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(config, options)
+        about = {
+            "format": 1,
+            "variant": self.variant,
+            "seed": self.seed,
+            "digest": self.digest,
+            "resumed": resumes,
+        }
+        write_json(self.directory / "run.json", about)
+        return [*TRAIN, str(config)]
+
+    def outcome(self, result: Mapping[str, Any]) -> str:
+        """Loss and time."""
+        return f"loss {result['train_loss']:.3f}, {result['seconds']:.0f} s"
 
 
 def make_run(
@@ -68,14 +120,75 @@ def make_run(
     Args:
         runs: directory of all runs.
         variant: name of the row.
-        label: see ``Run``.
+        label: the same for people, with what tells the points of a grid apart.
         options: of the training; ``model``, ``data`` and ``eval_data`` among them.
         seed: of the training.
         digests: of the contents behind those three; where they lie does not count.
     """
     complete = {**options, "seed": seed}
     digest = digest_of({"format": 2, "options": {**complete, **digests}})
-    return Run(variant, label, seed, complete, digest, runs / f"{slug(variant)}-seed{seed}-{digest[:10]}")
+    directory = runs / f"{slug(variant)}-seed{seed}-{digest[:10]}"
+    return Run(
+        title=f"{label}, seed {seed}",
+        digest=digest,
+        directory=directory,
+        output=directory / "model" / "training.json",
+        failure=directory / "failure.json",
+        log=directory / "train.log",
+        variant=variant,
+        seed=seed,
+        options=complete,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation(Job):
+    """One model's losses and answers on the test set.
+
+    Attributes:
+        job: what ``evaluate.main`` reads, but for ``output`` and ``digest``.
+    """
+
+    job: Mapping[str, Any]
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out of the same model, test set and options."""
+        found = super().result()
+        return found if found is not None and found.get("digest") == self.digest else None
+
+    def start(self) -> Sequence[str]:
+        """Its job, in a file."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.failure.unlink(missing_ok=True)
+        file = self.output.with_suffix(".job.json")
+        write_json(file, {**self.job, "output": str(self.output), "digest": self.digest})
+        return [*EVALUATE, str(file)]
+
+    def outcome(self, result: Mapping[str, Any]) -> str:
+        """Loss and time."""
+        return f"test loss {result['loss']:.3f}, {result['seconds']:.0f} s"
+
+
+def make_evaluation(name: str, directory: Path, job: Mapping[str, Any], depends: Mapping[str, Any]) -> Evaluation:
+    """An evaluation, known by everything its result depends on.
+
+    Args:
+        name: for people.
+        directory: where its files go.
+        job: see ``Evaluation``.
+        depends: what the result depends on.
+    """
+    digest = digest_of(depends)
+    output = directory / f"evaluation-{digest[:10]}.json"
+    return Evaluation(
+        title=f"evaluation of {name}",
+        digest=digest,
+        directory=directory,
+        output=output,
+        failure=output.with_suffix(".failure.json"),
+        log=output.with_suffix(".log"),
+        job=job,
+    )
 
 
 class Reporter(Protocol):
@@ -91,64 +204,34 @@ class Reporter(Protocol):
         """It ended."""
 
 
-def training_of(run: Run) -> dict[str, Any] | None:
-    """The record of a finished training, else None."""
-    record = read_json(run.model / _RECORD)
-    return record if isinstance(record, dict) else None
-
-
-def failure_of(run: Run) -> str | None:
-    """Why a training failed, None if it did not."""
-    failure = read_json(run.directory / "failure.json")
-    return str(failure["reason"]) if isinstance(failure, dict) else None
-
-
-def train_all(runs: Iterable[Run], reporter: Reporter, *, lock: int, retry_failed: bool, tried: set[str]) -> None:
-    """Train what is not trained yet.
+def execute(jobs: Iterable[Job], reporter: Reporter, *, lock: int, retry_failed: bool, tried: set[Path]) -> None:
+    """Do what is not done yet.
 
     Args:
-        runs: in this order.
+        jobs: in this order.
         reporter: is told about each.
-        lock: a descriptor that the trainings inherit.
+        lock: a descriptor that the processes inherit.
         retry_failed: also those that failed in an earlier comparison.
-        tried: names of runs that this comparison has had its turn with; added to.
+        tried: outputs of what this comparison has had its turn with; added to.
     """
-    for run in runs:
-        title = f"{run.label}, seed {run.seed}"
-        if training_of(run) is not None:
-            if run.name not in tried:
-                tried.add(run.name)
-                reporter.end(title, "reused")
-            continue
-        if failure_of(run) is not None and (run.name in tried or not retry_failed):
-            reporter.end(title, f"failed before: {failure_of(run)}")
-            continue
-        tried.add(run.name)
-        reporter.begin(title)
-        reporter.end(title, _train(run, reporter, lock))
-
-
-def _train(run: Run, reporter: Reporter, lock: int) -> str:
-    config = run.directory / "config.json"
-    options = {**run.options, "output": str(run.model), "resume": True, "accept_worse": True}
-    # What is there was interrupted and can go on, unless it failed, or its files were moved meanwhile.
-    resumes = read_json(config) == options and failure_of(run) is None
-    if run.directory.exists() and not resumes:
-        shutil.rmtree(run.directory)
-    resumes = resumes and any(run.directory.glob(".*.checkpoints/checkpoint-*"))
-    run.directory.mkdir(parents=True, exist_ok=True)
-    write_json(config, options)
-    write_json(
-        run.directory / "run.json",
-        {"format": 1, "variant": run.variant, "seed": run.seed, "digest": run.digest, "resumed": resumes},
-    )
-    status = run_process([*TRAIN, str(config)], run.log, reporter.line, lock)
-    record = training_of(run)
-    if status == 0 and record is not None:
-        return f"loss {record['train_loss']:.3f}, {record['seconds']:.0f} s"
-    reason = why(status, run.log) if status else f"it ended well but wrote no {_RECORD}"
-    write_json(run.directory / "failure.json", {"reason": reason, "exit_status": status})
-    return f"failed: {reason}"
+    for job in jobs:
+        known, before = job.output in tried, job.reason()
+        tried.add(job.output)
+        if job.result() is not None:
+            if not known:
+                reporter.end(job.title, "reused")
+        elif before is not None and (known or not retry_failed):
+            reporter.end(job.title, f"failed before: {before}")
+        else:
+            reporter.begin(job.title)
+            status = run_process(job.start(), job.log, reporter.line, lock)
+            result = job.result()
+            if status == 0 and result is not None:
+                reporter.end(job.title, job.outcome(result))
+                continue
+            reason = why(status, job.log) if status else "it ended well but wrote no result"
+            write_json(job.failure, {"reason": reason, "exit_status": status})
+            reporter.end(job.title, f"failed: {reason}")
 
 
 def run_process(command: Sequence[str], log: Path, line: Callable[[str], None], lock: int) -> int:
@@ -225,112 +308,3 @@ def why(status: int, log: Path) -> str:
     else:
         text = lines[-1] if lines else "nothing was written to the log"
     return re.sub(r"\s+", " ", text)[:500]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One model's answers to the test set.
-
-    Attributes:
-        name: for people.
-        model: directory of what was trained; None: the base.
-        directory: where its files are.
-        digest: SHA-256 of what the answers depend on.
-    """
-
-    name: str
-    model: Path | None
-    directory: Path
-    digest: str
-
-    @property
-    def output(self) -> Path:
-        """The result's file."""
-        return self.directory / f"evaluation-{self.digest[:10]}.json"
-
-    @property
-    def failure(self) -> Path:
-        """The file of the reason why there is none."""
-        return self.directory / f"evaluation-{self.digest[:10]}.failure.json"
-
-    def result(self) -> dict[str, Any] | None:
-        """What came out, None if nothing did."""
-        result = read_json(self.output)
-        return result if isinstance(result, dict) and result.get("digest") == self.digest else None
-
-    def reason(self) -> str | None:
-        """Why there is no result, None if it was not tried."""
-        failure = read_json(self.failure)
-        return f"evaluation: {failure['reason']}" if isinstance(failure, dict) else None
-
-
-def evaluate_all(
-    evaluations: Sequence[Evaluation],
-    job: Mapping[str, Any],
-    log: Path,
-    reporter: Reporter,
-    *,
-    lock: int,
-    retry_failed: bool,
-) -> None:
-    """Evaluate what is not evaluated yet, in one process as long as none dies.
-
-    Args:
-        evaluations: in this order.
-        job: what ``evaluate.main`` reads, but for ``models``.
-        log: of the process; a second process's has a number.
-        reporter: is told about each.
-        lock: a descriptor that the process inherits.
-        retry_failed: also those that failed in an earlier comparison.
-    """
-    if retry_failed:
-        for evaluation in evaluations:
-            evaluation.failure.unlink(missing_ok=True)
-    for evaluation in evaluations:
-        if evaluation.result() is not None:
-            reporter.end(f"evaluation of {evaluation.name}", "reused")
-        elif evaluation.reason() is not None:
-            reporter.end(f"evaluation of {evaluation.name}", f"failed before: {evaluation.reason()}")
-    open_ones = [each for each in evaluations if each.result() is None and each.reason() is None]
-    attempt = 0
-    while open_ones:
-        attempt += 1
-        for evaluation in open_ones:
-            evaluation.directory.mkdir(parents=True, exist_ok=True)
-        job_file = log.with_suffix(".json")
-        models = [
-            {
-                "name": each.name,
-                "directory": None if each.model is None else str(each.model),
-                "output": str(each.output),
-                "failure": str(each.failure),
-                "digest": each.digest,
-            }
-            for each in open_ones
-        ]
-        write_json(job_file, {**job, "models": models})
-        this_log = log if attempt == 1 else log.with_name(f"{log.stem}-{attempt}{log.suffix}")
-        reported: set[str] = set()
-        reporter.begin(f"evaluation of {open_ones[0].name}")
-
-        def line(text: str, reported: set[str] = reported, batch: Sequence[Evaluation] = tuple(open_ones)) -> None:
-            _report(batch, reported, reporter)
-            reporter.line(text)
-
-        status = run_process([*EVALUATE, str(job_file)], this_log, line, lock)
-        left = [each for each in open_ones if each.result() is None and each.reason() is None]
-        if left:  # the process died over the first of them
-            write_json(left[0].failure, {"reason": why(status, this_log), "exit_status": status})
-        _report(open_ones, reported, reporter)
-        open_ones = left[1:]
-
-
-def _report(evaluations: Sequence[Evaluation], reported: set[str], reporter: Reporter) -> None:
-    for each in evaluations:
-        result, reason = each.result(), each.reason()
-        if str(each.output) not in reported and (result or reason):
-            reported.add(str(each.output))
-            reporter.end(
-                f"evaluation of {each.name}",
-                f"test loss {result['loss']:.3f}, {result['seconds']:.0f} s" if result else f"failed: {reason}",
-            )
