@@ -275,7 +275,7 @@ def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None
 
 
 def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:
-    assert choose_backend("auto", CPU) == ("cpu", "first that can run on cpu")
+    assert choose_backend("auto", CPU) == ("cpu", "first that can run on cpu", {})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_auto_on_a_gpu_takes_what_is_there_and_says_what_is_missing(
     monkeypatch.setattr(
         backends, "missing", lambda name, _: None if name in (*there, "torch") else f"install {name}"
     )
-    chosen, reason = choose_backend("auto", torch.device("cuda"))
+    chosen, reason, _ = choose_backend("auto", torch.device("cuda"))
     assert chosen == name
     assert [other for other in ("cuquantum", "triton") if f"not {other}: install {other}" in reason] == [
         other for other in ("cuquantum", "triton") if other not in there
@@ -306,8 +306,9 @@ def test_auto_takes_the_one_that_is_faster_on_the_models_layers(
 
     monkeypatch.setattr(backends, "missing", lambda name, _: None)
     monkeypatch.setattr(backends, "time_backend", seconds)
-    chosen, reason = choose_backend("auto", torch.device("cuda"), shapes)
+    chosen, reason, taken = choose_backend("auto", torch.device("cuda"), shapes)
     assert chosen == faster
+    assert taken == {name: seconds(name, torch.device("cuda"), shapes, 0.5) for name in ("triton", "cuquantum")}
     assert f"{faster} 1000" in reason
     assert "2000" in reason
 
@@ -327,7 +328,7 @@ def test_a_backend_is_timed_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_passes_over_what_does_not_take_the_models_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "missing", lambda name, _: None)
-    chosen, reason = choose_backend("auto", torch.device("cuda"), [(4096, 3), (28672, 1)])
+    chosen, reason, _ = choose_backend("auto", torch.device("cuda"), [(4096, 3), (28672, 1)])
     assert chosen == "cuquantum"
     assert "not triton: a layer 28672 wide needs 15 qubits, and it takes 14" in reason
     with pytest.raises(ValueError, match=r"'triton' cannot run here: a layer 28672 wide.*Or choose 'auto'"):
