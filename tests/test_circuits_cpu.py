@@ -208,7 +208,7 @@ def test_a_few_pairs_give_what_a_tile_gives(ansatz: Ansatz, generator: torch.Gen
     expected = reference(x, theta, ansatz, index)
     assert_close(circuits.run(x, index), expected, TOLERANCE[torch.float32])
     first = 0
-    for tokens in (1, 2, 1, 5, 1):  # of two pairs each; five tokens are a tile, which uses the same spaces
+    for tokens in (1, 2, 1, 5, 1):  # of two pairs each; five tokens are a tile, which uses the same arrays
         part = slice(first, first + tokens)
         assert_close(circuits.run(x[part], index[part]), expected[part], TOLERANCE[torch.float32])
         first += tokens
@@ -240,13 +240,13 @@ def test_what_was_embedded_is_used_for_the_same_tokens_only(tokens: int, generat
         assert_close(circuits.run(x, index), reference(x, theta, ansatz, None), TOLERANCE[torch.float32])
 
 
-def test_threads_do_not_share_the_room_they_compute_in() -> None:
+def test_threads_do_not_share_the_arrays_they_compute_in() -> None:
     circuits = CompiledCircuits(Ansatz("ryrz_ring_ry", 8, 1), 1, CPU)
     both_there, found = threading.Barrier(2), []
 
     def work() -> None:
         both_there.wait(30)  # numbers of threads that have ended are given anew
-        found.append(circuits._space(200))
+        found.append(circuits._workspace(200))
         both_there.wait(30)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -254,7 +254,7 @@ def test_threads_do_not_share_the_room_they_compute_in() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    one, other = ({id(array) for array in space if isinstance(array, np.ndarray)} for space in found)
+    one, other = ({id(array) for array in arrays if isinstance(array, np.ndarray)} for arrays in found)
     assert one
     assert not one & other
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, checked_index
+from qaa_serve.circuits.ansatz import Ansatz, check_theta, checked_index
 from qaa_serve.circuits.embedding import embed, lengths
 from qaa_serve.circuits.schedule import readout_signs, schedule, sources, z_signs
 
@@ -141,8 +141,7 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> list[list[Layer]]:
     Raises:
         ValueError: if theta's shape is not the ansatz's.
     """
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_theta(theta, ansatz)
     plans, _ = plan_layers(ansatz, theta.device)
     half = ansatz.qubits // 2
     angles = theta[:, [plan.turns for plan in plans]] / 2  # (circuits, layers, n)
