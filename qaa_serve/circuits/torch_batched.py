@@ -225,12 +225,13 @@ class TorchCircuits:
         """See ``backends.Circuits``. On a GPU this waits for the device, to learn which circuits are used."""
         _, signs = plan_layers(self._ansatz, x.device)
         z = torch.zeros(*index.shape, self._ansatz.columns, device=x.device)
-        for block in blocks(len(x), self._ansatz, x.device):
-            psi = columns_of(x[block], self._ansatz).float()
-            for number in torch.unique(index[block]).tolist():
-                if number >= 0 and (circuit := self._circuits[number]) is not None:
-                    token, readout = (index[block] == number).nonzero(as_tuple=True)
-                    z[block][token, readout] = run(psi[:, token], circuit, signs)
+        psi = embed(x, self._ansatz).float()
+        for number in torch.unique(index).tolist():
+            if number >= 0 and (circuit := self._circuits[number]) is not None:
+                token, readout = (index == number).nonzero(as_tuple=True)
+                for block in blocks(len(token), self._ansatz, x.device):
+                    columns = psi[token[block]].T.contiguous()
+                    z[token[block], readout[block]] = run(columns, circuit, signs)
         return z * lengths(x).float()[:, None, None] if self._ansatz.length else z
 
     @property
