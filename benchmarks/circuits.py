@@ -52,7 +52,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 
-from qaa_serve.circuits import BACKENDS, Ansatz, Circuits, adjoint, circuits_of, get_backend
+from qaa_serve.circuits import ANSATZ_NAMES, BACKENDS, Ansatz, Circuits, adjoint, circuits_of, get_backend
 from qaa_serve.circuits.ansatz import Cnots, Rotation
 from qaa_serve.circuits.backends import missing
 
@@ -89,8 +89,10 @@ class Case:
 Contender: TypeAlias = Callable[[Case], Callable[[], torch.Tensor]]
 
 
-def make_case(qubits: int, tokens: int, adapters: str, device: torch.device) -> Case:
-    ansatz = Ansatz("ryrz_ring_ry", qubits, LAYERS)
+def make_case(
+    qubits: int, tokens: int, adapters: str, device: torch.device, ansatz_name: str = ANSATZ_NAMES[0]
+) -> Case:
+    ansatz = Ansatz(ansatz_name, qubits, LAYERS)
     circuits = 1 if adapters == "identical" else min(tokens, MOST_ADAPTERS)
     x = torch.randn(tokens, 2**qubits, device=device)
     theta = math.pi * (2 * torch.rand(circuits, *ansatz.theta_shape) - 1)
@@ -400,7 +402,7 @@ def answer_requests() -> None:
         if request:
             device = torch.device(request["device"])
             torch.manual_seed(0)
-            case = make_case(request["qubits"], request["tokens"], request["adapters"], device)
+            case = make_case(request["qubits"], request["tokens"], request["adapters"], device, request["ansatz"])
             found, absent = contenders([request["backend"]], device)
             if absent:
                 raise SystemExit(f"{request['backend']} cannot run: {absent[request['backend']]}")
@@ -420,7 +422,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         for what in batches(args):
             if backend == TRAINING and what["adapters"] != "identical":
                 continue
-            row: dict[str, Any] = {**what, "backend": backend}
+            row: dict[str, Any] = {**what, "backend": backend, "ansatz": args.ansatz}
             row["error"] = max(side.ask(**row, device=args.device)["error"] for side in (ours, theirs))
             line = "n = {qubits:2}  tokens {tokens:4}  {adapters:9}  {backend:10}".format(**row)
             if row["error"] <= TOLERANCE:
@@ -511,12 +513,15 @@ def arguments() -> argparse.Namespace:
     add("--peak-tflops", type=float, help="float32 operations a second for the floor, in 10**12")
     add("--peak-tbs", type=float, help="bytes a second for the floor, in 10**12")
     add("--against", type=Path, metavar="CHECKOUT", help="compare with this one instead, see above")
+    add("--ansatz", choices=ANSATZ_NAMES, default=ANSATZ_NAMES[0], help="with --against")
     add("--side", action="store_true", help=argparse.SUPPRESS)  # a process of --against
     add("--json", help="write the figures there too")
     add("--plot", help="draw them there")
     args = parser.parse_args()
     if (args.peak_tflops is None) != (args.peak_tbs is None):
         parser.error("--peak-tflops and --peak-tbs go together")
+    if args.against is None and args.ansatz != ANSATZ_NAMES[0]:
+        parser.error("--ansatz goes with --against: what is PennyLane's here is the default one")
     return args
 
 

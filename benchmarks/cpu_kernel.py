@@ -69,46 +69,43 @@ def parts(qubits: int) -> dict[str, float]:
         if not error <= TOLERANCE:
             raise SystemExit(f"n = {qubits}: z is off by {error:.1e}; nothing is measured")
 
-    before, after, gathers, moves, closing, constant, _, masks, n = circuits._form
-    rows, scales, lengths, embedded, state, spaces, turns, phases, z = circuits._space(width)
-    a, b, c, d, p, sums = spaces
-    x, of_each, one_z = tokens.numpy(), np.arange(LANES), np.zeros(n, np.float32)
-    identity = np.arange(2**n, dtype=np.int32)
-    form = before, gathers, moves, after
+    gathers, constant = circuits.form[1], circuits.form[5]
+    rows, scales, lengths, embedded, state, states, turns, phases, z = circuits._workspace(width)
+    a, b, c, d, p, sums = states
+    x, of_each, one_z = tokens.numpy(), np.arange(LANES), np.zeros(qubits, np.float32)
+    identity, ring, n = np.arange(2**qubits, dtype=np.int32), gathers[1], qubits
+    turns_of, phases_of = circuits.tables
     found = {
         "tile: embed": microseconds(forward.embed, x, of_each, constant, rows, scales, lengths, embedded),
-        "tile: angles to the lanes": microseconds(forward.spread_tables, circuits._turns, of_each, turns)
-        + microseconds(forward.spread_tables, circuits._phases, of_each, phases),
+        "tile: angles to the lanes": microseconds(forward.gather_tables, turns_of, of_each, turns)
+        + microseconds(forward.gather_tables, phases_of, of_each, phases),
         "tile: RY layer, real": microseconds(gates.rotate, embedded, a, turns, 0, 0, n),
     }
     found["tile: RY layer, complex"] = microseconds(gates.rotate, a, a, turns, 0, 0, n) * 2
-    ring = gathers[1]
     found["tile: phases and ring, of a real state"] = microseconds(
-        forward._shift_phases, embedded, b, False, c, d, phases, 0, ring, True, n, n // 2
+        forward.apply_phases, embedded, b, False, c, d, phases, 0, ring, True, n, n // 2
     )
     found["tile: phases and ring, of a complex state"] = microseconds(
-        forward._shift_phases, embedded, b, True, c, d, phases, 1, ring, True, n, n // 2
+        forward.apply_phases, embedded, b, True, c, d, phases, 1, ring, True, n, n // 2
     )
     found["tile: all Z"] = microseconds(gates.read_z, p, sums, n)
-    found["tile: all X, for the closing RY layer"] = microseconds(gates.read_x, embedded, sums, n) * 2
+    found["tile: all X, for the closing RY layer"] = microseconds(gates.read_x, embedded, a, sums, 0, 0, n) * 2
     found["tile: all of it but embedding and angles"] = microseconds(
-        forward._run_tile, embedded, turns, phases, *form, closing, masks, n, spaces, z
+        forward._run_tile, embedded, turns, phases, circuits.form, states, z
     )
     if n < forward._LEAST_QUBITS:
         return found
     vectors, lower = n - gates.LANE_BITS, n // 2 - gates.LANE_BITS
     found |= {
         "one: embed": microseconds(forward._embed_one, x[0], constant, state),
-        "one: angles": microseconds(
-            forward._spread_one, circuits._turns[0], circuits._phases[0], n, turns, phases
-        ),
+        "one: angles": microseconds(forward._broadcast_tables, turns_of[0], phases_of[0], n, turns, phases),
         "one: RY layer, real": microseconds(gates.rotate_lanes, state, a, turns, 0, vectors),
         "one: phases, of a complex state": microseconds(
-            forward._shift_phases, state, b, True, c, d, phases, 0, identity, False, vectors, lower
+            forward.apply_phases, state, b, True, c, d, phases, 0, identity, False, vectors, lower
         ),
-        "one: ring, complex": microseconds(forward._permute, a, c, ring) * 2,
+        "one: ring, complex": microseconds(forward._permute_numbers, a, c, ring) * 2,
         "one: all of it but embedding and angles": microseconds(
-            forward._run_one, state, turns, phases, *form, masks, n, spaces, one_z
+            forward._run_one, state, turns, phases, circuits.form, states, one_z
         ),
     }
     return found

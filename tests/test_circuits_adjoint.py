@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from circuits_support import (
 from torch.utils.checkpoint import checkpoint
 
 from qaa_serve.adapters import AdapterConfig
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, adjoint, torch_adjoint, torch_batched
+from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, adjoint, backends, torch_adjoint, torch_batched
 from qaa_serve.circuits.adjoint import expectation_values
 from qaa_serve.training import QAALinear
 
@@ -44,7 +45,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What float32 on a CPU has by default, and what it would have elsewhere."""
     if request.param == "torch":
-        monkeypatch.setattr(adjoint, "training_backend", lambda device, dtype: torch_adjoint)
+        monkeypatch.setattr(adjoint, "training_backend", lambda *_: torch_adjoint)
 
 
 def on_every_token(
@@ -79,7 +80,7 @@ def test_agrees_with_pennylane(qubits: int, name: str, dtype: torch.dtype, gener
 def test_torch_in_float32_agrees_with_pennylane(
     qubits: int, name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adjoint, "training_backend", lambda device, dtype: torch_adjoint)
+    monkeypatch.setattr(adjoint, "training_backend", lambda *_: torch_adjoint)
     ansatz = Ansatz(name, qubits, 2)
     x = random_x(generator, 2, width_for(qubits), SINGLE)
     assert_gradients_close(on_every_token, x, random_theta(generator, 1, ansatz, SINGLE), ansatz)
@@ -268,6 +269,27 @@ def test_inputs_and_incoming_gradients_need_not_be_contiguous(
 
     for ours, theirs in zip(grads(expectation_values), grads(torch_batched.expectation_values), strict=True):
         assert_close(ours, theirs, 10 * TOLERANCE[dtype])  # the gradients are several times as large as z
+
+
+# ----------------------------------------------------------------------------- which backend trains
+
+
+def test_kernels_train_in_float32_where_there_are_some_and_torch_does_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, cuda, kernels = (
+        torch.device("cpu"),
+        torch.device("cuda"),
+        import_module("qaa_serve.circuits.cpu.training"),
+    )
+    assert backends.training_backend(cpu, SINGLE, 9) is kernels
+    assert backends.training_backend(cpu, torch.bfloat16, 9) is kernels
+    assert backends.training_backend(cpu, DOUBLE, 9) is torch_adjoint
+    monkeypatch.setattr(kernels, "MOST_QUBITS", 8, raising=False)
+    assert backends.training_backend(cpu, SINGLE, 9) is torch_adjoint
+    monkeypatch.setattr(backends, "missing", lambda name, device: None if name == "torch" else "it is not there")
+    assert backends.training_backend(cpu, SINGLE, 2) is torch_adjoint
+    assert backends.training_backend(cuda, SINGLE, 2) is torch_adjoint
 
 
 # -------------------------------------------------------------------------- what is kept, and with whom

@@ -208,7 +208,7 @@ def test_a_few_pairs_give_what_a_tile_gives(ansatz: Ansatz, generator: torch.Gen
     expected = reference(x, theta, ansatz, index)
     assert_close(circuits.run(x, index), expected, TOLERANCE[torch.float32])
     first = 0
-    for tokens in (1, 2, 1, 5, 1):  # of two pairs each; five tokens are a tile, which uses the same spaces
+    for tokens in (1, 2, 1, 5, 1):  # of two pairs each; five tokens are a tile, which uses the same arrays
         part = slice(first, first + tokens)
         assert_close(circuits.run(x[part], index[part]), expected[part], TOLERANCE[torch.float32])
         first += tokens
@@ -240,13 +240,13 @@ def test_what_was_embedded_is_used_for_the_same_tokens_only(tokens: int, generat
         assert_close(circuits.run(x, index), reference(x, theta, ansatz, None), TOLERANCE[torch.float32])
 
 
-def test_threads_do_not_share_the_room_they_compute_in() -> None:
+def test_threads_do_not_share_the_arrays_they_compute_in() -> None:
     circuits = CompiledCircuits(Ansatz("ryrz_ring_ry", 8, 1), 1, CPU)
     both_there, found = threading.Barrier(2), []
 
     def work() -> None:
         both_there.wait(30)  # numbers of threads that have ended are given anew
-        found.append(circuits._space(200))
+        found.append(circuits._workspace(200))
         both_there.wait(30)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -254,7 +254,7 @@ def test_threads_do_not_share_the_room_they_compute_in() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    one, other = ({id(array) for array in space if isinstance(array, np.ndarray)} for space in found)
+    one, other = ({id(array) for array in arrays if isinstance(array, np.ndarray)} for arrays in found)
     assert one
     assert not one & other
 
@@ -275,7 +275,7 @@ def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None
 
 
 def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:
-    assert choose_backend("auto", CPU) == ("cpu", "first that can run on cpu")
+    assert choose_backend("auto", CPU) == ("cpu", "first that can run on cpu", {})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_auto_on_a_gpu_takes_what_is_there_and_says_what_is_missing(
     monkeypatch.setattr(
         backends, "missing", lambda name, _: None if name in (*there, "torch") else f"install {name}"
     )
-    chosen, reason = choose_backend("auto", torch.device("cuda"))
+    chosen, reason, _ = choose_backend("auto", torch.device("cuda"))
     assert chosen == name
     assert [other for other in ("cuquantum", "triton") if f"not {other}: install {other}" in reason] == [
         other for other in ("cuquantum", "triton") if other not in there
@@ -306,8 +306,9 @@ def test_auto_takes_the_one_that_is_faster_on_the_models_layers(
 
     monkeypatch.setattr(backends, "missing", lambda name, _: None)
     monkeypatch.setattr(backends, "time_backend", seconds)
-    chosen, reason = choose_backend("auto", torch.device("cuda"), shapes)
+    chosen, reason, taken = choose_backend("auto", torch.device("cuda"), shapes)
     assert chosen == faster
+    assert taken == {name: seconds(name, torch.device("cuda"), shapes, 0.5) for name in ("triton", "cuquantum")}
     assert f"{faster} 1000" in reason
     assert "2000" in reason
 
@@ -327,7 +328,7 @@ def test_a_backend_is_timed_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_passes_over_what_does_not_take_the_models_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "missing", lambda name, _: None)
-    chosen, reason = choose_backend("auto", torch.device("cuda"), [(4096, 3), (28672, 1)])
+    chosen, reason, _ = choose_backend("auto", torch.device("cuda"), [(4096, 3), (28672, 1)])
     assert chosen == "cuquantum"
     assert "not triton: a layer 28672 wide needs 15 qubits, and it takes 14" in reason
     with pytest.raises(ValueError, match=r"'triton' cannot run here: a layer 28672 wide.*Or choose 'auto'"):

@@ -45,6 +45,7 @@ from qaa_serve.server.metrics import (
     StateCollector,
     reference,
     remove_routes,
+    say_what_runs,
 )
 from qaa_serve.server.metrics.exposition import OPENMETRICS, TEXT
 from qaa_serve.server.metrics.families import Family
@@ -460,6 +461,15 @@ def test_the_adapters_of_the_batch_are_one_series_of_public_names():
 
 def test_the_age_of_the_engine_s_account_is_told():
     assert State().series("qaa_engine_account_age_seconds") == {(): 12.5}
+
+
+def test_what_circuits_run_on_and_what_the_choice_was_made_by_are_told(registry):
+    say_what_runs(registry, "cuquantum", {"triton": 0.003, "cuquantum": 0.002})
+    (build,) = [metric for metric in registry.collect() if metric.name == "qaa_build_info"]
+    ((_, labels, one, *_),) = build.samples
+    assert (labels["circuits"], one) == ("cuquantum", 1)
+    assert value(registry, "qaa_circuit_backend_seconds", backend="triton") == 0.003
+    assert value(registry, "qaa_circuit_backend_seconds", backend="cuquantum") == 0.002
 
 
 def test_what_is_described_is_what_is_collected():

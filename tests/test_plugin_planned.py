@@ -12,9 +12,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from delta_support import CPU, SLICES, SLOTS, WIDTH, Layer, adapters, filled, updates
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm_qaa.manager import QAAModelManager
 from vllm_qaa.plan import NOTHING, make_plan
 from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedDelta
-from vllm_qaa.worker import QAAModelManager
 
 from qaa_serve.circuits import circuits_of
 

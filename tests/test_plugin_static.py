@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm_qaa.delta import Standard
+from vllm_qaa.manager import QAAModelManager
 from vllm_qaa.plan import CircuitForm
 from vllm_qaa.static import Block, StaticDelta
-from vllm_qaa.worker import QAAModelManager
 
 from qaa_serve.adapters import AdapterError
 from qaa_serve.circuits import Ansatz
@@ -154,7 +154,7 @@ def test_with_triton_graphs_stay_whole_and_room_is_made_at_once() -> None:
 def test_all_ranks_take_the_first_ones_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else, where each has timed for itself, they might gather x at unlike times."""
     first = SimpleNamespace(broadcast_object=lambda mine: ("torch", f"rank 0, not {mine[0]}"))
-    monkeypatch.setattr("vllm_qaa.worker.get_world_group", lambda: first)
+    monkeypatch.setattr("vllm_qaa.backend.get_world_group", lambda: first)
     made, _ = manager("triton", ranks=2)
     assert made.block is None
 

@@ -17,16 +17,11 @@ from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.request import LoRARequest
 from vllm_qaa import layers
+from vllm_qaa.backend import check_gpu, split_graphs_at_delta
 from vllm_qaa.delta import Standard
 from vllm_qaa.layers import DELTA_OP, QAALayerMixin
-from vllm_qaa.worker import (
-    Place,
-    QAAModelManager,
-    QAAWorkerManager,
-    _check_gpu,
-    _check_qaa,
-    _split_graphs_at_delta,
-)
+from vllm_qaa.manager import Place, QAAModelManager
+from vllm_qaa.worker import QAAWorkerManager, _check_qaa
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, ModuleWeights, save_adapter
 
@@ -148,15 +143,15 @@ def test_cuda_graphs_are_split_at_the_delta():
     config, compilation = graphs(
         CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::unified_attention"]
     )
-    _split_graphs_at_delta(config)
-    _split_graphs_at_delta(config)
+    split_graphs_at_delta(config)
+    split_graphs_at_delta(config)
     assert compilation.splitting_ops == ["vllm::unified_attention", DELTA_OP]
     assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
 
 
 def test_without_compilation_there_are_no_cuda_graphs():
     config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
-    _split_graphs_at_delta(config)
+    split_graphs_at_delta(config)
     assert compilation.cudagraph_mode == CUDAGraphMode.NONE
 
 
@@ -166,7 +161,7 @@ def test_what_vllm_does_not_compile_breaks_out_of_its_graphs_where_it_can(monkey
     monkeypatch.setattr(breakable, "is_breakable_cudagraph_enabled", lambda: True)
     config, compilation = graphs(CompilationMode.NONE, CUDAGraphMode.FULL, [])
     try:
-        _split_graphs_at_delta(config)
+        split_graphs_at_delta(config)
         assert compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE
         assert layers._delta is not layers._add_delta
         assert layers._delta.__wrapped__ is layers._add_delta
@@ -186,12 +181,12 @@ def on_gpu(dtype, rank, monkeypatch, capability=(9, 0), version="0.32.0"):
 
 def test_what_vllms_kernels_for_gpus_cannot_do_is_refused_at_the_start(monkeypatch):
     with pytest.raises(ValueError, match=r"16-bit numbers.*found torch.float32.*--dtype bfloat16"):
-        _check_gpu(on_gpu(torch.float32, 16, monkeypatch))
+        check_gpu(on_gpu(torch.float32, 16, monkeypatch))
     with pytest.raises(ValueError, match=r"--max-lora-rank 64 is not safe on this GPU with vLLM 0\.32\.0"):
-        _check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch))
-    _check_gpu(on_gpu(torch.bfloat16, 32, monkeypatch))
-    _check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch, capability=(8, 0)))
-    _check_gpu(on_gpu(torch.float16, 512, monkeypatch, version="0.33.0"))
+        check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch))
+    check_gpu(on_gpu(torch.bfloat16, 32, monkeypatch))
+    check_gpu(on_gpu(torch.bfloat16, 64, monkeypatch, capability=(8, 0)))
+    check_gpu(on_gpu(torch.float16, 512, monkeypatch, version="0.33.0"))
 
 
 def test_make_serve_starts_the_example_in_16_bits_on_a_gpu():

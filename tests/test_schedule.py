@@ -9,7 +9,7 @@ import torch
 from circuits_support import fresh_generator, random_theta, random_x
 
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, get_backend
-from qaa_serve.circuits.schedule import schedule, sources
+from qaa_serve.circuits.schedule import Step, index_masks, readout_signs, schedule, sources
 
 
 def turned(state: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -36,17 +36,36 @@ def test_the_steps_are_the_gates(name: str, qubits: int, layers: int, readouts: 
     ansatz = Ansatz(name, qubits, layers, readouts)
     theta, x = random_theta(generator, 1, ansatz), random_x(generator, 1, 2**qubits)
     steps = schedule(ansatz)
+    assert steps.all_steps[-1].turns is not None
     state = (x[0] / x[0].norm()).to(torch.complex128)
-    if steps.first is not None:
-        state = turned(state, theta[0, steps.first])
-    for step in steps.steps:
+    for step in steps.all_steps:
         if step.phases is not None:
             state = phased(state, theta[0, step.phases])
         if step.cnots is not None:
             state = state[sources(step.cnots, qubits)]
         if step.turns is not None:
             state = turned(state, theta[0, step.turns])
-    signs = [[(-1) ** (j & mask).bit_count() for j in range(2**qubits)] for mask in steps.masks]
-    z = torch.tensor(signs, dtype=torch.float64) @ state.abs().square()
     expected = get_backend("reference")(x, theta, ansatz, None)[0, 0]
-    torch.testing.assert_close(z, expected.double(), rtol=0, atol=1e-9)
+    probabilities = state.abs().square()
+    z = probabilities @ signs_of(steps.masks, qubits)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(readout_signs(ansatz).double(), signs_of(steps.masks, qubits))
+    if steps.closing is not None:  # in place of the masks
+        probabilities = probabilities[sources(steps.closing, qubits)]
+    z = probabilities @ signs_of(index_masks(ansatz), qubits)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-9)
+
+
+def signs_of(masks: tuple[int, ...], qubits: int) -> torch.Tensor:
+    """(2**n, columns) float64, by the definition."""
+    signs = [[(-1.0) ** (j & mask).bit_count() for mask in masks] for j in range(2**qubits)]
+    return torch.tensor(signs, dtype=torch.float64)
+
+
+def test_the_first_layer_is_a_step_of_all_steps() -> None:
+    steps = schedule(Ansatz("ryrz_ring_ry", 3, 2))
+    assert steps.first == 0
+    assert steps.all_steps == (Step(turns=0), *steps.steps)
+    phases_first = schedule(Ansatz("strongly_entangling", 3, 2))
+    assert phases_first.first is None
+    assert phases_first.all_steps == phases_first.steps

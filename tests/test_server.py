@@ -249,6 +249,9 @@ def test_where_adapters_are_and_how_old_that_is(server):
     assert set(tiers.values()) == {1}
     assert 0 <= series(server, "qaa_engine_account_age_seconds")[()] < 60
     assert series(server, "qaa_key_requests_total") == {}, "there are no keys"
+    ((labels, one),) = series(server, "qaa_build_info").items()
+    assert (dict(labels)["circuits"], one) == ("cpu", 1)
+    assert series(server, "qaa_circuit_backend_seconds") == {}, "on a CPU nothing is timed to choose"
 
 
 def test_adapters_with_requests_are_one_series_whatever_ran_before(server):

@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from server_process import BIN
 from tiny_models import ATTENTION, make_lora, make_model, make_qaa
-from vllm_qaa.worker import BACKEND_KEY, MOST_LAYERS, MOST_LAYERS_KEY
+from vllm_qaa.backend import BACKEND_KEY, MOST_LAYERS, MOST_LAYERS_KEY
 
 from qaa_serve.circuits import BACKENDS
 from qaa_serve.registry import Contents

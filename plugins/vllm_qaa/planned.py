@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qaa_serve.adapters import standardised
 from qaa_serve.circuits import Circuits
 from qaa_serve.circuits.cpu.serving import CompiledCircuits
 from vllm_qaa.delta import Standard
@@ -206,12 +207,12 @@ class PlannedDelta:
 
     def _readout(self, group: CircuitTokens, here: SlotCircuits, x: torch.Tensor) -> torch.Tensor:
         """z of a group's tokens, (T, slices, heads * columns)."""
-        x = _take(x, group)
+        x = _gather_rows(x, group)
         if here.inputs.numel():
-            x = _standardise(x.float(), here.inputs[group.slots])
+            x = standardised(x.float(), here.inputs[group.slots].transpose(0, 1))
         z = here.circuits.run(x, group.index(here.table, here.key))
         z = z.reshape(len(z), self._layer.n_slices, -1)
-        return _standardise(z, here.readouts[group.slots]) if here.readouts.numel() else z
+        return standardised(z, here.readouts[group.slots].transpose(0, 1)) if here.readouts.numel() else z
 
 
 class CpuDelta(PlannedDelta):
@@ -249,7 +250,7 @@ class CpuDelta(PlannedDelta):
         # slot for tokens without an adapter. Products by slot are right and several times faster.
         for tokens in plan.lora:
             if (lora := self._lora.get(tokens.slot)) is not None:
-                _add(output[:, lora.columns], tokens, lora.update(_take(x, tokens)))
+                _add(output[:, lora.columns], tokens, lora.update(_gather_rows(x, tokens)))
         groups, x = self._groups(plan, x)
         with TIMER.sample(x.device) if groups else nullcontext():
             for group, here in groups:
@@ -271,14 +272,9 @@ class CpuDelta(PlannedDelta):
                 output[:, columns].index_add_(0, group.rows[chosen], update.to(output.dtype))
 
 
-def _take(x: torch.Tensor, tokens: CircuitTokens | LoRATokens) -> torch.Tensor:
+def _gather_rows(x: torch.Tensor, tokens: CircuitTokens | LoRATokens) -> torch.Tensor:
     """The rows of x that are meant: (T, d_in)."""
     return x[tokens.span] if tokens.span is not None else x[tokens.rows]
-
-
-def _standardise(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """(T, ...) by their offsets and scales, (T, 2, ...)."""
-    return (values - by[:, 0]) * by[:, 1]
 
 
 def _add(columns: torch.Tensor, group: LoRATokens, update: torch.Tensor) -> None:

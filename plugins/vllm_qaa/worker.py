@@ -1,32 +1,26 @@
-"""The worker's side of adapters: reading QAA directories, checking every shape, and the step's plan."""
+"""Adapters in a worker: read beside the engine's steps, checked against the model, taken over; their memory."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-import vllm
-from packaging.version import Version
 from vllm import envs
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
-from vllm.distributed import get_world_group
 from vllm.logger import init_logger
-from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.models.utils import PPMissingLayer
 
 from qaa_serve.adapters import (
     CONFIG_FILE,
@@ -37,251 +31,23 @@ from qaa_serve.adapters import (
     misfit,
     read_config,
 )
-from qaa_serve.circuits import MAX_QUBITS, Ansatz, choose_backend, circuits_of
-from qaa_serve.circuits.cpu.serving import CompiledCircuits
-from vllm_qaa.delta import Delta, Standard
-from vllm_qaa.layers import DELTA_OP, QAALayerMixin, break_graphs_at_delta
+from qaa_serve.circuits import MAX_QUBITS, Choice
+from vllm_qaa.delta import Standard
+from vllm_qaa.layers import QAALayerMixin
+from vllm_qaa.manager import OUTPUT_HEAD, Place, QAAModel, QAAModelManager
 from vllm_qaa.memory import device_memory, host_free
-from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
-from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedDelta
-from vllm_qaa.static import Block, StaticDelta
+from vllm_qaa.plan import CircuitForm
 from vllm_qaa.timing import TIMER
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
-#: In the names of output heads; vLLM knows them by it too.
-OUTPUT_HEAD = "lm_head"
-
 #: How long adapters are taken over between two steps; the one that is begun is ended.
 _TAKE_OVER_S = 0.02
-
-#: Where vLLM's expand kernel may be miscompiled for Hopper, and since when it is not.
-_HOPPER_RANK, _HOPPER_SAFE = 64, Version("0.33")
 
 #: What vLLM's manager has where it finds the names of an adapter of the text model alone.
 _FINDS_TEXT_NAMES = "_get_text_lora_names"
 
-#: In vLLM's additional_config: it reaches every worker, wherever it runs.
-BACKEND_KEY = "qaa_backend"
-MOST_LAYERS_KEY = "qaa_max_layers"
-
-#: Layers of gates that a module's circuits may have on a GPU, where room is made for them in advance.
-MOST_LAYERS = 8
-
 logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vllm"
-
-
-class QAAModel(LoRAModel):
-    """A loaded QAA adapter: angles as 3-D lora_a and B, scale folded in, as lora_b.
-
-    Attributes:
-        form: of its circuits.
-        standards: what a layer's inputs and readouts are standardised by.
-        row: of the block of all circuits, where there is one; its standards are in there.
-    """
-
-    def __init__(
-        self,
-        adapter_id: int,
-        rank: int,
-        loras: dict[str, LoRALayerWeights],
-        form: CircuitForm,
-        standards: Mapping[QAALayerMixin, Standard],
-        row: torch.Tensor | None = None,
-    ):
-        super().__init__(adapter_id, rank, loras)
-        self.form, self.standards, self.row = form, standards, row
-
-
-class Place(NamedTuple):
-    """Where a module of the checkpoint is in vLLM's model.
-
-    Attributes:
-        layer: the wrapped layer that holds it.
-        part: its number among the modules packed in that layer; None if it is the whole layer.
-        parts: how many modules are packed there.
-    """
-
-    layer: Any
-    part: int | None = None
-    parts: int = 1
-
-    @property
-    def is_one_slice(self) -> bool:
-        """Whether the module is the whole layer, or one of the slices that the layer's output is cut into."""
-        return self.part is None or self.layer.n_slices == self.parts
-
-    def widths(self) -> tuple[int, int]:
-        """(d_in, d_out) of the module before tensor parallelism cuts it."""
-        d_in, d_out = self.layer.full_widths()
-        return d_in, sum(d_out) if self.part is None else d_out[self.part]
-
-
-class QAAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's slots and host cache, with a plan of each step's tokens."""
-
-    supported_lora_modules: list[str]
-
-    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
-        _check_gpu(vllm_config)
-        self._context_layers = vllm_config.compilation_config.static_forward_context
-        self._dtype = vllm_config.model_config.dtype
-        self._bound: list[QAALayerMixin] = []
-        super().__init__(*args, vllm_config=vllm_config, **kwargs)
-        self._forms: list[CircuitForm | None] = [None] * self.lora_slots
-        self._compiled: set[tuple[Ansatz, int, int]] = set()
-        self.takes_slots = True
-        self._give_deltas(vllm_config)
-
-    def _give_deltas(self, vllm_config: VllmConfig) -> None:
-        """Choose the circuits' backend, and with it what adds the updates in each layer."""
-        device = torch.device(self.device)
-        backend = _choose_circuits(vllm_config, device, self._bound)
-        self._plans = PlanHolder(circuits_of(backend))
-        self.block: Block | None = None
-        if backend == "triton":
-            most = int(vllm_config.additional_config.get(MOST_LAYERS_KEY, MOST_LAYERS))
-            # Now, before vLLM measures what is left for its KV cache.
-            self.block = Block(self._bound, self.lora_slots, self.lora_config.max_lora_rank, most, device)
-            logger.info("Room for circuits in %d slots: %.0f MiB", self.lora_slots, self.block.rows.nbytes / 2**20)
-            if device.type == "cuda":
-                from qaa_serve.circuits.triton.kernel import circuit_kernel
-
-                self.block.compile(circuit_kernel, self._dtype)
-        elif device.type != "cpu":
-            _split_graphs_at_delta(vllm_config)
-        kind = CpuDelta if device.type == "cpu" else PlannedDelta
-        for layer in self._bound:
-            delta: Delta = kind(layer, self._plans) if self.block is None else StaticDelta(layer, self.block)
-            layer.delta = delta
-
-    def _create_lora_modules(self) -> None:
-        """As vLLM's, but the output head stays as it is: logits are the base's product, for whichever rows.
-
-        vLLM's layer for it knows the adapters of the rows that are sampled, one each. A prompt's log-probabilities
-        are computed from other rows, with the same layer: on a CPU that ends the engine, on a GPU a row gets the
-        adapter of another request.
-
-        Raises:
-            ValueError: if --lora-target-modules names the head.
-        """
-        if heads := [name for name in self.lora_config.target_modules or () if OUTPUT_HEAD in name]:
-            raise ValueError(
-                f"--lora-target-modules has {', '.join(heads)}: LoRA on the output head cannot be served, since "
-                "vLLM mixes up requests when one asks for its prompt's log-probabilities. Leave it out"
-            )
-        others = [name for name in self.supported_lora_modules if OUTPUT_HEAD not in name]
-        self.supported_lora_modules = others
-        super()._create_lora_modules()
-        # vLLM's loader lets a head's weights pass, so that our check can say why they are refused.
-        self.supported_lora_modules = [*others, OUTPUT_HEAD]
-
-    def register_module(self, module_name: str, module: Any) -> None:
-        """As vLLM's, and gives a layer of the language model its name and the plan.
-
-        Towers of multimodal models run on other tokens than those the plan is for; they keep vLLM's branch.
-        """
-        super().register_module(module_name, module)
-        language = self.mm_mapping.language_model[0] if self.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
-        in_language_model = self._get_punica_wrapper(module_name) is self.punica_wrapper_mapping[language]
-        if isinstance(module, QAALayerMixin) and in_language_model:
-            module.qaa_name = f"{module_name}.qaa"
-            self._context_layers[module.qaa_name] = module
-            self._bound.append(module)
-
-    def activate_adapter(self, lora_id: int) -> bool:
-        """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once.
-
-        An adapter that is loaded ahead of its requests takes no slot that another one is in. (A LoRA adapter
-        does, as in vLLM: what is wrong with one may show only here, and must not show in a step.)
-        """
-        is_qaa = isinstance(self._registered_adapters[lora_id], QAAModel)
-        if is_qaa and not self.takes_slots and None not in self.lora_index_to_id:
-            return False
-        try:
-            activated = super().activate_adapter(lora_id)
-            if activated:
-                self._last_mapping = None  # a slot has changed: the next step makes a new plan
-                self._prepare_circuits(self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id])
-        except BaseException:
-            # In its slot it would pass for active, and its requests be answered by what was filled in so far.
-            if lora_id in self.lora_index_to_id:
-                self.deactivate_adapter(lora_id)
-            raise
-        return activated
-
-    def _prepare_circuits(self, slot: int, adapter: LoRAModel) -> None:
-        is_qaa = isinstance(adapter, QAAModel)
-        self._forms[slot] = adapter.form if is_qaa else None
-        if self.block is not None:
-            self.block.put(slot, adapter.row if is_qaa else None)
-        for layer in self._bound if is_qaa else ():
-            layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
-
-    def circuit_bytes(self) -> int:
-        """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
-        block = 0 if self.block is None else self.block.rows.nbytes
-        return block + sum(layer.delta.nbytes for layer in self._bound if layer.delta is not None)
-
-    def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
-        """Compile what circuits of a form would be compiled for in their first step.
-
-        Args:
-            form: the circuits'.
-            runs: (qubits, width of x, readouts of a token) of the layers that have such circuits.
-        """
-        for qubits, width, readouts in runs:
-            if (run := (form.ansatz(qubits), width, readouts)) not in self._compiled:
-                self._plans.circuits.compile(*run, self._dtype, torch.device(self.device))
-                self._compiled.add(run)
-
-    def remove_all_adapters(self) -> None:
-        """As vLLM's; no step may use a plan made for slots that are gone."""
-        super().remove_all_adapters()
-        self._plans.plan = NOTHING
-
-    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        super()._set_adapter_mapping(mapping)
-        if mapping.type == LoRAMappingType.LANGUAGE and self.block is None:
-            self._plans.plan = make_plan(
-                mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
-            )
-
-    def full_name(self, module: str) -> str:
-        """A module's name here, which in a multimodal model is longer than in the text model that it holds."""
-        if not self.supports_mm:
-            return module
-        known = {*self.modules, *(part for parts in self.packed_modules.values() for part in parts)}
-        prefix = self.mm_mapping.language_model[0].rstrip(".")
-        candidates = (module, f"{prefix}.{module}", f"{prefix}.{module.removeprefix('model.')}")
-        return next((name for name in candidates if name in known), module)
-
-    def find(self, module: str) -> Place | None:
-        """Where a module of the checkpoint is; None if it is on another pipeline stage.
-
-        Raises:
-            AdapterError: if the model has no such module, or it cannot be adapted.
-        """
-        if module in self.modules:
-            return Place(self.modules[module])
-        for packed, parts in self.packed_modules.items():
-            if module in parts:
-                return Place(self.modules[packed], parts.index(module), len(parts))
-        if self._on_other_stage(module):
-            return None
-        known = sorted({name.rpartition(".")[2] for parts in self.packed_modules.values() for name in parts})
-        known += sorted({name.rpartition(".")[2] for name in self.modules} - set(self.packed_modules_mapping))
-        raise AdapterError(
-            f"the served model has no adaptable layer {module!r}; its adaptable layers end in {', '.join(known)}"
-        )
-
-    def _on_other_stage(self, module: str) -> bool:
-        here = self.model
-        for part in module.split("."):
-            here = getattr(here, part, None)
-            if here is None or isinstance(here, PPMissingLayer):
-                return here is not None
-        return False
 
 
 class QAAWorkerManager(LRUCacheWorkerLoRAManager):
@@ -370,6 +136,10 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
             free, used = host_free(), psutil.Process().memory_info().rss
         # Pages that were never written are not resident yet, so the parts may sum to more.
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
+
+    def circuits_backend(self) -> Choice:
+        """What circuits run on, as it was chosen when the model was loaded."""
+        return self._adapter_manager.backend
 
     def _own_bytes(self) -> int:
         return self._adapter_manager.circuit_bytes()
@@ -570,6 +340,11 @@ class AdapterRPC:
         """Bytes of this worker's memory: weights, kv_cache, adapters (slots), other, free."""
         return self.model_runner.lora_manager.memory(self.model_runner)
 
+    def qaa_circuits_backend(self) -> tuple[str, dict[str, float]]:
+        """The backend that circuits run on, and the seconds of each that was timed for the choice."""
+        choice = self.model_runner.lora_manager.circuits_backend()
+        return choice.name, choice.seconds
+
     def qaa_circuit_times(self) -> tuple[str, list[float], list[int], float]:
         """(backend, bucket bounds, counts of each bucket and beyond, sum) of sampled circuit times in seconds."""
         return TIMER.snapshot()
@@ -601,76 +376,3 @@ def _check_qaa(name: str, config: AdapterConfig, weights: ModuleWeights, place: 
         raise AdapterError(
             f"{name!r} is {d_in} -> {d_out} in the served model, {problem}: it was made for another base"
         )
-
-
-def _check_gpu(vllm_config: VllmConfig) -> None:
-    """Refuse on a GPU what vLLM's LoRA kernels answer with an assertion, or wrongly.
-
-    Raises:
-        ValueError: names the option to change.
-    """
-    if vllm_config.device_config.device_type != "cuda":
-        return
-    dtype = vllm_config.model_config.dtype
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"on a GPU adapters need 16-bit numbers, which vLLM's LoRA kernels take alone, found {dtype}: start "
-            "with --dtype bfloat16"
-        )
-    rank = vllm_config.lora_config.max_lora_rank
-    if (
-        rank >= _HOPPER_RANK
-        and torch.cuda.get_device_capability()[0] == 9
-        and Version(vllm.__version__) < _HOPPER_SAFE
-    ):
-        raise ValueError(
-            f"--max-lora-rank {rank} is not safe on this GPU with vLLM {vllm.__version__}: its expand kernel may "
-            f"be compiled wrongly for Hopper from rank {_HOPPER_RANK} on: take less, or vLLM {_HOPPER_SAFE}"
-        )
-
-
-def _choose_circuits(vllm_config: VllmConfig, device: torch.device, layers: Sequence[QAALayerMixin]) -> str:
-    """The circuits' backend that --qaa-backend names, or `qaa_backend` in vLLM's --additional-config.
-
-    Raises:
-        ValueError: if it cannot run here, or not in these layers.
-    """
-    asked = vllm_config.additional_config.get(BACKEND_KEY, "auto")
-    shapes = {(layer.full_widths()[0], layer.n_slices) for layer in layers}
-    name, reason = choose_backend(asked, device, sorted(shapes))
-    if vllm_config.parallel_config.world_size > 1:
-        # Each rank has timed for itself; with unlike backends they would gather x at unlike times, and hang.
-        name, reason = get_world_group().broadcast_object((name, reason))
-    logger.info("QAA circuits run on the backend %r (%s)", name, reason)
-    TIMER.backend = name
-    if circuits_of(name) is CompiledCircuits:
-        logger.info("Compiling the circuits for this CPU, unless that was done before: up to a minute")
-        begun = time.perf_counter()
-        any_form = Ansatz("ryrz_ring_ry", 1, 1)  # one code serves all
-        CompiledCircuits.compile(any_form, 2, 1, vllm_config.model_config.dtype, device)
-        logger.info("Compiled for this CPU, or found compiled, in %.1f s", time.perf_counter() - begun)
-    return name
-
-
-def _split_graphs_at_delta(vllm_config: VllmConfig) -> None:
-    """Keep a planned delta out of CUDA graphs: which tokens it touches is decided in Python, step by step.
-
-    Between the splits vLLM's piecewise graphs are captured as ever; models that vLLM does not compile break out of
-    a capture where they can. Written from vLLM's source; it has not been run on a GPU.
-    """
-    config = vllm_config.compilation_config
-    if config.cudagraph_mode in (None, CUDAGraphMode.NONE):
-        return
-    if config.mode == CompilationMode.VLLM_COMPILE and config.splitting_ops:
-        if DELTA_OP not in config.splitting_ops:
-            config.splitting_ops.append(DELTA_OP)
-        mode = CUDAGraphMode.PIECEWISE
-    else:
-        mode = CUDAGraphMode.PIECEWISE if break_graphs_at_delta() else CUDAGraphMode.NONE
-    if config.cudagraph_mode != mode:
-        logger.warning(
-            "CUDA graph mode set from %s to %s: QAA circuits run between graphs",
-            config.cudagraph_mode.name,
-            mode.name,
-        )
-        config.cudagraph_mode = mode

@@ -4,13 +4,14 @@
 """
 
 from qaa_serve.circuits.ansatz import ANSATZ_NAMES, MAX_QUBITS, Ansatz, qubits_for
-from qaa_serve.circuits.backends import BACKENDS, Circuits, choose_backend, circuits_of, get_backend
+from qaa_serve.circuits.backends import BACKENDS, Choice, Circuits, choose_backend, circuits_of, get_backend
 
 __all__ = [
     "ANSATZ_NAMES",
     "BACKENDS",
     "MAX_QUBITS",
     "Ansatz",
+    "Choice",
     "Circuits",
     "choose_backend",
     "circuits_of",

@@ -34,7 +34,7 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
 
 def prepare(device: torch.device) -> None:
     """Compile what circuits on such a device need, or read what was compiled before; else the first call does."""
-    training_backend(device, torch.float32).prepare()
+    training_backend(device, torch.float32, 1).prepare()
 
 
 class _ExpectationValues(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _ExpectationValues(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
         ctx.save_for_backward(x, theta)
         ctx.ansatz = ansatz
-        return training_backend(x.device, x.dtype).forward(x, theta, ansatz)
+        return training_backend(x.device, x.dtype, ansatz.qubits).forward(x, theta, ansatz)
 
     @staticmethod
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -52,6 +52,7 @@ class _ExpectationValues(torch.autograd.Function):
                 "those of qaa_serve.circuits.torch_batched can"
             )
         x, theta = ctx.saved_tensors
-        dx, dtheta = training_backend(x.device, x.dtype).backward(x, theta, ctx.ansatz, dz)
+        backend = training_backend(x.device, x.dtype, ctx.ansatz.qubits)
+        dx, dtheta = backend.backward(x, theta, ctx.ansatz, dz)
         needs_dx, needs_dtheta, _ = ctx.needs_input_grad
         return dx if needs_dx else None, dtheta if needs_dtheta else None, None

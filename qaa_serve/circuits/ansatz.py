@@ -124,6 +124,16 @@ def check_width(x: torch.Tensor, ansatz: Ansatz) -> None:
         raise ValueError(f"x is {x.shape[-1]} wide; {ansatz.qubits} qubits hold at most {most} numbers{beside}")
 
 
+def check_theta(theta: torch.Tensor, ansatz: Ansatz) -> None:
+    """Refuse angles that are not (circuits, rows, n).
+
+    Raises:
+        ValueError: names both shapes.
+    """
+    if theta.shape[1:] != ansatz.theta_shape:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+
+
 def check_inputs(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> None:
     """Refuse an x, (tokens, width), that the state cannot hold, and a theta that is not (circuits, rows, n).
 
@@ -131,8 +141,7 @@ def check_inputs(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> None:
         ValueError: names both sizes.
     """
     check_width(x, ansatz)
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_theta(theta, ansatz)
 
 
 def checked_index(

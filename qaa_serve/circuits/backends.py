@@ -74,7 +74,7 @@ class Backend(NamedTuple):
             and ``expectation_values`` where that can do more than its circuits.
         circuits: its class of ``Circuits``, where it is for serving.
         purpose: for people.
-        training: the module that is its ``Training``, where it has one.
+        training: the module that is its ``Training``, where it has one; ``MOST_QUBITS`` there, if not all.
     """
 
     module: str
@@ -135,13 +135,18 @@ def circuits_of(name: str) -> type[Circuits]:
     return found
 
 
-def training_backend(device: torch.device, dtype: torch.dtype) -> Training:
-    """What trains on x of that dtype there: the compiled kernels in float32 on a CPU, else torch.
+def training_backend(device: torch.device, dtype: torch.dtype, qubits: int) -> Training:
+    """What trains circuits of so many qubits on x of that dtype there.
 
-    torch.compile cannot look into the kernels, and has torch's operations instead.
+    Kernels, where the device has some: they compute in float32, and torch.compile cannot look into them. Else
+    torch.
     """
-    is_compiled = dtype != torch.float64 and not torch.compiler.is_compiling() and missing("cpu", device) is None
-    module: Any = import_module(f"{__package__}.{BACKENDS['cpu' if is_compiled else 'torch'].training}")
+    kernels = () if dtype == torch.float64 or torch.compiler.is_compiling() else _PREFERENCE.get(device.type, ())
+    for name in (*kernels, "torch"):
+        if (path := BACKENDS[name].training) is not None and missing(name, device) is None:
+            module: Any = import_module(f"{__package__}.{path}")
+            if qubits <= getattr(module, "MOST_QUBITS", MAX_QUBITS):
+                break
     training: Training = module
     return training
 
@@ -172,8 +177,22 @@ def missing(name: str, device: torch.device) -> str | None:
     return reason
 
 
-def choose_backend(name: str, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> tuple[str, str]:
-    """The backend that a name stands for on such a device, and why.
+class Choice(NamedTuple):
+    """A backend that was chosen.
+
+    Attributes:
+        name: the backend's.
+        reason: for people.
+        seconds: what each that was timed took for the shapes; empty where nothing had to be compared.
+    """
+
+    name: str
+    reason: str
+    seconds: dict[str, float]
+
+
+def choose_backend(name: str, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> Choice:
+    """The backend that a name stands for on such a device.
 
     Args:
         name: of a backend; or "auto": of those that can run here the one that is fastest on the shapes.
@@ -187,17 +206,17 @@ def choose_backend(name: str, device: torch.device, shapes: Sequence[tuple[int, 
         circuits_of(name)
         if reason := _unfit(name, device, shapes):
             raise ValueError(f"the circuit backend {name!r} cannot run here: {reason}. Or choose 'auto'")
-        return name, "as asked"
+        return Choice(name, "as asked", {})
     unfit = {other: _unfit(other, device, shapes) for other in _PREFERENCE.get(device.type, ())}
     fit = [other for other, reason in unfit.items() if reason is None]
     passed_over = [f"not {other}: {reason}" for other, reason in unfit.items() if reason is not None]
     if len(fit) > 1 and shapes:
         seconds = {other: time_backend(other, device, shapes, _TIMED_S / len(fit)) for other in fit}
         figures = ", ".join(f"{other} {taken * 1e6:.0f}" for other, taken in seconds.items())
-        return min(seconds, key=seconds.__getitem__), "; ".join(
-            [f"fastest on this model's layers, microseconds for all shapes: {figures}", *passed_over]
-        )
-    return (fit or ["torch"])[0], "; ".join([f"first that can run on {device.type}", *passed_over])
+        reason = f"fastest on this model's layers, microseconds for all shapes: {figures}"
+        return Choice(min(seconds, key=seconds.__getitem__), "; ".join([reason, *passed_over]), seconds)
+    reason = f"first that can run on {device.type}"
+    return Choice((fit or ["torch"])[0], "; ".join([reason, *passed_over]), {})
 
 
 def _unfit(name: str, device: torch.device, shapes: Sequence[tuple[int, int]]) -> str | None:

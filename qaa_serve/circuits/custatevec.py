@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz
+from qaa_serve.circuits.ansatz import Ansatz, check_theta
 from qaa_serve.circuits.embedding import embed, lengths
 from qaa_serve.circuits.schedule import readout_signs, schedule, sources
 
@@ -109,7 +109,7 @@ def _current_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Session:
-    """A thread's use of the library on one device: handle, stream, workspace and the room for states.
+    """A thread's use of the library on one device: handle, stream, workspace and buffers for states.
 
     Circuits of all forms share it, since they run one after the other.
     """
@@ -324,10 +324,7 @@ class CuStateVecCircuits:
             ValueError: if theta's shape is not the ansatz's.
             IndexError: if there are no such circuits.
         """
-        if theta.shape[1:] != self._ansatz.theta_shape:
-            raise ValueError(
-                f"theta has shape {tuple(theta.shape)}; (circuits, *{self._ansatz.theta_shape}) is needed"
-            )
+        check_theta(theta, self._ansatz)
         last = first + theta.shape[0]
         if not 0 <= first <= last <= self._count:
             raise IndexError(f"there are {self._count} circuits, counted from 0; not {first} to {last - 1}")

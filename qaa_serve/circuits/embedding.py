@@ -26,8 +26,8 @@ def embed(x: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     psi = x / torch.where(peak > 0, norm, 1)
     if ansatz.constant:
-        share = torch.full_like(peak, math.sqrt(0.5)).masked_fill(peak == 0, 1)
-        psi = torch.cat([psi * math.sqrt(0.5), share], dim=-1)
+        beside = torch.full_like(peak, math.sqrt(0.5)).masked_fill(peak == 0, 1)
+        psi = torch.cat([psi * math.sqrt(0.5), beside], dim=-1)
     return pad(psi, (0, 2**ansatz.qubits - psi.shape[-1]))
 
 

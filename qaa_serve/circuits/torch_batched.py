@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, checked_index
+from qaa_serve.circuits.ansatz import Ansatz, check_theta, checked_index
 from qaa_serve.circuits.embedding import embed, lengths
 from qaa_serve.circuits.schedule import readout_signs, schedule, sources, z_signs
 
@@ -141,8 +141,7 @@ def fuse(theta: torch.Tensor, ansatz: Ansatz) -> list[list[Layer]]:
     Raises:
         ValueError: if theta's shape is not the ansatz's.
     """
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_theta(theta, ansatz)
     plans, _ = plan_layers(ansatz, theta.device)
     half = ansatz.qubits // 2
     angles = theta[:, [plan.turns for plan in plans]] / 2  # (circuits, layers, n)
@@ -226,12 +225,13 @@ class TorchCircuits:
         """See ``backends.Circuits``. On a GPU this waits for the device, to learn which circuits are used."""
         _, signs = plan_layers(self._ansatz, x.device)
         z = torch.zeros(*index.shape, self._ansatz.columns, device=x.device)
-        for block in blocks(len(x), self._ansatz, x.device):
-            psi = columns_of(x[block], self._ansatz).float()
-            for number in torch.unique(index[block]).tolist():
-                if number >= 0 and (circuit := self._circuits[number]) is not None:
-                    token, readout = (index[block] == number).nonzero(as_tuple=True)
-                    z[block][token, readout] = run(psi[:, token], circuit, signs)
+        psi = embed(x, self._ansatz).float()
+        for number in torch.unique(index).tolist():
+            if number >= 0 and (circuit := self._circuits[number]) is not None:
+                token, readout = (index == number).nonzero(as_tuple=True)
+                for block in blocks(len(token), self._ansatz, x.device):
+                    columns = psi[token[block]].T.contiguous()
+                    z[token[block], readout[block]] = run(columns, circuit, signs)
         return z * lengths(x).float()[:, None, None] if self._ansatz.length else z
 
     @property

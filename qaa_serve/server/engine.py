@@ -124,6 +124,11 @@ class AdapterEngine(AsyncLLM):
                 totals[int_id] = (before[0] + host, before[1] + slot)
         return totals
 
+    async def circuits_backend(self) -> tuple[str, dict[str, float]]:
+        """The backend that the circuits run on, and the seconds of each that was timed for the choice."""
+        (name, seconds), *_ = await self.collective_rpc("qaa_circuits_backend")  # all workers have the same
+        return name, seconds
+
     async def account(self) -> EngineAccount:
         """What all workers say of their memory and circuits."""
         devices = {

@@ -178,7 +178,7 @@ async def _assemble(
     REGISTRY.register(
         StateCollector(catalogue, follower, turns, metrics.labels, monitor, readiness.status, max_loras=max_loras)
     )
-    say_what_runs(REGISTRY)
+    say_what_runs(REGISTRY, *await engine.circuits_backend())
     remove_routes(app, "/metrics", "/v1/models")  # ours do not hold up the event loop
     for router in (
         Exposition(REGISTRY).router(),

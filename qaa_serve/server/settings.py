@@ -281,7 +281,7 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
     from vllm.platforms import current_platform
     from vllm.version import __version__ as vllm_version
     from vllm_qaa import port
-    from vllm_qaa.worker import BACKEND_KEY, MOST_LAYERS_KEY
+    from vllm_qaa.backend import BACKEND_KEY, MOST_LAYERS_KEY
 
     from qaa_serve.server.engine import WORKER_EXTENSION
 

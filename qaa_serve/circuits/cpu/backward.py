@@ -1,6 +1,6 @@
-"""The compiled backward pass of training on a CPU: what ``adjoint`` does, on the tiles of ``cpu.forward``.
+"""The compiled backward pass of training on a CPU: ``torch_adjoint``'s method, on the tiles of ``cpu.forward``.
 
-A tile, sixteen tokens of one circuit, is run once more. What enters each RY layer is kept until lambda = dL/dpsi
+A tile, sixteen tokens of one circuit, is run once more. What each RY layer acts on is kept until lambda = dL/dpsi
 has come back to it: a tile's states fit the cache, and to run psi back beside lambda would take longer.
 
 - dL/d|psi_j|**2 is the readout's transpose on dL/dz: n doublings, or a Walsh-Hadamard transform for products.
@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from qaa_serve.circuits.cpu import forward, gates, vectors
-from qaa_serve.circuits.cpu.forward import before_turns, embed, spread_tables, walsh_hadamard
+from qaa_serve.circuits.cpu.forward import embed, gather_tables, keep_compiled, permute, walsh_hadamard
 from qaa_serve.circuits.cpu.gates import (
     add_product,
     add_vector,
@@ -29,7 +29,7 @@ from qaa_serve.circuits.cpu.gates import (
     multiply,
     phase_back,
     phase_overlap,
-    read_turns,
+    read_y,
     read_z,
     rotate,
     weigh_z,
@@ -38,8 +38,8 @@ from qaa_serve.circuits.cpu.vectors import LANES
 
 
 @njit(nogil=True)
-def _shift_back(re, im, to_re, to_im, phases, layer, gather, moved, n):
-    """The inverse of ``enter`` with one layer of phases, before the permutation."""
+def _unapply_phases(re, im, to_re, to_im, phases, layer, gather, moved, n):
+    """The inverse of ``forward.apply_phases``."""
     lower = n // 2
     base = layer * ((1 << (n - lower)) + (1 << lower))
     for j in range(1 << n):
@@ -58,36 +58,36 @@ def _add_totals(sums, n, totals):
 
 
 @njit(nogil=True)
-def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
+def _run_back(embedded, angles, form, permuted, permuted_im, states, dz, sums_of):
     """lambda where a tile's circuit begins, (2**n vectors,) real; it lies in one of the arrays given.
 
     Args:
         embedded: as of ``forward._run_tile``.
         angles: turns and phases as of ``_run_tile``, between them turns with negative sines.
-        form: of the ansatz, see ``cpu.host``.
-        entered, entered_im: (RY layers, 2**n vectors), space for both parts of what enters them.
-        spaces: three times 2**n vectors, and n.
+        form: ``host.Form``.
+        permuted, permuted_im: (steps, 2**n vectors), space for both parts of what each step's RY layer acts on.
+        states: three times 2**n vectors, and n.
         dz: vectors of dL/dz, by bit, or by column where there are more than n.
         sums_of: for the RY layers and the RZ layers (layers, n) float64, by bit: 2 dL/dt and -2 dL/dt are added.
     """
     turns, back_turns, phases = angles
     dturns, dphases = sums_of
-    before, after, gathers, moves, _, _, _, masks, n = form
-    a, b, p, sums = spaces
-    size, stretches = 1 << n, len(moves) - 1
-    complex_at = np.zeros(stretches + 1, np.bool_)
-    source = embedded
-    for stretch in range(stretches):
-        re, im = entered[stretch], entered_im[stretch]
-        first, last, moved = before[stretch], after[stretch], moves[stretch]
-        is_complex = before_turns(
-            source, b, complex_at[stretch], re, im, phases, first, last, gathers[stretch], moved, n
+    rz, gathers, moves, ry, _, _, _, masks, n = form
+    a, b, p, sums = states
+    size, steps = 1 << n, len(ry)
+    complex_at = np.zeros(steps + 1, np.bool_)
+    source, source_im = embedded, b
+    for step in range(steps):
+        re, im = permuted[step], permuted_im[step]
+        complex_at[step + 1] = permute(
+            source, source_im, complex_at[step], re, im, phases, rz[step], gathers[step], moves[step], n
         )
-        complex_at[stretch + 1] = is_complex
-        rotate(re, a, turns, 2 * stretch * n, 0, n)
-        if is_complex:
-            rotate(im, b, turns, 2 * stretch * n, 0, n)
-        source = a
+        source, source_im = re, im
+        if ry[step] >= 0:
+            rotate(re, a, turns, ry[step] * n, 0, n)
+            if complex_at[step + 1]:
+                rotate(im, b, turns, ry[step] * n, 0, n)
+            source, source_im = a, b
 
     # z = sum of |psi|**2 with the readout's signs, so that lambda is twice their transpose on dz, times psi
     if len(masks) > n:
@@ -99,39 +99,34 @@ def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
         weigh_z(dz, p, n)
     p *= np.float32(2)
     for j in range(size):
-        multiply(p, a, j, gathers[stretches][j])
-        if complex_at[stretches]:
-            multiply(p, b, j, gathers[stretches][j])
+        multiply(p, a, j, gathers[steps][j])
+        if complex_at[steps]:
+            multiply(p, b, j, gathers[steps][j])
 
     sums[:] = 0
-    for stretch in range(stretches - 1, -1, -1):
-        re, im, gather = entered[stretch], entered_im[stretch], gathers[stretch]
-        first, last, moved = before[stretch], after[stretch], moves[stretch]
-        rotate(a, a, back_turns, 2 * stretch * n, 0, n)
-        read_turns(a, re, sums, n)
-        if complex_at[stretch + 1]:
-            rotate(b, b, back_turns, 2 * stretch * n, 0, n)
-            read_turns(b, im, sums, n)
-        _add_totals(sums, n, dturns[stretch])
-        if last >= 0:
-            for j in range(size):
-                phase_overlap(a, b, re, im, p, j, j)
-            read_z(p, sums, n)
-            _add_totals(sums, n, dphases[last])
-        if first >= 0:  # phases leave the overlaps as they are; the permutation moves them
+    for step in range(steps - 1, -1, -1):
+        re, im, gather = permuted[step], permuted_im[step], gathers[step]
+        if ry[step] >= 0:
+            rotate(a, a, back_turns, ry[step] * n, 0, n)
+            read_y(a, re, sums, 0, 0, n)
+            if complex_at[step + 1]:
+                rotate(b, b, back_turns, ry[step] * n, 0, n)
+                read_y(b, im, sums, 0, 0, n)
+            _add_totals(sums, n, dturns[ry[step]])
+        if rz[step] >= 0:  # phases leave the overlaps as they are; the permutation moves them
             for j in range(size):
                 phase_overlap(a, b, re, im, p, j, gather[j])
             read_z(p, sums, n)
-            _add_totals(sums, n, dphases[first])
-        if last >= 0:
-            _shift_back(a, b, a, b, phases, last, gather, False, n)
-        if first >= 0:
-            _shift_back(a, b, re, im, phases, first, gather, moved, n)
-            a, b = re, im
-        elif moved:
+            _add_totals(sums, n, dphases[rz[step]])
+            if moves[step]:
+                _unapply_phases(a, b, re, im, phases, rz[step], gather, True, n)
+                a, b = re, im
+            else:
+                _unapply_phases(a, b, a, b, phases, rz[step], gather, False, n)
+        elif moves[step]:
             for j in range(size):
                 copy_vector(a, re, j, gather[j])
-            if complex_at[stretch]:
+            if complex_at[step]:
                 for j in range(size):
                     copy_vector(b, im, j, gather[j])
             a, b = re, im
@@ -140,8 +135,8 @@ def _run_back(embedded, angles, form, entered, entered_im, spaces, dz, sums_of):
 
 
 @njit(nogil=True)
-def _embedding_back(lam, embedded, constant, length, lengths, width, n, overlaps, factors, rows):
-    """dL/dx of a tile's tokens to ``rows``, from lambda; as ``adjoint._embedding_back``, which has the formula.
+def _embed_backward(lam, embedded, constant, length, lengths, width, n, overlaps, factors, rows):
+    """dL/dx of a tile's tokens to ``rows``, from lambda; as ``embedding.embed_backward``, which has the formula.
 
     ``overlaps`` and ``factors``, two vectors each, are space: for <psi, lambda> over x's places and over all, and
     for what ``from_lanes`` multiplies by.
@@ -166,12 +161,12 @@ def _embedding_back(lam, embedded, constant, length, lengths, width, n, overlaps
 
 
 @njit(nogil=True)
-def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
+def _gradients(x, dz, circuits, form, workspace, dx, dturns, dphases):
     """The gradients of a batch; dx is written, the angles' are added."""
     turns_of, back_turns_of, phases_of = circuits
-    _, _, _, _, _, constant, length, masks, n = form
-    rows, scales, lengths, embedded, entered, entered_im, spaces, tables, lane_dz, total, ends, dx_rows = space
-    turns, back_turns, phases = tables
+    constant, length, masks, n = form[5:]
+    forward_workspace, permuted, permuted_im, states, back_turns, lane_dz, total, ends, dx_rows = workspace
+    rows, scales, lengths, embedded, _, _, turns, phases, _ = forward_workspace
     overlaps, factors = ends
     count, width = x.shape
     tokens, wanted = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
@@ -185,9 +180,9 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
             if had != circuit:
                 had = circuit
                 wanted[:] = circuit
-                spread_tables(turns_of, wanted, turns)
-                spread_tables(back_turns_of, wanted, back_turns)
-                spread_tables(phases_of, wanted, phases)
+                gather_tables(turns_of, wanted, turns)
+                gather_tables(back_turns_of, wanted, back_turns)
+                gather_tables(phases_of, wanted, phases)
             lane_dz[:] = 0
             for column in range(len(masks)):
                 place = column if len(masks) > n else n - 1 - column
@@ -196,10 +191,10 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
                     lane_dz[place * LANES + lane] = weight * lengths[lane] if length else weight
             angles = turns, back_turns, phases
             sums_of = dturns[circuit], dphases[circuit]
-            lam = _run_back(embedded, angles, form, entered, entered_im, spaces, lane_dz, sums_of)
+            lam = _run_back(embedded, angles, form, permuted, permuted_im, states, lane_dz, sums_of)
             for i in range(1 << n):
                 add_vector(lam, total, i, i)
-        _embedding_back(total, embedded, constant, length, lengths, width, n, overlaps, factors, dx_rows)
+        _embed_backward(total, embedded, constant, length, lengths, width, n, overlaps, factors, dx_rows)
         for lane in range(min(LANES, count - start)):
             dx[start + lane] = dx_rows[lane, :width]
 
@@ -207,14 +202,11 @@ def _gradients(x, dz, circuits, form, space, dx, dturns, dphases):
 def _entry_point(source: str) -> Any:
     """What Python calls; see ``cpu.forward``."""
 
-    def gradients(x, dz, circuits, form, space, dx, dturns, dphases):
+    def gradients(x, dz, circuits, form, workspace, dx, dturns, dphases):
         len(source)
-        _gradients(x, dz, circuits, form, space, dx, dturns, dphases)
+        _gradients(x, dz, circuits, form, workspace, dx, dturns, dphases)
 
-    try:
-        return njit(nogil=True, cache=True)(gradients)
-    except RuntimeError:
-        return njit(nogil=True)(gradients)
+    return keep_compiled(gradients)
 
 
 gradients = _entry_point("".join(inspect.getsource(module) for module in (vectors, gates, forward)))

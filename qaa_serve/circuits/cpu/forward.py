@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from numba.extending import overload
 from qaa_serve.circuits.cpu import gates, vectors
 from qaa_serve.circuits.cpu.gates import (
     LANE_BITS,
+    broadcast,
     butterfly,
     copy_vector,
     phase_1,
@@ -44,7 +46,6 @@ from qaa_serve.circuits.cpu.gates import (
     read_z,
     rotate,
     rotate_lanes,
-    spread,
     to_lanes,
 )
 from qaa_serve.circuits.cpu.vectors import LANES
@@ -59,7 +60,7 @@ _LEAST_QUBITS = 8
 
 
 @njit(nogil=True)
-def _shift_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved, bits, lower):
+def apply_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved, bits, lower):
     """A layer of RZ, and behind it a permutation where there is one, on a state of 2**bits vectors.
 
     ``phases`` has for every layer the cosine and sine of each number that the upper bits may be, then of each that
@@ -77,20 +78,16 @@ def _shift_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved
 
 
 @njit(nogil=True)
-def before_turns(re, im, is_complex, to_re, to_im, phases, before, after, gather, moved, n):
-    """What lies before an RY layer: phases, a permutation, phases. Whether the state is complex then."""
-    if before >= 0:
-        _shift_phases(re, im, is_complex, to_re, to_im, phases, before, gather, moved, n, n // 2)
-        is_complex = True
-    else:
+def permute(re, im, is_complex, to_re, to_im, phases, layer, gather, moved, n):
+    """What a step has before its RY: phases, -1 for none, and a permutation. Whether the state is complex then."""
+    if layer >= 0:
+        apply_phases(re, im, is_complex, to_re, to_im, phases, layer, gather, moved, n, n // 2)
+        return True
+    for j in range(1 << n):
+        copy_vector(re, to_re, gather[j], j)
+    if is_complex:
         for j in range(1 << n):
-            copy_vector(re, to_re, gather[j], j)
-        if is_complex:
-            for j in range(1 << n):
-                copy_vector(im, to_im, gather[j], j)
-    if after >= 0:
-        _shift_phases(to_re, to_im, is_complex, to_re, to_im, phases, after, gather, False, n, n // 2)
-        is_complex = True
+            copy_vector(im, to_im, gather[j], j)
     return is_complex
 
 
@@ -104,39 +101,34 @@ def walsh_hadamard(p, n):
 
 
 @njit(nogil=True)
-def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, masks, n, spaces, z):
+def _run_tile(embedded, turns, phases, form, workspace, z):
     """Sixteen circuits on sixteen embedded states.
 
     Args:
         embedded: (2**n vectors,) real amplitudes; left as they are.
         turns: (RY layers, n, 2) vectors, cosine and sine of half angles, by bit.
         phases: (RZ layers, 2**upper + 2**lower, 2) vectors, cosine and sine.
-        before, after: (stretches + 1,) the RZ layer before and after the permutation, -1 for none.
-        gathers: (stretches + 1, 2**n) the permutations; the last one is the readout's.
-        moves: (stretches + 1,) whether there is one.
-        closing: whether the last RY layer is read out instead of run.
-        masks: (columns,) bits of each readout.
-        n: qubits.
-        spaces: five times 2**n vectors, and 2 n for readouts.
+        form: ``host.Form``.
+        workspace: five times 2**n vectors, and 2 n for readouts.
         z: (columns,) vectors, written.
     """
-    size = 1 << n
-    a, b, c, d, p, sums = spaces
-    stretches = len(moves) - 1
-    source, is_complex = embedded, False
-    for stretch in range(stretches):
-        first, last, moved = before[stretch], after[stretch], moves[stretch]
-        if first >= 0 or last >= 0 or moved:
-            is_complex = before_turns(source, b, is_complex, c, d, phases, first, last, gathers[stretch], moved, n)
+    rz, gathers, moves, ry, reads_x, _, _, masks, n = form
+    a, b, c, d, p, sums = workspace
+    steps, source, is_complex = len(ry), embedded, False
+    for step in range(steps):
+        if moves[step] or (step == 0 and rz[step] >= 0):
+            is_complex = permute(source, b, is_complex, c, d, phases, rz[step], gathers[step], moves[step], n)
             source, a, b, c, d = c, c, d, a, b
-        if closing and stretch == stretches - 1:
-            break
-        rotate(source, a, turns, 2 * stretch * n, 0, n)
-        if is_complex:
-            rotate(b, b, turns, 2 * stretch * n, 0, n)
-        source = a
-    gather = gathers[stretches]
-    for j in range(size):
+        elif rz[step] >= 0:
+            apply_phases(a, b, is_complex, a, b, phases, rz[step], gathers[step], False, n, n // 2)
+            is_complex = True
+        if ry[step] >= 0 and not (reads_x and step == steps - 1):
+            rotate(source, a, turns, ry[step] * n, 0, n)
+            if is_complex:
+                rotate(b, b, turns, ry[step] * n, 0, n)
+            source = a
+    gather = gathers[steps]
+    for j in range(1 << n):
         if is_complex:
             probability_2(source, b, p, gather[j], j)
         else:
@@ -148,12 +140,12 @@ def _run_tile(embedded, turns, phases, before, gathers, moves, after, closing, m
         return
     sums[:] = 0
     read_z(p, sums, n)
-    if closing:
+    if reads_x:
         x = sums[n * LANES :]
-        read_x(source, x, n)
+        read_x(source, source, x, 0, 0, n)
         if is_complex:
-            read_x(b, x, n)
-        row = (stretches - 1) * n
+            read_x(b, b, x, 0, 0, n)
+        row = ry[steps - 1] * n
         for bit in range(n):  # the angle is twice the half angle
             for lane in range(LANES):
                 cos = turns[(2 * (row + bit)) * LANES + lane]
@@ -185,50 +177,47 @@ def _difference(vector, bit):
 
 
 @njit(nogil=True)
-def _permute(source, target, gather):
-    """target[j] = source[gather[j]], of numbers."""
+def _permute_numbers(source, target, gather):
+    """target[j] = source[gather[j]]."""
     for j in range(len(gather)):
         target[j] = source[np.uint32(gather[j])]  # numba looks whether a signed number counts from the end
 
 
 @njit(nogil=True)
-def _run_one(embedded, turns, phases, before, gathers, moves, after, masks, n, spaces, z):
+def _run_one(embedded, turns, phases, form, workspace, z):
     """One circuit on one embedded state.
 
     Arguments as of ``_run_tile``, but a state and ``z`` are numbers instead of vectors. A vector of ``turns`` is
     one number sixteen times. ``phases`` has (RZ layers, 2**upper + 2**lower / 16, 2) vectors: those of the upper
     bits are such too, those of the lower bits are of sixteen neighbours.
     """
+    rz, gathers, moves, ry, _, _, _, masks, n = form
     size, vectors, lower = 1 << n, n - LANE_BITS, n // 2 - LANE_BITS
-    a, b, c, d, p, sums = spaces
-    stretches = len(moves) - 1
+    a, b, c, d, p, sums = workspace
     source, is_complex = embedded, False
-    for stretch in range(stretches):
-        gather = gathers[stretch]
-        if before[stretch] >= 0:
-            _shift_phases(source, b, is_complex, c, d, phases, before[stretch], gather, False, vectors, lower)
+    for step in range(len(ry)):
+        gather = gathers[step]
+        if rz[step] >= 0:
+            apply_phases(source, b, is_complex, c, d, phases, rz[step], gather, False, vectors, lower)
             is_complex = True
             source, a, b, c, d = c, c, d, a, b
-        if moves[stretch]:
-            _permute(source, c, gather)
+        if moves[step]:
+            _permute_numbers(source, c, gather)
             if is_complex:
-                _permute(b, d, gather)
+                _permute_numbers(b, d, gather)
             source, a, b, c, d = c, c, d, a, b
-        if after[stretch] >= 0:
-            _shift_phases(source, b, is_complex, c, d, phases, after[stretch], gather, False, vectors, lower)
-            is_complex = True
-            source, a, b, c, d = c, c, d, a, b
-        rotate_lanes(source, a, turns, 2 * stretch * n, vectors)
-        if is_complex:
-            rotate_lanes(b, b, turns, 2 * stretch * n, vectors)
-        source = a
+        if ry[step] >= 0:
+            rotate_lanes(source, a, turns, ry[step] * n, vectors)
+            if is_complex:
+                rotate_lanes(b, b, turns, ry[step] * n, vectors)
+            source = a
     for j in range(1 << vectors):
         if is_complex:
             probability_2(source, b, p, j, j)
         else:
             probability_1(source, p, j, j)
-    if moves[stretches]:
-        _permute(p, c, gathers[stretches])
+    if moves[len(ry)]:
+        _permute_numbers(p, c, gathers[len(ry)])
         p = c
     if len(masks) > n:
         for bit in range(n):
@@ -330,13 +319,13 @@ def _embed_one(source, constant, embedded):
 
 
 @njit(nogil=True)
-def spread_tables(table, circuits, lanes):
+def gather_tables(table, circuits, lanes):
     """Each lane's row of a table, (circuits, numbers), as vectors; zeros for circuit -1."""
     first = circuits[0]
     if np.all(circuits == first):
         row = table[first]
         for i in range(len(row)):
-            spread(row, lanes, i, i)
+            broadcast(row, lanes, i, i)
         return
     for lane in range(LANES):
         circuit = circuits[lane]
@@ -345,15 +334,15 @@ def spread_tables(table, circuits, lanes):
 
 
 @njit(nogil=True)
-def _spread_one(turns, phases, n, lane_turns, lane_phases):
+def _broadcast_tables(turns, phases, n, lane_turns, lane_phases):
     """A circuit's rows of the tables as the vectors that ``_run_one`` reads."""
     for i in range(len(turns)):
-        spread(turns, lane_turns, i, i)
+        broadcast(turns, lane_turns, i, i)
     uppers, lowers = 1 << (n - n // 2), 1 << (n // 2)
     vector = 0
     for first in range(0, len(phases), 2 * (uppers + lowers)):
         for i in range(first, first + 2 * uppers):
-            spread(phases, lane_phases, i, vector)
+            broadcast(phases, lane_phases, i, vector)
             vector += 1
         for block in range(first + 2 * uppers, first + 2 * (uppers + lowers), 2 * LANES):
             for i in range(2):  # cosines, sines
@@ -363,11 +352,11 @@ def _spread_one(turns, phases, n, lane_turns, lane_phases):
 
 
 @njit(nogil=True)
-def _run_batch(x, rows_of_x, index, circuits, form, space, z):
+def _run_batch(x, rows_of_x, index, circuits, form, workspace, z):
     """The circuits of a batch, token t being row rows_of_x[t] of x."""
     turns_of, phases_of = circuits
-    before, after, gathers, moves, closing, constant, length, masks, n = form
-    rows, scales, lengths, embedded, state, spaces, lane_turns, lane_phases, lane_z = space
+    constant, length, n = form[5], form[6], form[8]
+    rows, scales, lengths, embedded, state, states, lane_turns, lane_phases, lane_z = workspace
     count, readouts = index.shape
     tokens, parts, wanted = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     places = np.empty(LANES, np.int64)
@@ -393,12 +382,10 @@ def _run_batch(x, rows_of_x, index, circuits, form, space, z):
                 embed(x, places, constant, rows, scales, lengths, embedded)
                 had[:] = places
             if not np.all(wanted == had_circuits):
-                spread_tables(turns_of, wanted, lane_turns)
-                spread_tables(phases_of, wanted, lane_phases)
+                gather_tables(turns_of, wanted, lane_turns)
+                gather_tables(phases_of, wanted, lane_phases)
                 had_circuits[:] = wanted
-            _run_tile(
-                embedded, lane_turns, lane_phases, before, gathers, moves, after, closing, masks, n, spaces, lane_z
-            )
+            _run_tile(embedded, lane_turns, lane_phases, form, states, lane_z)
         for lane in range(LANES):
             if tokens[lane] < 0:
                 continue
@@ -414,9 +401,9 @@ def _run_batch(x, rows_of_x, index, circuits, form, space, z):
                 if places[lane] != had_one:
                     had_one = places[lane]
                     length_of_one = _embed_one(x[had_one], constant, state)
-                _spread_one(turns_of[wanted[lane]], phases_of[wanted[lane]], n, lane_turns, lane_phases)
-                had_circuits[:] = -2  # they were in the same space
-                _run_one(state, lane_turns, lane_phases, before, gathers, moves, after, masks, n, spaces, row)
+                _broadcast_tables(turns_of[wanted[lane]], phases_of[wanted[lane]], n, lane_turns, lane_phases)
+                had_circuits[:] = -2  # they were in the same arrays
+                _run_one(state, lane_turns, lane_phases, form, states, row)
                 if length:
                     row *= np.float32(length_of_one)
 
@@ -478,6 +465,14 @@ def _(z, weights, ends, total, row):
     return lambda z, weights, ends, total, row: _add_to_float32(z, weights, ends, total, row)
 
 
+def keep_compiled(function: Callable[..., Any]) -> Any:
+    """Have a function compiled, once for this machine if there is a directory that may be written to."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is none: at every start
+        return njit(nogil=True)(function)
+
+
 def _entry_points(source: str) -> Any:
     """The functions that Python calls.
 
@@ -485,11 +480,11 @@ def _entry_points(source: str) -> Any:
     the text of the other files that the code is made from.
     """
 
-    def run(x, rows_of_x, index, circuits, form, space, z):
+    def run(x, rows_of_x, index, circuits, form, workspace, z):
         len(source)
-        _run_batch(x, rows_of_x, index, circuits, form, space, z)
+        _run_batch(x, rows_of_x, index, circuits, form, workspace, z)
 
-    def run_and_add(x, rows, slots, table, circuits, form, inputs, readouts, weights, ends, space, output):
+    def run_and_add(x, rows, slots, table, circuits, form, inputs, readouts, weights, ends, workspace, output):
         len(source)
         count, on_part = len(rows), table.shape[1]
         index, taken = np.empty((count, on_part), np.int32), np.empty((count, x.shape[1]), np.float32)
@@ -500,7 +495,7 @@ def _entry_points(source: str) -> Any:
             if len(inputs) > 0:
                 _standardise(taken[token], inputs[slot, 0], inputs[slot, 1])
         z = np.empty((count, len(ends), weights.shape[1]), np.float32)
-        _run_batch(taken, np.arange(count), index, circuits, form, space, z.reshape(count, on_part, -1))
+        _run_batch(taken, np.arange(count), index, circuits, form, workspace, z.reshape(count, on_part, -1))
         total = np.empty(output.shape[1], np.float32)
         for token in range(count):
             slot = slots[token]
@@ -508,10 +503,7 @@ def _entry_points(source: str) -> Any:
                 _standardise(z[token].reshape(-1), readouts[slot, 0].reshape(-1), readouts[slot, 1].reshape(-1))
             _add_to(z[token], weights[slot], ends, total, output[rows[token]])
 
-    try:
-        return njit(nogil=True, cache=True)(run), njit(nogil=True, cache=True)(run_and_add)
-    except RuntimeError:  # there is no directory that may be written to: compiled anew at every start
-        return njit(nogil=True)(run), njit(nogil=True)(run_and_add)
+    return keep_compiled(run), keep_compiled(run_and_add)
 
 
 run, run_and_add = _entry_points(inspect.getsource(vectors) + inspect.getsource(gates))

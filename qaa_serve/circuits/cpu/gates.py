@@ -1,7 +1,8 @@
 """Gates and readouts on vectors of sixteen numbers: what ``cpu.forward`` builds its circuits from.
 
 A bit here is one of a vector's number. The four bits of the place within a vector exist only where a vector holds
-amplitudes of one state, and have gates of their own.
+amplitudes of one state, and have gates of their own. RY gates are counted layer by layer and in a layer by bit: of
+gate g the table of turns has the cosine of half its angle in vector 2 g, the sine in 2 g + 1.
 """
 
 # numba has no types for mypy, and compiles functions whose arguments have none.
@@ -9,13 +10,12 @@ amplitudes of one state, and have gates of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import njit
 
 from qaa_serve.circuits.cpu.vectors import LANES, Block, Registers, emit
-
-_MOST_BITS = 4  # qubits a pass: 16 amplitudes, half of AVX-512's registers
 
 #: Bits of the place within a vector.
 LANE_BITS = 4
@@ -24,11 +24,29 @@ LANE_BITS = 4
 # ------------------------------------------------------------------------------------ operations on vectors
 
 
-def _turn(block: Block, amplitudes: Registers, array: int, turn: Any) -> None:
-    """RY on every bit of the number of a register; ``turn`` is where the lowest bit's cosine is in the array."""
+def _pointwise(sources: int, formula: Callable[..., Any]) -> Any:
+    """target[j] = formula(block, target[j], source[i], ...).
+
+    Its arrays: the sources, the target. Its integers: i, j.
+    """
+
+    def code(block: Block) -> None:
+        i, j = block.arguments[-2:]
+        old = block.load(sources, j)
+        block.store(formula(block, old, *(block.load(source, i) for source in range(sources))), sources, j)
+
+    return emit(sources + 1, 2, code)
+
+
+def _accumulate(block: Block, value: Any, array: int, place: Any) -> None:
+    block.store(block.plus(block.load(array, place), value), array, place)
+
+
+def _turn(block: Block, amplitudes: Registers, gate: Any) -> None:
+    """RY on every bit of the number of a register; ``gate`` is that of the lowest bit, array 2 has the turns."""
+    first = block.offset(gate, 1, gate)
     for bit in range(len(amplitudes).bit_length() - 1):
-        cos = block.load(array, block.offset(turn, 2 * bit))
-        sin = block.load(array, block.offset(turn, 2 * bit + 1))
+        cos, sin = (block.load(2, block.offset(first, 2 * bit + i)) for i in range(2))
         for i in range(len(amplitudes)):
             if not i >> bit & 1:
                 off, on = amplitudes[i], amplitudes[i | 1 << bit]
@@ -36,17 +54,14 @@ def _turn(block: Block, amplitudes: Registers, array: int, turn: Any) -> None:
                 amplitudes[i | 1 << bit] = block.plus(block.times(sin, off), block.times(cos, on))
 
 
-def _ry_in_registers(bits: int) -> Any:
-    """RY on ``bits`` neighbouring bits of 2**bits vectors, from one state to another or to itself.
-
-    Its integers: the first vector, the distance to the next, the number of the lowest bit's cosine.
-    """
+def _ry(bits: int) -> Any:
+    """RY on 2**bits vectors of one state, to another or to itself; arrays and integers as of ``_by_bits``."""
 
     def code(block: Block) -> None:
-        first, stride, turn = block.arguments[-3:]
+        first, stride, gate = block.arguments[-3:]
         places = [block.offset(first, i, stride) for i in range(2**bits)]
         amplitudes: Registers = [block.load(0, place) for place in places]
-        _turn(block, amplitudes, 2, turn)
+        _turn(block, amplitudes, gate)
         for amplitude, place in zip(amplitudes, places, strict=True):
             block.store(amplitude, 1, place)
 
@@ -56,17 +71,46 @@ def _ry_in_registers(bits: int) -> Any:
 def _ry_with_lanes(block: Block) -> None:
     """RY on the bits of the place within a vector, and on the lowest four of its number.
 
-    Its integers: the first of sixteen vectors, the number of the first cosine.
+    Its integers: the first of sixteen vectors, the number of the first gate.
     """
-    first, turn = block.arguments[-2:]
+    first, gate = block.arguments[-2:]
     places = [block.offset(first, i) for i in range(LANES)]
     amplitudes: Registers = [block.load(0, place) for place in places]
-    _turn(block, amplitudes, 2, block.offset(turn, 2 * LANE_BITS))
+    _turn(block, amplitudes, block.offset(gate, LANE_BITS))
     _transpose(block, amplitudes)
-    _turn(block, amplitudes, 2, turn)
+    _turn(block, amplitudes, gate)
     _transpose(block, amplitudes)
     for amplitude, place in zip(amplitudes, places, strict=True):
         block.store(amplitude, 1, place)
+
+
+def _x_overlaps(bits: int) -> Any:
+    """Add <X> / 2 of each bit over 2**bits vectors of the first array; arrays and integers as of ``_by_bits``."""
+
+    def code(block: Block) -> None:
+        first, stride, number = block.arguments[-3:]
+        psi: Registers = [block.load(0, block.offset(first, i, stride)) for i in range(2**bits)]
+        for bit in range(bits):
+            products = [block.times(psi[i], psi[i | 1 << bit]) for i in range(2**bits) if not i >> bit & 1]
+            _accumulate(block, block.total(products), 2, block.offset(number, bit))
+
+    return emit(3, 3, code)
+
+
+def _y_overlaps(bits: int) -> Any:
+    """As ``_x_overlaps``: add <lambda, (-i Y) psi> of each bit, of real or of imaginary parts."""
+
+    def code(block: Block) -> None:
+        first, stride, number = block.arguments[-3:]
+        places = [block.offset(first, i, stride) for i in range(2**bits)]
+        lam, psi = ([block.load(array, place) for place in places] for array in range(2))
+        for bit in range(bits):
+            pairs = [(i, i | 1 << bit) for i in range(2**bits) if not i >> bit & 1]
+            gains = block.total([block.times(lam[on], psi[off]) for off, on in pairs])
+            losses = block.total([block.times(lam[off], psi[on]) for off, on in pairs])
+            _accumulate(block, block.minus(gains, losses), 2, block.offset(number, bit))
+
+    return emit(3, 3, code)
 
 
 def _phase(parts: int, back: bool = False) -> Any:
@@ -95,25 +139,9 @@ def _phase(parts: int, back: bool = False) -> Any:
     return emit(parts + 3, 4, code)
 
 
-def _copy(block: Block) -> None:
+def _broadcast(block: Block) -> None:
     i, j = block.arguments[-2:]
-    block.store(block.load(0, i), 1, j)
-
-
-def _spread(block: Block) -> None:
-    i, j = block.arguments[-2:]
-    block.store(block.spread(0, i), 1, j)
-
-
-def _probability(parts: int) -> Any:
-    """target[j] = |source[i]|**2; its integers: i, j."""
-
-    def code(block: Block) -> None:
-        i, j = block.arguments[-2:]
-        squares = [block.times(a, a) for a in (block.load(part, i) for part in range(parts))]
-        block.store(squares[0] if parts == 1 else block.plus(*squares), parts, j)
-
-    return emit(parts + 1, 2, code)
+    block.store(block.broadcast(0, i), 1, j)
 
 
 def _halve(bits: int) -> Any:
@@ -129,51 +157,10 @@ def _halve(bits: int) -> Any:
             pairs = list(zip(values[::2], values[1::2], strict=True))
             values = [block.plus(off, on) for off, on in pairs]
             difference = block.total([block.minus(off, on) for off, on in pairs])
-            place = block.offset(z, bit)
-            block.store(block.plus(block.load(1, place), difference), 1, place)
+            _accumulate(block, difference, 1, block.offset(z, bit))
         block.store(values[0], 0, target)
 
     return emit(2, 3, code)
-
-
-def _overlaps(bits: int) -> Any:
-    """Add <X> / 2 of ``bits`` neighbouring qubits over 2**bits amplitudes; integers as for RY, the last z's."""
-
-    def code(block: Block) -> None:
-        first, stride, z = block.arguments[-3:]
-        amplitudes: Registers = [block.load(0, block.offset(first, i, stride)) for i in range(2**bits)]
-        for bit in range(bits):
-            overlap = block.total(
-                [block.times(amplitudes[i], amplitudes[i | 1 << bit]) for i in range(2**bits) if not i >> bit & 1]
-            )
-            place = block.offset(z, bit)
-            block.store(block.plus(block.load(1, place), overlap), 1, place)
-
-    return emit(2, 3, code)
-
-
-def _turn_overlaps(bits: int) -> Any:
-    """As ``_overlaps``: add <lambda, (-i Y) psi> of the qubits, of the real or of the imaginary parts."""
-
-    def code(block: Block) -> None:
-        first, stride, z = block.arguments[-3:]
-        places = [block.offset(first, i, stride) for i in range(2**bits)]
-        lam, psi = ([block.load(array, place) for place in places] for array in range(2))
-        for bit in range(bits):
-            pairs = [(i, i | 1 << bit) for i in range(2**bits) if not i >> bit & 1]
-            gains = block.total([block.times(lam[on], psi[off]) for off, on in pairs])
-            losses = block.total([block.times(lam[off], psi[on]) for off, on in pairs])
-            place = block.offset(z, bit)
-            block.store(block.plus(block.load(2, place), block.minus(gains, losses)), 2, place)
-
-    return emit(3, 3, code)
-
-
-def _phase_overlap(block: Block) -> None:
-    """target[j] = Im(lambda[i] conj(psi[i])); arrays: both parts of lambda, of psi, the target."""
-    i, j = block.arguments[-2:]
-    lam_re, lam_im, re, im = (block.load(part, i) for part in range(4))
-    block.store(block.minus(block.times(lam_im, re), block.times(lam_re, im)), 4, j)
 
 
 def _double(bits: int) -> Any:
@@ -192,43 +179,6 @@ def _double(bits: int) -> Any:
             block.store(value, 0, block.offset(first, i))
 
     return emit(2, 3, code)
-
-
-def _multiply(block: Block) -> None:
-    """target[j] *= source[i]."""
-    i, j = block.arguments[-2:]
-    block.store(block.times(block.load(0, i), block.load(1, j)), 1, j)
-
-
-def _add_product(block: Block) -> None:
-    """total[j] += a[i] * b[i]."""
-    i, j = block.arguments[-2:]
-    block.store(block.plus(block.load(2, j), block.times(block.load(0, i), block.load(1, i))), 2, j)
-
-
-def _add(block: Block) -> None:
-    """target[j] += source[i]."""
-    i, j = block.arguments[-2:]
-    block.store(block.plus(block.load(0, i), block.load(1, j)), 1, j)
-
-
-def _from_lanes(block: Block) -> None:
-    """(a - b * factors[1]) * factors[0] of sixteen vectors, to sixteen numbers of each of sixteen rows.
-
-    Its arrays: a, b, factors, rows. Its integers: the first vector, where the first row goes, a row's length, both
-    in vectors.
-    """
-    first, target, length = block.arguments[-3:]
-    one = first.type(1)
-    scale, share = block.load(2, first.type(0)), block.load(2, one)
-    columns: Registers = []
-    for i in range(LANES):
-        place = block.offset(first, i)
-        rest = block.minus(block.load(0, place), block.times(block.load(1, place), share))
-        columns.append(block.times(rest, scale))
-    _transpose(block, columns)
-    for i, column in enumerate(columns):
-        block.store(column, 3, block.offset(target, i, length))
 
 
 def _sum_and_difference(block: Block) -> None:
@@ -264,51 +214,95 @@ def _to_lanes(block: Block) -> None:
         block.store(block.times(row, scale), 2, block.offset(target, i))
 
 
-_ry1, _ry2, _ry3, _ry4 = (_ry_in_registers(bits) for bits in (1, 2, 3, 4))
+def _from_lanes(block: Block) -> None:
+    """(a - b * factors[1]) * factors[0] of sixteen vectors, to sixteen numbers of each of sixteen rows.
+
+    Its arrays: a, b, factors, rows. Its integers: the first vector, where the first row goes, a row's length, both
+    in vectors.
+    """
+    first, target, length = block.arguments[-3:]
+    one = first.type(1)
+    scale, overlap = block.load(2, first.type(0)), block.load(2, one)
+    columns: Registers = []
+    for i in range(LANES):
+        place = block.offset(first, i)
+        rest = block.minus(block.load(0, place), block.times(block.load(1, place), overlap))
+        columns.append(block.times(rest, scale))
+    _transpose(block, columns)
+    for i, column in enumerate(columns):
+        block.store(column, 3, block.offset(target, i, length))
+
+
+copy_vector = _pointwise(1, lambda block, old, a: a)
+multiply = _pointwise(1, lambda block, old, a: block.times(a, old))
+add_vector = _pointwise(1, lambda block, old, a: block.plus(a, old))
+add_product = _pointwise(2, lambda block, old, a, b: block.plus(old, block.times(a, b)))
+probability_1 = _pointwise(1, lambda block, old, a: block.times(a, a))
+probability_2 = _pointwise(2, lambda block, old, re, im: block.plus(block.times(re, re), block.times(im, im)))
+#: Im(lambda conj(psi)); arrays: both parts of lambda, of psi, the target.
+phase_overlap = _pointwise(
+    4, lambda block, old, lam_re, lam_im, re, im: block.minus(block.times(lam_im, re), block.times(lam_re, im))
+)
 phase_1, phase_2, phase_back = _phase(1), _phase(2), _phase(2, back=True)
-probability_1, probability_2 = _probability(1), _probability(2)
 _halve1, _halve2, _halve3 = (_halve(bits) for bits in (1, 2, 3))
-_overlaps1, _overlaps2, _overlaps3 = (_overlaps(bits) for bits in (1, 2, 3))
-_turn_overlaps1, _turn_overlaps2, _turn_overlaps3 = (_turn_overlaps(bits) for bits in (1, 2, 3))
 _double1, _double2, _double3 = (_double(bits) for bits in (1, 2, 3))
-_ry_lanes = emit(3, 2, _ry_with_lanes)
-copy_vector, spread = emit(2, 2, _copy), emit(2, 2, _spread)
-butterfly, to_lanes = emit(1, 2, _sum_and_difference), emit(3, 4, _to_lanes)
-phase_overlap, from_lanes = emit(5, 2, _phase_overlap), emit(4, 3, _from_lanes)
-multiply, add_vector, add_product = emit(2, 2, _multiply), emit(2, 2, _add), emit(3, 2, _add_product)
+_ry_lanes, broadcast = emit(3, 2, _ry_with_lanes), emit(2, 2, _broadcast)
+butterfly = emit(1, 2, _sum_and_difference)
+to_lanes, from_lanes = emit(3, 4, _to_lanes), emit(4, 3, _from_lanes)
 
 
 # ------------------------------------------------------------------------------------ steps of a circuit
 
 
-@njit(nogil=True)
-def rotate(source, target, turns, turn, low, high):
-    """RY on the bits from low to below high of a state of 2**high vectors; of one part where it is complex.
+def _by_bits(operation: Callable[[int], Any], most: int, moves: bool) -> Any:
+    """A function that takes an operation to the bits from low to below high of a state of 2**high vectors.
 
-    ``turn`` is where the cosine of bit 0 is, or would be, in turns: cosine and sine of half an angle, bit by bit.
+    Args:
+        operation: of a number of neighbouring bits makes what acts on 2**bits vectors. Its arrays are the three of
+            the function, its integers the first vector, the distance to the next, the lowest bit's number.
+        most: bits of one pass over the state.
+        moves: whether the first pass leads from the first array to the second, where the others stay.
     """
-    while low < high:
-        bits, stride, here = min(high - low, _MOST_BITS), 1 << low, turn + 2 * low
-        for outer in range(0, 1 << high, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 4:
-                    _ry4(source, target, turns, first, stride, here)
-                elif bits == 3:
-                    _ry3(source, target, turns, first, stride, here)
-                elif bits == 2:
-                    _ry2(source, target, turns, first, stride, here)
-                else:
-                    _ry1(source, target, turns, first, stride, here)
-        low += bits
-        source = target
+    op1, op2, op3 = (operation(bits) for bits in (1, 2, 3))
+    op4 = operation(4) if most == 4 else op1
+
+    @njit(nogil=True)
+    def apply(a, b, c, number, low, high):
+        """``number`` is that of bit 0."""
+        while low < high:
+            bits, stride = min(high - low, most), 1 << low
+            for outer in range(0, 1 << high, stride << bits):
+                for first in range(outer, outer + stride):
+                    if bits == 4:
+                        op4(a, b, c, first, stride, number + low)
+                    elif bits == 3:
+                        op3(a, b, c, first, stride, number + low)
+                    elif bits == 2:
+                        op2(a, b, c, first, stride, number + low)
+                    else:
+                        op1(a, b, c, first, stride, number + low)
+            low += bits
+            if moves:
+                a = b
+
+    return apply
+
+
+#: RY from a state to another, by the turns; of one part where it is complex. 16 amplitudes are half of AVX-512's
+#: registers.
+rotate = _by_bits(_ry, 4, moves=True)
+#: Add what the real or the imaginary part, the first array, gives to <X> / 2 of each bit.
+read_x = _by_bits(_x_overlaps, 3, moves=False)
+#: Add <lambda, (-i Y) psi> of each bit, of the real or of the imaginary parts.
+read_y = _by_bits(_y_overlaps, 3, moves=False)
 
 
 @njit(nogil=True)
-def rotate_lanes(source, target, turns, turn, high):
-    """RY on every qubit of one state of 2**high vectors, sixteen at least; turns begin with the lanes' bits."""
+def rotate_lanes(source, target, turns, gate, high):
+    """RY on every qubit of one state of 2**high vectors, sixteen at least; the first four gates are the lanes'."""
     for first in range(0, 1 << high, LANES):
-        _ry_lanes(source, target, turns, first, turn)
-    rotate(target, target, turns, turn + 2 * LANE_BITS, LANE_BITS, high)
+        _ry_lanes(source, target, turns, first, gate)
+    rotate(target, target, turns, gate + LANE_BITS, LANE_BITS, high)
 
 
 @njit(nogil=True)
@@ -326,40 +320,6 @@ def read_z(p, z, n):
             else:
                 _halve1(p, z, i << 1, i, bit)
         bit += bits
-
-
-@njit(nogil=True)
-def read_x(part, x, n):
-    """Add what the real or the imaginary part gives to <X> / 2 of the qubit of each bit to x[bit]."""
-    low = 0
-    while low < n:
-        bits, stride = min(n - low, 3), 1 << low
-        for outer in range(0, 1 << n, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 3:
-                    _overlaps3(part, x, first, stride, low)
-                elif bits == 2:
-                    _overlaps2(part, x, first, stride, low)
-                else:
-                    _overlaps1(part, x, first, stride, low)
-        low += bits
-
-
-@njit(nogil=True)
-def read_turns(lam, psi, sums, n):
-    """Add <lambda, (-i Y) psi> of the qubit of each bit to sums[bit]; of the real or the imaginary parts."""
-    low = 0
-    while low < n:
-        bits, stride = min(n - low, 3), 1 << low
-        for outer in range(0, 1 << n, stride << bits):
-            for first in range(outer, outer + stride):
-                if bits == 3:
-                    _turn_overlaps3(lam, psi, sums, first, stride, low)
-                elif bits == 2:
-                    _turn_overlaps2(lam, psi, sums, first, stride, low)
-                else:
-                    _turn_overlaps1(lam, psi, sums, first, stride, low)
-        low += bits
 
 
 @njit(nogil=True)

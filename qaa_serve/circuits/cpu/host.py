@@ -14,27 +14,40 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, Cnots, Rotation
-from qaa_serve.circuits.schedule import sources
+from qaa_serve.circuits.ansatz import Ansatz
+from qaa_serve.circuits.schedule import index_masks, schedule, sources
 
 LANES = 16  # of vectors
+
+Arrays = TypeVar("Arrays", bound=tuple[object, ...])
 
 # ------------------------------------------------------------------------------------ circuits
 
 
 class Form(NamedTuple):
-    """An ansatz as the kernel reads it; see ``forward._run_tile``."""
+    """``schedule``'s steps as the kernels read them.
 
-    before: np.ndarray
-    after: np.ndarray
+    Attributes:
+        rz: (steps,) the number of each step's RZ layer, -1 for none.
+        gathers: (steps + 1, 2**n) int32, each step's permutation of amplitudes, then the readout's.
+        moves: (steps + 1,) whether there is one.
+        ry: (steps,) the number of each step's RY layer, -1 for none.
+        reads_x: whether a tile reads <Z> and <X> out instead of running the last RY layer.
+        constant, length: of the ansatz.
+        masks: (columns,) bits of each readout, behind the readout's permutation.
+        n: qubits.
+    """
+
+    rz: np.ndarray
     gathers: np.ndarray
     moves: np.ndarray
-    closing: bool
+    ry: np.ndarray
+    reads_x: bool
     constant: bool
     length: bool
     masks: np.ndarray
@@ -44,34 +57,20 @@ class Form(NamedTuple):
 @lru_cache(maxsize=256)
 def read_ansatz(ansatz: Ansatz) -> tuple[Form, tuple[int, ...], tuple[int, ...]]:
     """The form, and the rows of theta that are RY layers and RZ layers."""
-    n = ansatz.qubits
-    basis = np.arange(2**n)
-    stretches: list[list[Any]] = [[-1, basis, -1]]  # RZ layer, permutation, RZ layer; an RY layer ends each
-    ry_rows: list[int] = []
-    rz_rows: list[int] = []
-    for gate in ansatz.gates():
-        stretch = stretches[-1]
-        if isinstance(gate, Cnots):
-            stretch[1] = stretch[1][sources(gate, n).numpy()]
-        elif gate.axis == "Z":
-            stretch[0 if stretch[1] is basis and stretch[0] < 0 else 2] = len(rz_rows)
-            rz_rows.append(gate.row)
-        else:
-            ry_rows.append(gate.row)
-            stretches.append([-1, basis, -1])
-    closing = isinstance(gate, Rotation) and gate.axis == "Y" and ansatz.columns <= n  # the last one
-    stretches[-1][0] = stretches[-1][2] = -1  # phases behind the last RY are not seen
-    before, gathers, after = zip(*stretches, strict=True)
-    masks = [sum(1 << (n - 1 - wire) for wire in wires) for wires in ansatz.observables]
+    n, steps = ansatz.qubits, schedule(ansatz)
+    ry_rows = [step.turns for step in steps.all_steps if step.turns is not None]
+    rz_rows = [step.phases for step in steps.all_steps if step.phases is not None]
+    permutations = [*(step.cnots for step in steps.all_steps), steps.closing]
+    gathers = [torch.arange(2**n) if cnots is None else sources(cnots, n) for cnots in permutations]
     form = Form(
-        np.array(before),
-        np.array(after),
-        np.array(gathers, np.int32),
-        np.array([gather is not basis for gather in gathers]),
-        closing,
+        np.array([-1 if step.phases is None else rz_rows.index(step.phases) for step in steps.all_steps]),
+        torch.stack(gathers).to(torch.int32).numpy(),
+        np.array([cnots is not None for cnots in permutations]),
+        np.array([-1 if step.turns is None else ry_rows.index(step.turns) for step in steps.all_steps]),
+        steps.closing is None and ansatz.columns <= n,
         ansatz.constant,
         ansatz.length,
-        np.array(masks),
+        np.array(index_masks(ansatz)),
         n,
     )
     return form, tuple(ry_rows), tuple(rz_rows)
@@ -129,7 +128,7 @@ def aligned(vectors: int) -> np.ndarray:
     return floats[skip : skip + vectors * LANES]
 
 
-class TileSpace(NamedTuple):
+class Workspace(NamedTuple):
     """The arrays in which ``cpu.forward`` runs circuits on tokens of a width, for one thread; sizes in vectors.
 
     Attributes:
@@ -154,11 +153,10 @@ class TileSpace(NamedTuple):
     z: np.ndarray
 
 
-def tile_space(ansatz: Ansatz, width: int) -> TileSpace:
-    """Make them."""
+def _allocate(ansatz: Ansatz, width: int) -> Workspace:
     n, padded = ansatz.qubits, -width % LANES + width
     turns, phases = numbers(ansatz)
-    return TileSpace(
+    return Workspace(
         aligned(padded).reshape(LANES, padded),
         aligned(1),
         np.zeros(LANES, np.float32),
@@ -169,6 +167,19 @@ def tile_space(ansatz: Ansatz, width: int) -> TileSpace:
         aligned(phases),
         aligned(ansatz.columns),
     )
+
+
+class PerThread(threading.local, Generic[Arrays]):
+    """What ``allocate`` makes of an ansatz and a width, for each thread, of those that it ran last.
+
+    Layers whose circuits are alike share it, so that it stays in the cache. It goes with the thread.
+    """
+
+    def __init__(self, allocate: Callable[[Ansatz, int], Arrays]) -> None:
+        self.of = lru_cache(maxsize=4)(allocate)
+
+
+workspaces = PerThread(_allocate)
 
 
 # ------------------------------------------------------------------------------------ compiling, threads

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from importlib import import_module
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from qaa_serve.circuits.cpu.host import (
     one_compiler,
     over_threads,
     read_ansatz,
-    tile_space,
+    workspaces,
     write_tables,
 )
 
@@ -30,37 +29,29 @@ __all__ = ["CompiledCircuits", "missing"]
 _DTYPES = torch.float32, torch.bfloat16  # of an output that the kernel writes to
 
 
-class _Space:
-    """Room for a tile, of one thread: the arrays that the kernel is given."""
-
-    def __init__(self, ansatz: Ansatz, width: int):
-        self.arrays = tuple(tile_space(ansatz, width))
-
-
-#: All layers whose circuits are alike use the same, so that it stays in the cache; it goes with the last of them.
-_spaces: WeakValueDictionary[tuple[int, Ansatz, int], _Space] = WeakValueDictionary()
-
-
 class CompiledCircuits:
-    """Circuits for serving on a CPU; see ``backends.Circuits``."""
+    """Circuits for serving on a CPU; see ``backends.Circuits``.
+
+    Attributes:
+        form: the ansatz as the kernels read it.
+        tables: what the kernels read of the angles, (circuits, numbers) float32: turns, phases.
+    """
 
     def __init__(self, ansatz: Ansatz, count: int, device: torch.device):
         self._kernel: Any = import_module("qaa_serve.circuits.cpu.forward")
         self._ansatz = ansatz
-        self._form = tuple(read_ansatz(ansatz)[0])
-        self._spaces: dict[tuple[int, int], _Space] = {}
-        turns, phases = numbers(ansatz)
+        self._workspaces: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self.form = tuple(read_ansatz(ansatz)[0])
         # Zeros: a circuit that has no angles yet gives a state, and so a z, of zero.
-        self._turns = np.zeros((count, turns), np.float32)
-        self._phases = np.zeros((count, phases), np.float32)
-        self._tables = self._turns, self._phases
+        turns, phases = (np.zeros((count, each), np.float32) for each in numbers(ansatz))
+        self.tables = turns, phases
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
         if not len(theta):
             return
         part = slice(first, first + len(theta))
-        write_tables(theta, self._ansatz, self._turns[part], self._phases[part])
+        write_tables(theta, self._ansatz, *(table[part] for table in self.tables))
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """See ``backends.Circuits``. Many tokens are shared over torch's number of threads."""
@@ -70,8 +61,8 @@ class CompiledCircuits:
         x_, index_, z_, rows = as_array(x), index.contiguous().numpy(), z.numpy(), np.arange(x.shape[0])
 
         def work(part: slice) -> None:
-            space = self._space(x_.shape[1])
-            self._kernel.run(x_, rows[part], index_[part], self._tables, self._form, space, z_[part])
+            workspace = self._workspace(x_.shape[1])
+            self._kernel.run(x_, rows[part], index_[part], self.tables, self.form, workspace, z_[part])
 
         over_threads(work, x.shape[0])
         return z
@@ -111,18 +102,17 @@ class CompiledCircuits:
         x_, output_ = as_array(x), as_array(output)
 
         def work(part: slice) -> None:
-            adapters = table, self._tables, self._form, inputs, readouts, weights, ends
-            self._kernel.run_and_add(x_, rows[part], slots[part], *adapters, self._space(x_.shape[1]), output_)
+            adapters = table, self.tables, self.form, inputs, readouts, weights, ends
+            self._kernel.run_and_add(x_, rows[part], slots[part], *adapters, self._workspace(x_.shape[1]), output_)
 
         over_threads(work, len(rows))
 
-    def _space(self, width: int) -> tuple[Any, ...]:
+    def _workspace(self, width: int) -> tuple[Any, ...]:
         """The calling thread's, kept here because to hash an ansatz takes longer than to look up two numbers."""
         key = threading.get_ident(), width
-        if key not in self._spaces:
-            shared = key[0], self._ansatz, width
-            self._spaces[key] = _spaces.get(shared) or _spaces.setdefault(shared, _Space(self._ansatz, width))
-        return self._spaces[key].arrays
+        if key not in self._workspaces:
+            self._workspaces[key] = tuple(workspaces.of(self._ansatz, width))
+        return self._workspaces[key]
 
     @classmethod
     def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,4 +129,4 @@ class CompiledCircuits:
     @property
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
-        return int(self._turns.nbytes + self._phases.nbytes)
+        return sum(table.nbytes for table in self.tables)

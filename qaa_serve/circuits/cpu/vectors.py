@@ -42,7 +42,7 @@ class Block:
         """The vector at an offset of the array that is the intrinsic's argument of that number."""
         return self._builder.load(self._at(array, offset), align=64)
 
-    def spread(self, array: int, number: Any) -> Any:
+    def broadcast(self, array: int, number: Any) -> Any:
         """One number of an array, not a vector, in every lane."""
         place = cgutils.gep_inbounds(self._builder, self._pointers[array], number)
         first = self._builder.insert_element(

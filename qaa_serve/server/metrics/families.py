@@ -112,7 +112,19 @@ FAMILIES = (
     Family("qaa_circuit_seconds", "histogram", ("backend",), "the circuits of one layer in one step, sampled"),
     Family("qaa_ready", "gauge", (), "1 while requests are taken, as /ready says"),
     Family("qaa_draining", "gauge", (), "1 while the server takes no more requests"),
-    Family("qaa_build_info", "gauge", ("version", "vllm", "torch"), "always 1"),
+    Family(
+        "qaa_build_info",
+        "gauge",
+        ("version", "vllm", "torch", "circuits"),
+        "always 1; circuits: the backend that they run on",
+    ),
+    Family(
+        "qaa_circuit_backend_seconds",
+        "gauge",
+        ("backend",),
+        "one run on all of the model's shapes, as timed at the start to choose a backend; none where one was "
+        "named or only one can run",
+    ),
     Family(
         "vllm:lora_requests_info",
         "gauge",

@@ -223,11 +223,21 @@ def _process_memory() -> Iterator[tuple[Labels, int]]:
         yield (f"{kind}-{number}" if kind == "worker" else kind,), rss
 
 
-def say_what_runs(registry: CollectorRegistry) -> None:
-    """Register qaa_build_info."""
+def say_what_runs(registry: CollectorRegistry, backend: str, seconds: Mapping[str, float]) -> None:
+    """Register qaa_build_info and qaa_circuit_backend_seconds.
+
+    Args:
+        registry: of the server.
+        backend: that the circuits run on.
+        seconds: what each backend took that was timed for the choice.
+    """
     import torch
     from vllm.version import __version__ as vllm_version
 
     build = family("qaa_build_info")
     gauge = Gauge(build.name, build.about, build.labels, registry=registry)
-    gauge.labels(__version__, vllm_version, torch.__version__).set(1)
+    gauge.labels(__version__, vllm_version, torch.__version__, backend).set(1)
+    timed = family("qaa_circuit_backend_seconds")
+    gauge = Gauge(timed.name, timed.about, timed.labels, registry=registry)
+    for name, taken in seconds.items():
+        gauge.labels(name).set(taken)
