@@ -170,7 +170,7 @@ def test_angles_are_not_decayed(base: Path, data: Path) -> None:
     groups = run.method.groups(run.model, 1e-3)
     assert [group.get("weight_decay") for group in groups] == [None, 0.0]
     assert {p.shape for p in groups[1]["params"]} == {(5, 4)}
-    run = _prepare(options(base, data, output=data.parent / "v", method_options={"vectors": True}))
+    run = prepare(options(base, data, output=data.parent / "v", method_options={"vectors": True}))
     angles, vectors = run.method.groups(run.model, 1e-3)
     assert (angles["lr"], angles["weight_decay"], vectors["lr"], vectors["weight_decay"]) == (1e-3, 0, 5e-3, 0)
     assert {p.ndim for p in vectors["params"]} == {1}
