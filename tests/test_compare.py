@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
@@ -553,11 +552,9 @@ class TestCommand:
         return write_rows(tmp_path / "rows.jsonl", [pair(f"t{i}", f"t{i + 1}") for i in range(5, 15)])
 
     def run(self, base: Path | str, rows: Path, *arguments: str) -> int:
-        parser = argparse.ArgumentParser()
-        cli.add_arguments(parser)
         given = ["--model", str(base), "--data", str(rows), "--eval-data", str(rows)]
         given += ["--output", str(rows.parent / "report"), *arguments]
-        return cli.run(parser.parse_args(given))
+        return cli.main(given)
 
     def test_dry_run_writes_nothing(self, base: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = rows.parent / "grid.toml"

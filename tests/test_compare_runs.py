@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -52,9 +51,7 @@ class Comparison:
         self.arguments += ["--max-new-tokens", "5", "--bertscore-model", str(tiny_bert(directory / "bert"))]
 
     def run(self, *more: str) -> int:
-        parser = argparse.ArgumentParser()
-        cli.add_arguments(parser)
-        return cli.run(parser.parse_args([*self.arguments, *more]))
+        return cli.main([*self.arguments, *more])
 
     @property
     def results(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from qaa_serve.training import cli, train
 
 
 def run(*arguments: object) -> int:
-    parser = argparse.ArgumentParser(prog="qaa-serve train")
-    cli.add_arguments(parser)
-    return cli.run(cli.parse(parser, [str(argument) for argument in arguments]))
+    return cli.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ class TestCommand:
     def run(self, base: Path, data: Path, *more: str) -> int:
         output = str(data.parent / "out")
         arguments = ["--model", str(base), "--data", str(data), "--output", output, "--max-steps", "2", *more]
-        return training_cli.run(training_cli.parse(parser(), arguments))
+        return training_cli.main(arguments)
 
     def test_trains_and_says_what_to_do_next(
         self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
@@ -356,10 +356,10 @@ class TestCommand:
         data.write_text((data.read_text() * 3)[: -7 * len(data.read_text()) // 8])  # 17 rows
         course = ["--batch-size", "4", "--grad-accum", "2", "--epochs", "3"]
         arguments = ["--model", str(base), "--data", str(data), "--output", str(data.parent / "out"), *course]
-        assert training_cli.run(training_cli.parse(parser(), [*arguments, "--dry-run"])) == 0
+        assert training_cli.main([*arguments, "--dry-run"]) == 0
         assert "17 rows" in (out := capsys.readouterr().out)
         assert "steps: 9 of 4 x 2 rows" in out
-        assert training_cli.run(training_cli.parse(parser(), arguments)) == 0
+        assert training_cli.main(arguments) == 0
         assert "17 rows: 9 steps" in capsys.readouterr().out
 
     def test_output_that_cannot_be_made(self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,10 +24,8 @@ from qaa_serve.training.trainer import AdapterTrainer
 
 
 def run(base: Path, data: Path, *more: str) -> int:
-    parser = argparse.ArgumentParser(prog="qaa-serve train")
-    cli.add_arguments(parser)
     given = ["--model", str(base), "--data", str(data), "--output", str(data.parent / "out"), "--max-steps", "4"]
-    return cli.run(cli.parse(parser, [*given, *more]))
+    return cli.main([*given, *more])
 
 
 class TestOnePlace:

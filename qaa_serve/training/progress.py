@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import rich.progress
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qaa_serve.training.errors import DivergedError
 
@@ -64,16 +64,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._bar.stop()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Takes the losses of the steps since the last log."""
-        if not logs or "loss" not in logs:
+        if "loss" not in logs:
             return
         for entry in [entry for entry in state.log_history if "loss" in entry][self._taken :]:
             self._taken += 1
@@ -94,12 +87,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._console.print(f"step {state.global_step}/{state.max_steps}, {text}", highlight=False)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
         """Takes the loss of an evaluation. Patience is counted from the history, which checkpoints keep."""
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]]

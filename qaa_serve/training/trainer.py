@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qaa_serve.training.errors import TrainingError
@@ -214,16 +214,12 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         self.stopped_by = number
         self._give_back()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before the order of the epoch's rows is asked for."""
         if self._trainer.order is not None:
             self._trainer.order.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock."""
         self._begun = time.perf_counter()
         if torch.cuda.is_available():
@@ -231,9 +227,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             self._events.append((event(enable_timing=True), event(enable_timing=True)))
             self._events[-1][0].record()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Stops the clock; the last step is always evaluated and saved, so that it can be the best."""
         self.step_seconds.append(time.perf_counter() - self._begun)
         if self._events:
@@ -245,9 +239,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """The last step's evaluation was not to be followed by that of its epoch; nor a signal's checkpoint."""
         if state.global_step >= state.max_steps or self.stopped_by is not None:
             control.should_evaluate = control.should_save = False
