@@ -16,6 +16,8 @@ LOAD_PORT ?= 8010
 LOAD_SECONDS ?= 120
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker for each of two cores; a file's tests share their servers, so they stay together (docs/development.md).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(ACCEL)
 
@@ -49,7 +51,7 @@ serve: venv examples/$(EXAMPLE)/base/config.json
 	exec env $(SERVE_ENV_$(ACCEL)) $(BIN)/qaa-serve serve $(SERVE_ARGS) $(SERVE_ARGS_$(ACCEL))
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 compare: venv examples/assistant/data/brief_test.jsonl
 	$(BIN)/qaa-serve compare --model examples/assistant/base --config examples/assistant/compare.yaml \
@@ -67,7 +69,7 @@ examples/assistant/data/brief_test.jsonl: examples/assistant/make_data.py exampl
 	$(BIN)/python examples/assistant/make_data.py
 
 quick: venv
-	$(BIN)/python -m pytest -q -m "not vllm and not slow"
+	$(PYTEST) -q -m "not vllm and not slow"
 
 lint: venv
 	$(BIN)/ruff check .

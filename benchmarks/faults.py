@@ -545,7 +545,7 @@ def start(stage: Stage, *options: str) -> ServerProcess:
     command += ["--kv-cache-memory-bytes", "64M", "--max-loras", "4", "--max-num-seqs", "16"]
     command += ["--state-dir", str(stage.root / "state"), "--adapters-quiet", "0.5"]
     command += ["--disable-uvicorn-access-log", *options]
-    return ServerProcess(command, stage.root / "server.log", measuring=True)
+    return ServerProcess(command, stage.root / "server.log", forked=True)
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 # In-process engines: no second process, no binding to one core, no usage statistics.
@@ -16,6 +15,8 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The many commands and servers that are started here compile our modules once, not each for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import torch
@@ -24,12 +25,30 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "loadtests", "deploy")]
 
 
+#: The files that take longest, from the longest on (docs/development.md).
+LONGEST = (
+    "test_hot_swap.py",
+    "test_server_life.py",
+    "test_circuits_backends.py",
+    "test_circuits_options.py",
+    "test_console.py",
+    "test_tensor_parallel.py",
+    "test_example.py",
+    "test_replicas.py",
+    "test_deploy.py",
+    "test_cluster.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files that start servers first, then those with many tests: no worker is left with a long one at the end.
+    # What is quick comes first, so that what it finds is soon seen; then the longest, and last what else is slow:
+    # no worker is left with a long file at the end.
     if "PYTEST_XDIST_WORKER" in os.environ:
-        sizes = Counter(item.path for item in items)
-        servers = {item.path for item in items if "vllm" in item.keywords}
-        items.sort(key=lambda item: (item.path not in servers, -sizes[item.path], item.path))
+        long = {name: number for number, name in enumerate(LONGEST)}
+        servers = {item.path for item in items if "vllm" in item.keywords or "slow" in item.keywords}
+        items.sort(
+            key=lambda item: (long.get(item.path.name, len(long) if item.path in servers else -1), item.path)
+        )
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -46,7 +46,7 @@ def servers(stage):
                 "--adapters-quiet", "0.5", "--state-dir", str(stage.root / f"state-{i}"),
                 "--disable-uvicorn-access-log",
             ]  # fmt: skip
-            started.append(ServerProcess(command, stage.root / f"server-{i}.log", in_one=True))
+            started.append(ServerProcess(command, stage.root / f"server-{i}.log", forked=True))
             stack.callback(started[-1].stop)
         yield [server.wait_ready() for server in started]
 

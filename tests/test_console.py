@@ -44,7 +44,7 @@ def server(place):
         word.replace(str(EXAMPLE / "adapters"), str(place / "adapters")) for word in serve_command("assistant")
     ]
     command += ["--api-key-file", str(place / "keys"), "--state-dir", str(place / "state")]
-    server = ServerProcess(command, place / "server.log", in_one=True)
+    server = ServerProcess(command, place / "server.log", forked=True)
     try:
         yield server.wait_ready()
     finally:

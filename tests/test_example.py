@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "examples" / "assistant"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("example") / "server.log"
-    server = ServerProcess(serve_command("assistant"), log, in_one=True)
+    server = ServerProcess(serve_command("assistant"), log, forked=True)
     try:
         yield server.wait_ready()
     finally:

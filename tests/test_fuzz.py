@@ -57,7 +57,7 @@ def server(tmp_path_factory):
             "--scheduling-policy", "priority", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
         ],
         tmp_path / "server.log",
-        measuring=True,
+        forked=True,
     )  # fmt: skip
     try:
         yield server.wait_ready()

@@ -69,7 +69,7 @@ def stage(request, tmp_path_factory, object_store):
             ["qaa-serve", str(base), "--adapters", source, "--state-dir", str(root / f"state-{name}"),
              "--adapters-poll", "1", "--dtype", "float32", "--max-model-len", "64",
              "--kv-cache-memory-bytes", "16M", "--max-loras", "2", "--max-lora-rank", "8"],
-            root / f"{name}.log", in_one=True, environment=environment,
+            root / f"{name}.log", forked=True, environment=environment,
         )  # fmt: skip
 
     servers = [start("a").wait_ready(), start("b").wait_ready()]

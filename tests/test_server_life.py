@@ -78,13 +78,15 @@ def stop_worker(server: ServerProcess) -> None:
         time.sleep(0.02)
     assert server.wait_exit() == 1
     assert gone(family) == []
-    assert said == {(200, "ready"), (503, "engine stalled")}
+    # It says so for as long as it takes to end, which may be too short to be asked (test_readiness.py).
+    assert said | {(503, "engine stalled")} == {(200, "ready"), (503, "engine stalled")}
     assert "The engine has not answered for" in server.text()
 
 
 def test_an_engine_that_is_busy_is_left_alone_and_one_that_hangs_ends_the_server(start, tmp_path):
-    """Prefills of twice the time limit each, on any machine, and a question of the server behind one of them."""
-    limit_s, tokens = 2, 500
+    """Prefills that take about twice the time limit each, whatever the machine's speed, with a question of the
+    server's behind one of them."""
+    limit_s, tokens = 4, 500
     base = make_model(
         tmp_path / "base", "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
         num_attention_heads=16, head_dim=64, max_position_embeddings=1024,
@@ -93,7 +95,9 @@ def test_an_engine_that_is_busy_is_left_alone_and_one_that_hangs_ends_the_server
         [
             "qaa-serve", str(base), "--engine-stall-timeout", str(limit_s), "--max-num-batched-tokens", "16384",
             "--no-enable-prefix-caching", "--dtype", "float32", "--kv-cache-memory-bytes", "1G",
-        ]
+            "--distributed-executor-backend", "mp",
+        ],
+        forked=True,
     ).wait_ready()  # fmt: skip
     client = server.client().with_options(timeout=120)
 
@@ -115,7 +119,7 @@ def test_an_engine_that_is_busy_is_left_alone_and_one_that_hangs_ends_the_server
 
 def test_an_engine_that_hangs_under_load_ends_the_server_and_its_requests(start, root):
     server = start(
-        ["qaa-serve", "--adapters", str(root / "adapters"), "--engine-stall-timeout", "2", *OPTIONS], in_one=True
+        ["qaa-serve", "--adapters", str(root / "adapters"), "--engine-stall-timeout", "5", *OPTIONS], forked=True
     ).wait_ready()
     client = server.client()
     ended = []

@@ -166,7 +166,7 @@ def test_the_adapters_answer_in_their_style(base, tmp_path):
         shutil.copytree(ADAPTERS / name, base.parent / "adapters" / name)
     command = serve_command("smollm2")
     command[command.index("--adapters") + 1] = str(base.parent / "adapters")
-    server = ServerProcess(command, tmp_path / "server.log", in_one=True)
+    server = ServerProcess(command, tmp_path / "server.log", forked=True)
     held_out = (EXAMPLE / "data" / "heldout.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join(held_out[::3]))
     try:

@@ -31,14 +31,14 @@ def make_adapters(root: Path) -> Path:
     return root
 
 
-def start(root: Path, *options: str) -> ServerProcess:
+def start(root: Path, *options: str, forked: bool = False) -> ServerProcess:
     return ServerProcess(
         [
             "qaa-serve", "--adapters", str(root / "adapters"), "--dtype", "float32",
             "--kv-cache-memory-bytes", "64M", "--max-loras", "3", "--state-dir", str(root / "state"),
             "--max-num-batched-tokens", "64", "--max-num-seqs", "8", *options,
         ],
-        root / "server.log",
+        root / "server.log", forked=forked,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(root):
-    server = start(root, "--tensor-parallel-size", "2")
+    server = start(root, "--tensor-parallel-size", "2", "--distributed-executor-backend", "mp", forked=True)
     try:
         yield server.wait_ready()
     finally:

@@ -49,7 +49,7 @@ def main() -> None:
             shutil.copytree(ROOT / "examples" / "assistant" / part, place / part)
         example = str(ROOT / "examples" / "assistant")
         command = [word.replace(example, str(place)) for word in serve_command("assistant")]
-        server = ServerProcess([*command, "--state-dir", str(place / "state")], place / "log", in_one=True)
+        server = ServerProcess([*command, "--state-dir", str(place / "state")], place / "log", forked=True)
         stop = threading.Event()
         try:
             server.wait_ready()
