@@ -40,6 +40,7 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What is quick comes first, so that what it finds is soon seen; then the longest, and last what else is slow:
     # no worker is left with a long file at the end.
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+            if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+                item.add_marker(pytest.mark.slow)  # Triton's interpreter, a hundred times slower than the others
 
 
 _SET_NUM_THREADS = torch.set_num_threads

@@ -42,7 +42,7 @@ class Trained:
     """A base, adapters trained on it by the command, and one engine that serves them all."""
 
     def __init__(self, base: Path, root: Path, methods: list[str]):
-        self.base, self.root = base, root
+        self.base, self.root, self.methods = base, root, methods
         rows = [{"prompt": prompt, "completion": f"t{i} t{i + 1} the end ."} for i, prompt in enumerate(PROMPTS)]
         data = root / "data.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
@@ -69,7 +69,7 @@ class Trained:
         )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     base = make_model(root / "base", "llama") if request.param == "random" else SHARED
@@ -82,12 +82,10 @@ def trained(request, tmp_path_factory):
     cleanup_dist_env_and_memory()
 
 
-@pytest.mark.parametrize(
-    ("trained", "method"),
-    [(model, method) for model, methods in MODELS.items() for method in methods],
-    indirect=["trained"],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_served_output_is_trained_output(trained, method):
+    if method not in trained.methods:
+        pytest.skip("the random model has it")
     tokenizer = AutoTokenizer.from_pretrained(trained.base)
     plain = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32)
     model = PeftModel.from_pretrained(plain, trained.root / method).eval()
