@@ -108,7 +108,8 @@ def test_what_there_is_no_room_for_is_refused_with_the_remedy() -> None:
     with pytest.raises(AdapterError, match=r"9 layers.*there is room for.*--qaa-max-layers 2, start it with more"):
         block.pack(form, {layer: ({0: random_theta(generator, 1, form.ansatz(5))}, Standard())})
     wide = CircuitForm(Ansatz("ry_ring", 16, 1, constant=True), 1)
-    with pytest.raises(AdapterError, match=r"inputs of width 24 circuits take 6 qubits.*another --qaa-backend"):
+    remedies = r"24 of the layer's input, so 6 qubits.*for 5 qubits.*--qaa-backend cuquantum or torch, or train"
+    with pytest.raises(AdapterError, match=remedies):
         block.pack(wide, {layer: ({0: random_theta(generator, 1, wide.ansatz(6))}, Standard())})
 
 
