@@ -3,9 +3,10 @@
     python benchmarks/gpu_check.py [--parts 1 2 3 4 5 6] [--minutes 9] [--json FILE]
     python benchmarks/gpu_check.py --dry-run         the same code on a CPU, with tiny sizes
 
-1 compile      the Triton kernels of all forms that come later, by as many processes as there are cores
+1 compile      the Triton kernels of all that comes later, by as many processes as there are cores
 2 correctness  cuquantum, triton and torch against the float64 reference: mixed adapters, tokens without one, two
-               readouts a token, every ansatz and option, n = 4 to 13, float32 and bfloat16; and QAA's gradients
+               readouts a token, every ansatz and option, n = 4 to 13, float32 and bfloat16; and the gradients of
+               training, twice: they must be the same to the bit
 3 CUDA graphs  a captured call must give the results of changed x and index when it is replayed, and how long that
                takes; of cuquantum it is only reported whether it can be captured
 4 timings      of each against the floors that benchmarks/circuits.py explains, n = 8 to 13, 1 to 8,192 tokens
@@ -39,7 +40,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +96,7 @@ class Sizes:
         tokens: of the timings.
         captured: tokens of the captured calls.
         runs: measurements of everything that is timed.
-        gradients: qubits of the check of the gradients.
+        gradients: numbers of qubits of the check of the gradients, the most telling first.
         serving: arguments of benchmarks/serving.py.
         logprobs: arguments of benchmarks/mixed_logprobs.py.
         model: of the training steps, as LlamaConfig takes it.
@@ -107,7 +108,7 @@ class Sizes:
     tokens: tuple[int, ...]
     captured: tuple[int, ...]
     runs: int
-    gradients: int
+    gradients: tuple[int, ...]
     serving: str
     logprobs: str
     model: dict[str, int]
@@ -120,7 +121,7 @@ FULL = Sizes(
     tokens=(1, 16, 64, 256, 1024, 8192),
     captured=(1, 16, 64),
     runs=9,
-    gradients=10,
+    gradients=(10, 8, 12, 13, 11, 4),
     serving="--hidden 3072 --layers 8 --prompt 2048 --batches 1 16 64 --runs 5",
     logprobs="--hidden 1024 --layers 4",
     model={
@@ -138,7 +139,7 @@ TINY = Sizes(
     tokens=(1, 3),
     captured=(2,),
     runs=3,
-    gradients=4,
+    gradients=(4,),
     serving="--hidden 192 --layers 2 --prompt 24 --batches 1 2 --runs 1 --steps 2",
     logprobs="--hidden 192 --layers 2 --tokens 3",
     model={
@@ -292,29 +293,47 @@ def compile_one(backend: str, run: Run, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def compile_gradients(qubits: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds that training's kernels of so many qubits took, as ``compile_one``."""
+    from qaa_serve.circuits import adjoint
+
+    begun, ansatz = time.perf_counter(), Ansatz(ANSATZ_NAMES[0], qubits, LAYERS)
+    x = torch.zeros(2, 2**qubits - 1, dtype=dtype, device=device)
+    gradients_of(adjoint.expectation_values, x, torch.zeros(2, *ansatz.theta_shape, device=device), ansatz)
+    return time.perf_counter() - begun
+
+
 def compiling(setting: Setting, findings: Findings) -> None:
     if "triton" not in setting.backends:
         findings.summary.append("not run: Triton is missing")
         return
     backend = "torch" if setting.dry else "triton"  # Triton cannot compile for a device that is not there
-    wanted = runs_to_come(setting.sizes)
+    forward = runs_to_come(setting.sizes)
+    backward = list(product(setting.sizes.gradients, (torch.float32, torch.bfloat16)))
+    wanted = len(forward) + len(backward)
     cores = len(os.sched_getaffinity(0))
     begun, done = time.perf_counter(), 0
-    with ProcessPoolExecutor(min(cores, len(wanted)), multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(compile_one, backend, run, setting.device): run for run in wanted}
+    with ProcessPoolExecutor(min(cores, wanted), multiprocessing.get_context("spawn")) as pool:
+        waiting: dict[Future[float], dict[str, Any]] = {}
+        for n, dtype in backward:  # the largest kernels
+            row = {"gradients of": n, "dtype": str(dtype)}
+            waiting[pool.submit(compile_gradients, n, dtype, setting.device)] = row
+        for run in forward:
+            ansatz, width, readouts, dtype = run
+            row = {"ansatz": str(ansatz), "width": width, "readouts": readouts, "dtype": str(dtype)}
+            waiting[pool.submit(compile_one, backend, run, setting.device)] = row
         try:
             for future in as_completed(waiting, timeout=max(1.0, setting.clock.left)):
-                ansatz, width, readouts, dtype = waiting[future]
-                row = {"ansatz": str(ansatz), "width": width, "readouts": readouts, "dtype": str(dtype)}
+                row = waiting[future]
                 if (error := future.exception()) is not None:
-                    findings.fail(f"compiling {ansatz}, {dtype}: {named(error)}")
+                    findings.fail(f"compiling {row}: {named(error)}")
                     continue
                 done += 1
                 findings.add({**row, "backend": backend, "seconds": future.result()})
         except TimeoutError:
             pool.shutdown(wait=False, cancel_futures=True)
     taken = time.perf_counter() - begun
-    findings.summary.append(f"{done} of {len(wanted)} forms in {taken:.0f} s, {min(cores, len(wanted))} processes")
+    findings.summary.append(f"{done} of {wanted} forms in {taken:.0f} s, {min(cores, wanted)} processes")
 
 
 # ------------------------------------------------------------------------------------------- 2 correctness
@@ -412,30 +431,52 @@ def correctness(setting: Setting, findings: Findings) -> None:
     check_gradients(setting, findings)
 
 
+def gradients_of(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz
+) -> dict[str, torch.Tensor]:
+    """z, and the gradients of its mean, in float64."""
+    x, theta = x.requires_grad_(), theta.requires_grad_()
+    z = function(x, theta, ansatz)
+    found = z, *torch.autograd.grad(z.sum() / z.numel(), (x, theta))
+    return dict(zip(("z", "dx", "dtheta"), (tensor.detach().cpu().double() for tensor in found), strict=True))
+
+
 def check_gradients(setting: Setting, findings: Findings) -> None:
-    """QAA's own gradients, as training has them, against those of autograd in float64."""
+    """Gradients as training has them, against those of autograd in float64; and a second time, to the bit."""
     from qaa_serve.circuits import adjoint
 
-    ansatz = Ansatz("ryrz_ring_ry", setting.sizes.gradients, LAYERS)
-    inputs = torch.randn(16, 2**ansatz.qubits), torch.randn(1, *ansatz.theta_shape)
-
-    def all_of(
-        function: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        x, theta = (tensor.to(device, dtype).requires_grad_() for tensor in inputs)
-        z = function(x, theta, ansatz)
-        found = z, *torch.autograd.grad(z.sum() / z.numel(), (x, theta))
-        return [tensor.detach().cpu().double() for tensor in found]
-
-    ours = all_of(adjoint.expectation_values, setting.device, torch.float32)
-    theirs = all_of(torch_batched.expectation_values, torch.device("cpu"), torch.float64)
-    errors = {}
-    for what, a, b in zip(("z", "dx", "dtheta"), ours, theirs, strict=True):
-        errors[what] = (a - b).abs().max().item()
-        if not errors[what] <= TOLERANCE:
-            findings.fail(f"{what} of the training's circuit is off by {errors[what]:.1e}")
-    findings.add({"gradients": errors, "qubits": ansatz.qubits})
-    findings.summary.append(f"gradients  largest error {max(errors.values()):.1e}")
+    worst, checked = 0.0, 0
+    every = list(product(setting.sizes.gradients, ANSATZ_NAMES, (torch.float32, torch.bfloat16)))
+    for n, name, dtype in every:
+        if setting.clock.left < 0:
+            break
+        ansatz = Ansatz(name, n, LAYERS)
+        x, theta = torch.randn(16, 2**n - 1).to(dtype), torch.randn(2, *ansatz.theta_shape)
+        row: dict[str, Any] = {"gradients of": str(ansatz), "dtype": str(dtype)}
+        try:
+            ours, again = (
+                gradients_of(
+                    adjoint.expectation_values,
+                    *(t.detach().to(setting.device, copy=True) for t in (x, theta)),
+                    ansatz,
+                )
+                for _ in range(2)
+            )
+            theirs = gradients_of(torch_batched.expectation_values, x.double(), theta.double(), ansatz)
+            # dL/dx is rounded to x's dtype
+            compared = ["z", "dtheta"] if dtype == torch.bfloat16 else ["z", "dx", "dtheta"]
+            row["errors"] = {what: (ours[what] - theirs[what]).abs().max().item() for what in compared}
+            row["same"] = all(torch.equal(ours[what], again[what]) for what in ours)
+            worst, checked = max(worst, *row["errors"].values()), checked + 1
+            if not row["same"]:
+                findings.fail(f"the gradients of {ansatz}, {dtype}, differ from call to call")
+            if not max(row["errors"].values()) <= TOLERANCE:
+                findings.fail(f"gradients of {ansatz}, {dtype}, are off by {row['errors']}")
+        except Exception as error:  # of one form
+            row["problem"] = named(error)
+            findings.fail(f"gradients of {ansatz}, {dtype}: {row['problem']}")
+        findings.add(row)
+    findings.summary.append(f"gradients  {checked} of {len(every)} forms, largest error {worst:.1e}")
 
 
 # ------------------------------------------------------------------------------------------------ 4 timings

@@ -40,6 +40,7 @@ import platform
 import random
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -599,6 +600,7 @@ def write(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through what ends the servers
     server_process.START_LIMIT_S = START_LIMIT_S
     transformers.utils.logging.disable_progress_bar()
     if (others := os.getloadavg()[0]) > 0.5:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 CLIENT_KEY = "client-of-the-tests"
+REJECTION = {"reason": "<b>torn</b> & cut"}
 
 
 class StandIn:
@@ -72,7 +73,8 @@ class StandIn:
         limit = int(query["limit"])  # without one, all would be sent
         data = [
             {"id": name, "state": "served", "kind": "QAA", "revision": f"{name}@{'0' * 12}", "running": 0,
-             "waiting": 0, "bytes": {"store": 1000, "host": 0, "slot": 0}, "rejection": None}
+             "waiting": 0, "bytes": {"store": 1000, "host": 0, "slot": 0},
+             "rejection": REJECTION if name == "a-00003" else None}
             for name in found[:limit]
         ]  # fmt: skip
         return JSONResponse({"data": data, "has_more": len(found) > limit, "total": len(self.names)})

@@ -13,12 +13,16 @@ from circuits_support import TOLERANCE, assert_close, fresh_generator, random_th
 from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, get_backend
 from qaa_serve.circuits.triton.host import (
     MOST_QUBITS,
+    Shape,
     TritonCircuits,
-    floats_of,
+    choose_shape,
+    launch_cycles,
     layout_for,
     make_tables,
     missing,
     pack,
+    plan_table,
+    shapes,
 )
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
@@ -133,7 +137,7 @@ def test_no_part_of_a_record_reaches_into_the_next_one(generator: torch.Generato
     assert ends == sorted(ends)
     assert layout.masks_at + layout.padded <= layout.readouts_at
     assert layout.readouts_at + 2 * layout.rank <= layout.tables_at
-    assert layout.tables_at + floats_of(ansatz) <= len(record) == layout.record
+    assert layout.tables_at + plan_table(ansatz).floats <= len(record) == layout.record
     assert layout.inputs_at + 2 * layout.width <= layout.words
 
 
@@ -163,12 +167,33 @@ def test_a_run_is_one_launch_that_depends_on_shapes_alone() -> None:
     assert len(launches.grids) == 1
 
 
+def test_a_wave_takes_what_its_schedulers_start_and_no_less_than_a_program_alone() -> None:
+    """Four schedulers, a program of eight warps: two on each, or six of three programs."""
+    shape = Shape(warps=8, registers=None, instructions=1000, barriers=10, resident=3)
+    alone = 2 * 1000 + 40 * 10
+    assert launch_cycles(shape, 1, 100) == launch_cycles(shape, 100, 100) == alone
+    assert launch_cycles(shape, 101, 100) == 4 * 1000
+    assert launch_cycles(shape, 300, 100) == 6 * 1000
+    assert launch_cycles(shape, 301, 100) == 6 * 1000 + alone
+    assert launch_cycles(shape, 3000, 100) == 10 * 6 * 1000
+
+
+@pytest.mark.parametrize("qubits", range(1, MOST_QUBITS + 1))
+def test_few_programs_get_more_warps_and_many_the_shape_that_is_best_for_all(qubits: int) -> None:
+    many, *few = shapes(qubits)
+    assert choose_shape(qubits, 100_000, 132) == many
+    assert choose_shape(qubits, 1, 132) == (few or [many])[0]
+    for shape in shapes(qubits):
+        assert shape.warps * shape.resident <= 64, "a multiprocessor has room for 64 warps"
+        assert shape.registers is None or 32 * shape.warps * shape.registers * shape.resident <= 65536
+
+
 @pytest.mark.parametrize("name", ["ryrz_ring_ry", "ry_ring", "strongly_entangling"])
 def test_a_table_is_as_long_as_the_kernel_takes_it_for(name: str, generator: torch.Generator) -> None:
     for qubits, layers in ((1, 1), (5, 40), (12, 2)):
         ansatz = Ansatz(name, qubits, layers)
         tables = make_tables(random_theta(generator, 3, ansatz), ansatz)
-        assert tables.shape == (3, floats_of(ansatz))
+        assert tables.shape == (3, plan_table(ansatz).floats)
         assert tables.abs().max() <= 1
     assert TritonCircuits(ansatz, 3, CPU).nbytes < 3 * 8192, "a circuit's record is small"
 

@@ -15,7 +15,7 @@ from console_support import console, need_a_browser, qaa_serve
 need_a_browser()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-from console_standin import CLIENT_KEY, StandIn
+from console_standin import CLIENT_KEY, REJECTION, StandIn
 from playwright.sync_api import expect
 from server_process import ADMIN_KEY, free_port
 
@@ -107,7 +107,10 @@ def test_who_stops_or_leaves_ends_the_request(page, stand_in, how):
         time.sleep(0.1)
 
 
-def test_markup_in_an_answer_or_a_name_is_text(page):
+def test_markup_in_an_answer_a_name_or_a_table_is_text(page):
+    page.get_by_role("tab", name="Adapters").click()
+    expect(page.get_by_role("cell", name=REJECTION["reason"], exact=True)).to_be_visible()
+    page.get_by_role("tab", name="Try").click()
     page.get_by_label("Model 1").fill("<img src=x onerror=alert(1)>")
     page.get_by_label("Model 2").fill("")
     page.get_by_label("Prompt", exact=True).fill("<b>bold</b>")

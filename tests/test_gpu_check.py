@@ -12,7 +12,7 @@ import mixed_logprobs
 import pytest
 import torch
 
-SMALLEST = replace(gpu_check.TINY, checked=(2,), timed=(2,), tokens=(1, 2), captured=(2,), gradients=2)
+SMALLEST = replace(gpu_check.TINY, checked=(2,), timed=(2,), tokens=(1, 2), captured=(2,), gradients=(2,))
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
-from triton_compile import SHARED, compile_for
+from triton_compile import SHARED, compile_backward, compile_for
 
+from qaa_serve.circuits.triton.backward import gradient_kernel
 from qaa_serve.circuits.triton.kernel import circuit_kernel
 
 
@@ -26,7 +27,7 @@ def apart() -> Iterator[ProcessPoolExecutor]:
 
 #: Instructions that a warp runs for two layers of the default circuit, on Hopper; twice as many for twice as many
 #: amplitudes a thread. The bound is what a change may add.
-EXECUTED = {8: 1000, 10: 1650, 12: 2850, 13: 5300, 14: 5500}
+EXECUTED = {8: 900, 10: 1500, 12: 2600, 13: 4900, 14: 5150}
 
 
 @pytest.mark.slow
@@ -47,11 +48,35 @@ def test_other_sizes_and_types_compile(apart: ProcessPoolExecutor, qubits: int, 
 def _kernels_after(tokens: tuple[int, ...]) -> int:
     """How many kernels there are after launches of so many tokens on an H200, with z of no round size."""
     for number in tokens:
-        compile_for(90, 9, tokens=number, rank=8)
+        compile_for(90, 10, tokens=number, rank=8)
     return len(circuit_kernel.device_caches[90][0])
 
 
 def test_one_kernel_serves_every_batch_but_the_smallest(apart: ProcessPoolExecutor) -> None:
-    """Where there are fewer programs than multiprocessors another one, with more warps, is quicker."""
+    """Where there are few programs for a multiprocessor another one, with more warps, is quicker."""
     assert apart.submit(_kernels_after, (2048, 161)).result() + 1 == apart.submit(_kernels_after, (40,)).result()
     assert apart.submit(_kernels_after, (31, 8192)).result() == apart.submit(_kernels_after, ()).result()
+
+
+#: Of the backward kernel as ``EXECUTED`` of the forward one, and bytes that a thread may spill.
+BACKWARD = {8: (2300, 0), 10: (4450, 0), 12: (8350, 32), 13: (9250, 96)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("qubits", "arch"), product(BACKWARD, [90, 80]))
+def test_the_backward_kernel_fits_the_hardware(apart: ProcessPoolExecutor, qubits: int, arch: int) -> None:
+    found = apart.submit(compile_backward, arch, qubits).result()
+    executed, spilled = BACKWARD[qubits]
+    assert found.spilled_bytes <= (spilled if arch == 90 else 2 * spilled), found
+    assert found.shared_bytes <= SHARED[arch][0], found
+    assert arch != 90 or found.executed <= executed, found
+
+
+def _kernels_after_backward(tokens: tuple[int, ...]) -> int:
+    for number in tokens:
+        compile_backward(90, 5, tokens=number)
+    return len(gradient_kernel.device_caches[90][0])
+
+
+def test_one_backward_kernel_serves_every_batch(apart: ProcessPoolExecutor) -> None:
+    assert apart.submit(_kernels_after_backward, (1, 31, 2048)).result() == 1

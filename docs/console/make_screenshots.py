@@ -81,8 +81,8 @@ def main() -> None:
                 page.get_by_label("Adapter", exact=True).fill("pirate")
                 page.get_by_role("button", name="Look", exact=True).click()
                 page.get_by_alt_text("the circuit with its trained angles").wait_for(timeout=300_000)
-                page.get_by_text("What qaa-serve inspect says").scroll_into_view_if_needed()
-                page.mouse.wheel(0, 300)  # the facts' end, the circuit and the norms
+                page.set_viewport_size({"width": 1100, "height": 1020})
+                page.get_by_text("What qaa-serve inspect says").evaluate("heading => heading.scrollIntoView()")
                 keep(page, "inside")
         finally:
             stop.set()

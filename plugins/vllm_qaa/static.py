@@ -91,8 +91,9 @@ class Block:
                 qubits = theta.shape[-1]
                 if qubits != layout.qubits:
                     raise AdapterError(
-                        f"with a constant beside inputs of width {layout.width} circuits take {qubits} qubits; "
-                        f"triton has room for {layout.qubits}: start the server with another --qaa-backend"
+                        f"`constant` takes an amplitude beside the {layout.width} of the layer's input, so "
+                        f"{qubits} qubits; triton has one kernel a layer, here for {layout.qubits} qubits: start "
+                        "the server with --qaa-backend cuquantum or torch, or train the adapter without `constant`"
                     )
                 readouts = None if standard.readouts is None else standard.readouts[:, i]
                 try:

@@ -88,7 +88,7 @@ BACKENDS = {
     "torch": Backend(
         "torch_batched", "TorchCircuits", "float32, fused gates, CPU or GPU, differentiable", "torch_adjoint"
     ),
-    "triton": Backend("triton.host", "TritonCircuits", "float32, one kernel, GPU"),
+    "triton": Backend("triton.host", "TritonCircuits", "float32, one kernel, GPU", "triton.training"),
     "cuquantum": Backend("custatevec", "CuStateVecCircuits", "complex64 on cuStateVec, GPU"),
     "cpu": Backend("cpu.serving", "CompiledCircuits", "float32, compiled for this CPU by numba", "cpu.training"),
 }

@@ -87,7 +87,7 @@ class NowPage(Page):
         super().__init__(session)
         self._shown = 0.0
         self._numbers = {}
-        with ui.element("div").classes("qaa-cards"):
+        with ui.element("div").classes("qaa-cards qaa-tiles"):
             for title in (*_GAUGES, *_RATES):
                 with ui.element("div").classes("qaa-card"):
                     ui.label(title).classes("qaa-quiet")

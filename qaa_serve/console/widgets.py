@@ -161,16 +161,16 @@ class Changes:
 
 def line_chart(title: str, x_axis: Mapping[str, Any], series: list[dict[str, Any]]) -> ui.echart:
     """Lines with a title and a legend; `series` as echarts takes them."""
-    grey = {"textStyle": {"color": "#888"}}
+    label, faint = {"color": "#888"}, {"lineStyle": {"color": "#8884"}}
     return ui.echart(
         {
             "title": {"text": title, "padding": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
             "animation": False,
             "grid": {"left": 55, "right": 15, "top": 55, "bottom": 35},
-            "legend": {"top": 22, **grey},
+            "legend": {"top": 22, "textStyle": label},
             "tooltip": {"trigger": "axis"},
-            "xAxis": x_axis,
-            "yAxis": {"type": "value", "min": 0},
+            "xAxis": {**x_axis, "axisLabel": label, "splitLine": {"show": False}},
+            "yAxis": {"type": "value", "min": 0, "axisLabel": label, "splitLine": faint},
             "series": [{"type": "line", **one} for one in series],
         }
     ).classes("qaa-chart")  # fmt: skip

@@ -31,7 +31,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,7 +76,7 @@ def check_qubits(qubits: int) -> None:
 # ------------------------------------------------------------------------------------------------- records
 
 
-def _rescaled(steps: Schedule, n: int) -> list[bool]:
+def rescaled(steps: Schedule, n: int) -> list[bool]:
     """Whether each step must have phases, to take back what the turns before it made the state longer by."""
     found, turned = [], int(steps.first is not None)
     for step in steps.steps:
@@ -89,12 +89,37 @@ def _phase_floats(n: int) -> int:
     return 2 * ((1 << n // 2) + (1 << n - n // 2))
 
 
+class TablePlan(NamedTuple):
+    """Where in one circuit's table, in float32 numbers, lies what each step needs; -1 for what it does not have.
+
+    Attributes:
+        first: the tangents of the RY layer before the steps.
+        steps: of each, the phases, the number of the permutation (not a place), and the tangents.
+        floats: of the table; the readouts' signs are its first ones.
+    """
+
+    first: int
+    steps: tuple[tuple[int, int, int], ...]
+    floats: int
+
+
 @lru_cache(maxsize=256)
-def floats_of(ansatz: Ansatz) -> int:
-    """float32 numbers in one circuit's table: the readouts' signs, then what each step needs."""
-    steps, n = schedule(ansatz), ansatz.qubits
-    turns = sum(step.turns is not None for step in steps.steps) + (steps.first is not None)
-    return ansatz.columns + turns * n + sum(_rescaled(steps, n)) * _phase_floats(n)
+def plan_table(ansatz: Ansatz) -> TablePlan:
+    """The places in a table of such a circuit."""
+    steps, n, at = schedule(ansatz), ansatz.qubits, ansatz.columns
+    first, found = -1, []
+    if steps.first is not None:
+        first, at = at, at + n
+    for step, has_phases in zip(steps.steps, rescaled(steps, n), strict=True):
+        phases = permutation = tangents = -1
+        if has_phases:
+            phases, at = at, at + _phase_floats(n)
+        if step.cnots is not None:
+            permutation = _reach(step.cnots, n) - 1
+        if step.turns is not None:
+            tangents, at = at, at + n
+        found.append((phases, permutation, tangents))
+    return TablePlan(first, tuple(found), at)
 
 
 def _up(words: int) -> int:
@@ -165,7 +190,7 @@ def layout_for(qubits: int, width: int, slices: int, rank: int, layers: int) -> 
     most = min(rank, qubits * (qubits + 1) // 2)
     forms = [Ansatz(name, qubits, layers, most) for name in ANSATZ_NAMES]
     steps = max(len(schedule(form).steps) for form in forms)
-    return Layout(qubits, width, slices, rank, steps, max(floats_of(form) for form in forms))
+    return Layout(qubits, width, slices, rank, steps, max(plan_table(form).floats for form in forms))
 
 
 def pack(
@@ -187,36 +212,24 @@ def pack(
     """
     if theta.shape[1:] != ansatz.theta_shape:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
-    heads, steps, n = len(theta), schedule(ansatz), ansatz.qubits
-    if len(steps.steps) > layout.steps or heads * floats_of(ansatz) > layout.floats:
+    heads, plan = len(theta), plan_table(ansatz)
+    if len(plan.steps) > layout.steps or heads * plan.floats > layout.floats:
         raise ValueError(
-            f"{heads} x {ansatz.layers} layers of {ansatz.name} take {heads * floats_of(ansatz)} numbers in "
-            f"{len(steps.steps)} steps; there is room for {layout.floats} in {layout.steps}"
+            f"{heads} x {ansatz.layers} layers of {ansatz.name} take {heads * plan.floats} numbers in "
+            f"{len(plan.steps)} steps; there is room for {layout.floats} in {layout.steps}"
         )
     record = torch.zeros(layout.record, dtype=torch.int32)
     numbers = record.view(torch.float32)
-    at = ansatz.columns
-    words: list[int] = []
-    first = -1
-    if steps.first is not None:
-        first, at = at, at + n
-    for step, has_phases in zip(steps.steps, _rescaled(steps, n), strict=True):
-        phases = permutation = turns = -1
-        if has_phases:
-            phases, at = at, at + _phase_floats(n)
-        if step.cnots is not None:
-            permutation = _reach(step.cnots, n) - 1
-        if step.turns is not None:
-            turns, at = at, at + n
-        words += [phases, permutation, turns, 0]
     whitened = readouts is not None
-    header = [heads, ansatz.columns, len(steps.steps), first, ansatz.constant, ansatz.length, 0, whitened, at]
+    header = [heads, ansatz.columns, len(plan.steps), plan.first, ansatz.constant, ansatz.length, 0, whitened]
+    header.append(plan.floats)
+    words = [word for places in plan.steps for word in (*places, 0)]
     record[: len(header)] = torch.tensor(header, dtype=torch.int32)
     record[_HEADER : _HEADER + len(words)] = torch.tensor(words, dtype=torch.int32)
-    record[layout.masks_at :][: ansatz.columns] = torch.tensor(steps.masks, dtype=torch.int32)
+    record[layout.masks_at :][: ansatz.columns] = torch.tensor(schedule(ansatz).masks, dtype=torch.int32)
     if readouts is not None:
         numbers[layout.readouts_at :][: 2 * layout.rank].view(2, -1)[:, : readouts.shape[1]] = readouts
-    numbers[layout.tables_at :][: heads * at] = make_tables(theta, ansatz).flatten()
+    numbers[layout.tables_at :][: heads * plan.floats] = make_tables(theta, ansatz).flatten()
     return record
 
 
@@ -242,7 +255,7 @@ def make_tables(theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
 
     if steps.first is not None:
         turn_by(steps.first)
-    for step, has_phases in zip(steps.steps, _rescaled(steps, n), strict=True):
+    for step, has_phases in zip(steps.steps, rescaled(steps, n), strict=True):
         if has_phases:
             turned = torch.zeros_like(angles[:, 0]) if step.phases is None else angles[:, step.phases]
             parts += _phases(torch.where(has_x, -1, 1) * turned, left_out)
@@ -286,24 +299,82 @@ def permutations(n: int, device: torch.device) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- launches
 
 
-def launch_options(qubits: int, programs: int = 1 << 20, multiprocessors: int = 132) -> dict[str, Any]:
-    """Triton's options for a launch, chosen by the figures in docs/performance.md.
+class Shape(NamedTuple):
+    """How a program is compiled, and what benchmarks/triton_compile.py says of it, for Hopper and two layers.
 
-    4 to 16 amplitudes a thread, 32 from n = 13 on: more warps exchange more, fewer run out of registers. Those are
-    limited so that 6, 3 and 2 programs fit on a multiprocessor. Where not every multiprocessor gets a program of
-    its own, nothing is lost by twice the warps, which end sooner.
+    Attributes:
+        warps: of a program.
+        registers: that a thread may have; None for as many as the compiler wants.
+        instructions: that a warp runs.
+        barriers: among these.
+        resident: programs that fit on a multiprocessor.
     """
-    warps = 1 if qubits < 8 else 2 ** (qubits // 2 - 3)
-    if 8 <= qubits <= 13 and programs <= multiprocessors:
-        return {"num_warps": 2 * warps, "num_stages": 1, "enable_fp_fusion": True}
-    limit = {11: 80, 12: 80, 13: 128}.get(qubits)
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": limit, "enable_fp_fusion": True}
+
+    warps: int
+    registers: int | None
+    instructions: int
+    barriers: int
+    resident: int
+
+    def options(self) -> dict[str, Any]:
+        """Triton's options for a launch."""
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers, "enable_fp_fusion": True}
+
+
+#: By qubits, 4 to 32 amplitudes a thread, and half of that for few programs: more warps exchange more, fewer run
+#: out of registers.
+_SHAPES = {
+    8: (Shape(2, None, 830, 60, 32),),
+    9: (Shape(2, None, 1283, 48, 25),),
+    10: (Shape(4, None, 1419, 60, 10), Shape(8, None, 903, 72, 6)),
+    11: (Shape(4, 80, 2343, 58, 6), Shape(8, None, 1469, 72, 5)),
+    12: (Shape(8, 80, 2451, 52, 3), Shape(16, None, 1473, 60, 2)),
+    13: (Shape(8, 128, 4656, 78, 2), Shape(16, None, 2627, 106, 1)),
+    14: (Shape(16, None, 4873, 66, 1),),
+}
+_FEWER_QUBITS = (Shape(1, None, 700, 0, 32),)
+
+#: Clock cycles from one instruction of a warp to its next one, and for numbers to pass through shared memory at a
+#: barrier. Both are assumptions.
+_INSTRUCTION_CYCLES, _BARRIER_CYCLES = 2, 40
+
+
+def shapes(qubits: int) -> tuple[Shape, ...]:
+    """The shapes that launches of so many qubits take."""
+    return _SHAPES.get(qubits, _FEWER_QUBITS)
+
+
+def launch_cycles(shape: Shape, programs: int, multiprocessors: int) -> int:
+    """Clock cycles that a launch takes by a model of waves; docs/performance.md explains it.
+
+    Programs run in waves of as many as fit on all multiprocessors, the last one spread evenly. Each of a
+    multiprocessor's four schedulers starts one instruction a cycle, of any of its warps. So a wave takes the
+    instructions of a scheduler's warps, and not less than one warp takes alone: one instruction after the other,
+    and what it waits for at barriers.
+    """
+    alone = _INSTRUCTION_CYCLES * shape.instructions + _BARRIER_CYCLES * shape.barriers
+
+    def wave(resident: int) -> int:
+        return max(-(-resident * shape.warps // 4) * shape.instructions, alone)
+
+    full, rest = divmod(programs, shape.resident * multiprocessors)
+    return full * wave(shape.resident) + (wave(-(-rest // multiprocessors)) if rest else 0)
+
+
+def choose_shape(qubits: int, programs: int, multiprocessors: int) -> Shape:
+    """The shape in which a launch of so many programs takes the fewest cycles."""
+    return min(shapes(qubits), key=lambda shape: launch_cycles(shape, programs, multiprocessors))
 
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; on anything else those of a Hopper, so that tests launch what one would."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def tiny(dtype: torch.dtype) -> float:
+    """The smallest normal number of the type in which an x of that dtype is scaled."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
 
 
 def launch(
@@ -315,6 +386,7 @@ def launch(
     record_slice: int,
     layout: Layout,
     z: torch.Tensor,
+    shape: Shape | None = None,
 ) -> None:
     """Run every token on the circuits that its slot has in the layer. One launch, which waits for nothing.
 
@@ -327,6 +399,7 @@ def launch(
         record_slice: words from one slice's record to the next one's.
         layout: of the records.
         z: (slices, tokens, at least the readouts) float32; only where there are circuits it is written to.
+        shape: of the launch; None for the quickest one.
 
     Raises:
         ValueError: if x is wider than the state.
@@ -334,6 +407,7 @@ def launch(
     if x.shape[1] > 2**layout.qubits:
         raise ValueError(f"x is {x.shape[1]} wide; {layout.qubits} qubits hold at most {2**layout.qubits} numbers")
     grid = x.shape[0], z.shape[0]
+    shape = shape or choose_shape(layout.qubits, grid[0] * grid[1], multiprocessors(x.device))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[grid](
             x,
@@ -356,13 +430,13 @@ def launch(
             z.stride(0),
             QUBITS=layout.qubits,
             PADDED=layout.padded,
-            TINY=torch.finfo(torch.promote_types(x.dtype, torch.float32)).tiny,
-            **launch_options(layout.qubits, grid[0] * grid[1], multiprocessors(x.device)),
+            TINY=tiny(x.dtype),
+            **shape.options(),
         )
 
 
 def compile_kernels(kernel: Any, layout: Layout, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what ``launch`` runs for few tokens and for many, by launching it on no circuit.
+    """Compile what ``launch`` runs, in every shape, by launching it on no circuit.
 
     Args:
         kernel: ``kernel.circuit_kernel``, or what stands for it.
@@ -372,11 +446,11 @@ def compile_kernels(kernel: Any, layout: Layout, width: int, dtype: torch.dtype,
         device: where x will be.
     """
     records = torch.zeros(1, layout.words, dtype=torch.int32, device=device)
-    for tokens in (1, multiprocessors(device) + 1):
-        x = torch.zeros(tokens, width, dtype=dtype, device=device)
-        nobody = torch.full((tokens,), -1, dtype=torch.int32, device=device)
-        z = torch.zeros(1, tokens, layout.rank, device=device)
-        launch(kernel, x, nobody, (1, 0), records, layout.record, layout, z)
+    x = torch.zeros(1, width, dtype=dtype, device=device)
+    nobody = torch.full((1,), -1, dtype=torch.int32, device=device)
+    z = torch.zeros(1, 1, layout.rank, device=device)
+    for shape in shapes(layout.qubits):
+        launch(kernel, x, nobody, (1, 0), records, layout.record, layout, z, shape)
 
 
 class TritonCircuits:
@@ -393,7 +467,7 @@ class TritonCircuits:
         self._kernel = circuit_kernel
         self._ansatz = ansatz
         steps = len(schedule(ansatz).steps)
-        self._layout = Layout(ansatz.qubits, 0, 1, ansatz.columns, steps, floats_of(ansatz))
+        self._layout = Layout(ansatz.qubits, 0, 1, ansatz.columns, steps, plan_table(ansatz).floats)
         self._records = torch.zeros(count, self._layout.words, dtype=torch.int32, device=device)
 
     def put(self, first: int, theta: torch.Tensor) -> None:
