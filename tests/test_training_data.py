@@ -478,7 +478,8 @@ class TestSources:
             ("rows.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: a JSON object is needed"),
             ("rows.parquet", "no parquet", "rows.parquet' cannot be read: "),
             ("rows.jsonl.gz", "no gzip", "rows.jsonl.gz cannot be read: Not a gzipped file"),
-            ("rows.jsonl.gz", gzip.compress(b"{}" * 99)[:20], "rows.jsonl.gz cannot be read: Compressed"),
+            # Without the time of day, which would give each of pytest's workers another name for the test.
+            ("rows.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20], "rows.jsonl.gz cannot be read: Compressed"),
             ("rows.jsonl", b"\xff\xfe\x00", "rows.jsonl cannot be read: 'utf-16-le' codec"),
         ],
     )  # fmt: skip
