@@ -1,1 +1,1 @@
-"""Circuits in one Triton kernel: ``host`` in Python, ``kernel`` on a GPU."""
+"""Circuits in Triton: ``host`` with ``kernel`` for serving, ``training`` with ``backward`` for gradients."""

@@ -90,7 +90,8 @@ def backward(
         return torch.zeros_like(x), torch.zeros_like(theta)
     form, record, weights = _make_record(theta, ansatz)
     dx, sums = launch_gradients(gradient_kernel, x, form, record, dz.float().contiguous())
-    return dx.sum(0).to(x.dtype), (form.add_up(sums) * weights).to(theta.dtype)
+    dx = dx[0] if len(dx) == 1 else dx.sum(0).to(x.dtype)
+    return dx, (form.add_up(sums) * weights).to(theta.dtype)
 
 
 def launch_gradients(
@@ -106,7 +107,7 @@ def launch_gradients(
         dz: (tokens, heads, columns) float32, contiguous.
 
     Returns:
-        dL/dx, (heads, tokens, width); and what ``Form.add_up`` takes, (programs, heads, sums) float32.
+        dL/dx, (heads, tokens, width); and what ``Form.add_up`` takes, (programs, heads, layers, 2**n) float32.
     """
     (tokens, heads, _), n = dz.shape, form.layout.qubits
     warps, registers, resident = _SHAPES.get(n, (1, None, 16))
@@ -170,10 +171,10 @@ class Form:
     def add_up(self, sums: torch.Tensor) -> torch.Tensor:
         """Gradients of the angles as the tables have them: (programs, heads, layers, 2**n) -> (heads, rows, n)."""
         total, turns = sums.sum(0, dtype=torch.float64), len(self.turn_rows)
-        found = torch.zeros(len(total), *self.theta_shape, dtype=torch.float64, device=total.device)
-        found[:, self.turn_rows] = total[:, :turns] @ self.highest
-        for row, of_row in zip(self.phase_rows, (total[:, turns:] @ self.signs).unbind(1), strict=True):
-            if row is not None:
+        of_rows = torch.cat([total[:, :turns] @ self.highest, total[:, turns:] @ self.signs], dim=1)
+        found = of_rows.new_zeros(len(total), *self.theta_shape)
+        for row, of_row in zip((*self.turn_rows, *self.phase_rows), of_rows.unbind(1), strict=True):
+            if row is not None:  # one by one: a list of rows would be copied to the device
                 found[:, row] = of_row
         return found
 
