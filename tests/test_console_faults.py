@@ -120,13 +120,19 @@ def test_markup_in_an_answer_a_name_or_a_table_is_text(page):
     expect(page.get_by_role("dialog").get_by_text("<b>bold</b>").first).to_be_visible()
 
 
-def test_it_ends_with_the_process_that_it_is_told(stand_in, tmp_path):
+def test_it_ends_with_the_process_that_it_is_told_and_leaves_nothing(stand_in, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with console(stand_in.url, tmp_path / "log", "--end-with", str(other.pid)) as url:
         port = int(url.rpartition(":")[2])
         (served,) = (one for one in psutil.process_iter(["cmdline"]) if str(port) in (one.info["cmdline"] or []))
+        assert [*(tmp_path / "tmp").iterdir()]
         other.communicate(b"\n")
-        served.wait(30)
+        served.wait(60)
+    with console(stand_in.url, tmp_path / "log"):
+        pass
+    assert [*(tmp_path / "tmp").iterdir()] == []
 
 
 def test_what_cannot_be_done_is_said(stand_in, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def run(
         admin_url = url if noted is None else noted.admin_url
     api = Api(connect(url), connect(admin_url))
     observer = Observer(api)
+    scratch = tempfile.TemporaryDirectory(prefix="qaa-console-")
     tasks: list[asyncio.Task[None]] = []
 
     async def follow(pid: int) -> None:
@@ -73,12 +75,13 @@ def run(
     async def stop() -> None:
         for task in tasks:
             task.cancel()
+        scratch.cleanup()  # a signal ends the process right after this
         await api.clients.aclose()
         await api.admins.aclose()
 
     def serve(section: str, *paths: str) -> None:
         async def page(name: str = "") -> None:
-            await _show(Session(url, api, observer, adapters), section, name)
+            await _show(Session(url, api, observer, adapters, Path(scratch.name)), section, name)
 
         for path in paths:
             ui.page(path)(page)

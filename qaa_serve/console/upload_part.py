@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ class UploadPart:
             done: called after an upload.
         """
         self._session, self._changes, self._done = session, changes, done
-        self._scratch = tempfile.TemporaryDirectory(prefix="qaa-console-")
+        self._scratch = Path(tempfile.mkdtemp(dir=session.scratch))
         self._sizes: dict[str, int] = {}
         self.root = ui.expansion("Upload an adapter", icon="upload").classes("qaa-column")
         with self.root:
@@ -49,14 +50,14 @@ class UploadPart:
                 self._name = text_input("Adapter's name")
                 ui.button("Upload", on_click=self._upload)
             self._have = ui.label().classes("qaa-quiet").props("role=status")
-        ui.context.client.on_delete(self._scratch.cleanup)
+        ui.context.client.on_delete(lambda: shutil.rmtree(self._scratch, ignore_errors=True))
 
     async def _take(self, event: UploadEventArguments) -> None:
         name = event.file.name
         if name not in _PARTS:
             self._changes.refuse(f"{name} is none of {', '.join(_PARTS)}")
             return
-        await event.file.save(Path(self._scratch.name) / name)
+        await event.file.save(self._scratch / name)
         self._sizes[name] = event.file.size()
         self._have.text = ", ".join(f"{file}: {size:,} bytes" for file, size in sorted(self._sizes.items()))
 
@@ -76,7 +77,7 @@ class UploadPart:
         headers = {"If-Match": f'"{served}"'} if served else {"If-None-Match": "*"}
 
         async def put() -> None:
-            files = {part: (Path(self._scratch.name) / file).open("rb") for file, part in _PARTS.items()}
+            files = {part: (self._scratch / file).open("rb") for file, part in _PARTS.items()}
             try:
                 await api.admin("PUT", adapter_path(name), headers=headers, files=files)
             finally:
