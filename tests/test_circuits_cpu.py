@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import threading
 from pathlib import Path
 
@@ -272,6 +273,21 @@ def test_widths_may_differ_from_call_to_call(generator: torch.Generator) -> None
 
 
 # ------------------------------------------------------------------------------------ which backend is taken
+
+
+def test_compiled_functions_have_names_of_their_own() -> None:
+    """Else kernels that two processes compiled call each other's, and gradients are wrong without a word."""
+    pytest.importorskip("numba", reason="numba is not installed")
+    from numba.core.registry import CPUDispatcher
+
+    modules = [
+        importlib.import_module(f"qaa_serve.circuits.cpu.{name}") for name in ("gates", "forward", "backward")
+    ]
+    found = {
+        id(item): item for module in modules for item in vars(module).values() if isinstance(item, CPUDispatcher)
+    }
+    names = [item.py_func.__qualname__ for item in found.values()]
+    assert len(names) == len(set(names)) > 20
 
 
 def test_auto_is_the_compiled_one_on_a_cpu_and_says_why() -> None:

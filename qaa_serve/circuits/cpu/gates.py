@@ -254,10 +254,12 @@ to_lanes, from_lanes = emit(3, 4, _to_lanes), emit(4, 3, _from_lanes)
 # ------------------------------------------------------------------------------------ steps of a circuit
 
 
-def _by_bits(operation: Callable[[int], Any], most: int, moves: bool) -> Any:
+def _by_bits(name: str, operation: Callable[[int], Any], most: int, moves: bool) -> Any:
     """A function that takes an operation to the bits from low to below high of a state of 2**high vectors.
 
     Args:
+        name: the function's, its own: numba names what it compiles by it and by a count that begins anew in each
+            process, so that kernels which two processes compiled would call each other's functions of one name.
         operation: of a number of neighbouring bits makes what acts on 2**bits vectors. Its arrays are the three of
             the function, its integers the first vector, the distance to the next, the lowest bit's number.
         most: bits of one pass over the state.
@@ -266,7 +268,6 @@ def _by_bits(operation: Callable[[int], Any], most: int, moves: bool) -> Any:
     op1, op2, op3 = (operation(bits) for bits in (1, 2, 3))
     op4 = operation(4) if most == 4 else op1
 
-    @njit(nogil=True)
     def apply(a, b, c, number, low, high):
         """``number`` is that of bit 0."""
         while low < high:
@@ -285,16 +286,17 @@ def _by_bits(operation: Callable[[int], Any], most: int, moves: bool) -> Any:
             if moves:
                 a = b
 
-    return apply
+    apply.__qualname__ = name
+    return njit(nogil=True)(apply)
 
 
 #: RY from a state to another, by the turns; of one part where it is complex. 16 amplitudes are half of AVX-512's
 #: registers.
-rotate = _by_bits(_ry, 4, moves=True)
+rotate = _by_bits("rotate", _ry, 4, moves=True)
 #: Add what the real or the imaginary part, the first array, gives to <X> / 2 of each bit.
-read_x = _by_bits(_x_overlaps, 3, moves=False)
+read_x = _by_bits("read_x", _x_overlaps, 3, moves=False)
 #: Add <lambda, (-i Y) psi> of each bit, of the real or of the imaginary parts.
-read_y = _by_bits(_y_overlaps, 3, moves=False)
+read_y = _by_bits("read_y", _y_overlaps, 3, moves=False)
 
 
 @njit(nogil=True)
