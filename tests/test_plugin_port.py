@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 import types
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm.lora.utils as lora_utils
 import vllm.v1.sample.sampler as sampler
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from server_process import gone
 from vllm.lora.layers import ColumnParallelLinearWithLoRA, FusedMoEWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm_qaa import port, register
 from vllm_qaa.layers import QAALayerMixin, qaa_subclass
@@ -34,6 +39,25 @@ def test_register_twice_patches_once():
     assert lora_utils._all_lora_classes is first
     assert runner_mixin.LRUCacheWorkerLoRAManager is QAAWorkerManager
     assert sum(issubclass(cls, QAALayerMixin) for cls in first) == 7
+
+
+def test_a_forked_engine_ends_with_its_server():
+    """vLLM forks where the device is a GPU, and does not load a plugin again that is loaded."""
+    server = """
+import os, time, vllm_qaa
+vllm_qaa._end_with_parent(), vllm_qaa._end_with_parent()  # as register() does in server and engine
+if pid := os.fork():
+    print(pid, flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", server], env=os.environ | {"QAA_SERVE": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    engine = psutil.Process(int(process.stdout.readline()))
+    assert engine.is_running()
+    process.kill()
+    process.wait()
+    assert gone([engine]) == []
 
 
 def test_undo_gives_vllm_its_own_classes_back():
