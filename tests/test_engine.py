@@ -36,7 +36,8 @@ def test_what_fails_in_the_engine_for_one_request_is_passed_on_and_counted(monke
     engine = object.__new__(AdapterEngine)
     engine.vllm_config = SimpleNamespace(speculative_config=None)
     observation = SimpleNamespace(failed=False, sequence=lambda: None)
-    current_request.set(SimpleNamespace(observation=observation, ticket=None))
+    token = current_request.set(SimpleNamespace(observation=observation, ticket=None))
     with pytest.raises(GenerationError, match="no KV cache"):
         asyncio.run(anext(engine.generate("Hello", SamplingParams(), "request")))
+    current_request.reset(token)
     assert observation.failed

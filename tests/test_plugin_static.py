@@ -155,7 +155,7 @@ def test_with_triton_graphs_stay_whole_and_room_is_made_at_once() -> None:
 @pytest.mark.usefixtures("triton_on_a_cpu")
 def test_all_ranks_take_the_first_ones_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else, where each has timed for itself, they might gather x at unlike times."""
-    first = SimpleNamespace(broadcast_object=lambda mine: ("torch", f"rank 0, not {mine[0]}"))
+    first = SimpleNamespace(broadcast_object=lambda mine: mine._replace(name="torch"))
     monkeypatch.setattr("vllm_qaa.backend.get_world_group", lambda: first)
     made, _ = manager("triton", ranks=2)
     assert made.block is None

@@ -226,6 +226,9 @@ ROWS: dict[str, list[Panel]] = {
               width=12),
         Panel("Samples/s, by backend", "short",
               {"{{backend}}": rate("qaa_circuit_seconds_count", "backend", SERVER)}, width=12),
+        Panel("Timed at the start to choose a backend", "s",
+              {"{{backend}}": f"max by (backend) (qaa_circuit_backend_seconds{{{SERVER}}})"}, width=12,
+              about="On a GPU, with --qaa-backend auto: one run on all of the model's shapes."),
     ],
     "vLLM": [
         Panel(
