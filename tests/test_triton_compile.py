@@ -63,7 +63,7 @@ BACKWARD = {8: (2300, 0), 10: (4450, 0), 12: (8350, 32), 13: (9250, 96)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("qubits", "arch"), product(BACKWARD, [90, 80]))
+@pytest.mark.parametrize(("qubits", "arch"), [*product(BACKWARD, [90, 80])])
 def test_the_backward_kernel_fits_the_hardware(apart: ProcessPoolExecutor, qubits: int, arch: int) -> None:
     found = apart.submit(compile_backward, arch, qubits).result()
     executed, spilled = BACKWARD[qubits]
