@@ -288,7 +288,17 @@ class TestCommand:
         assert "% of the base) on 8 rows: 2 steps" in out
         assert re.search(r"evaluation loss \d\.\d+ \(before\) -> \d", out)
         assert f"qaa-serve {base} --adapters {data.parent}" in out
+        assert "--max-lora-rank" not in out
         load_adapter(data.parent / "out")
+
+    def test_says_if_a_server_has_to_be_told_of_the_rank(
+        self, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(base, data, "--vectors", "--heads", "4", "--threads", "1", "--accept-worse") == 0
+        rank = load_adapter(data.parent / "out").rank
+        assert (
+            f"its rank is {rank}, and a server takes 32 by default: see --max-lora-rank" in capsys.readouterr().out
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
