@@ -120,14 +120,14 @@ def start(root: Path, architecture: str) -> Served:
         "options": make_qaa(
             root / "options", base, attention + mlp, 5, size=0.5, constant=True, length=True, readouts=11
         ),
-        "vectors": make_qaa(root / "vectors", base, attention + mlp, 9, size=0.5, readouts=13, vectors=True),
+        "vectors": make_qaa(root / "vectors", base, (attention[1],), 9, size=0.5, vectors=True),
         "centred": make_qaa(
             root / "centred", base, attention + mlp, 7, size=2, inputs="centred-rms", whitened=True, heads=2
         ),
         "rms": make_qaa(root / "rms", base, (attention[1], mlp[-1]), 8, size=0.5, inputs="rms", length=True),
     }  # fmt: skip
     llm = LLM(
-        str(base), dtype="float32", enable_lora=True, max_loras=SLOTS, max_cpu_loras=16, max_lora_rank=16,
+        str(base), dtype="float32", enable_lora=True, max_loras=SLOTS, max_cpu_loras=16, max_lora_rank=32,
         max_model_len=256, max_num_seqs=20, max_num_batched_tokens=PREFILL_CHUNK, enable_chunked_prefill=True,
         enable_prefix_caching=True, enforce_eager=True, kv_cache_memory_bytes=32 << 20, seed=0,
     )  # fmt: skip
