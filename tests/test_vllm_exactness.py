@@ -295,12 +295,12 @@ def other_module(tensors, config):
 
 
 def higher_rank(tensors, config):
-    config["heads"] = 3
+    config["heads"] = 5
     for name in list(tensors):
         if name.endswith("theta"):
-            tensors[name] = tensors[name].expand(3, *tensors[name].shape).contiguous()
+            tensors[name] = tensors[name].expand(5, *tensors[name].shape).contiguous()
         else:
-            tensors[name] = tensors[name].repeat(1, 3).contiguous()
+            tensors[name] = tensors[name].repeat(1, 5).contiguous()
 
 
 @pytest.mark.parametrize(
