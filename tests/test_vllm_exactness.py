@@ -295,12 +295,12 @@ def other_module(tensors, config):
 
 
 def higher_rank(tensors, config):
-    config["heads"] = 5
+    config["heads"] = 6
     for name in list(tensors):
         if name.endswith("theta"):
-            tensors[name] = tensors[name].expand(5, *tensors[name].shape).contiguous()
+            tensors[name] = tensors[name].expand(6, *tensors[name].shape).contiguous()
         else:
-            tensors[name] = tensors[name].repeat(1, 5).contiguous()
+            tensors[name] = tensors[name].repeat(1, 6).contiguous()
 
 
 @pytest.mark.parametrize(
