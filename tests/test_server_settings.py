@@ -493,9 +493,3 @@ def test_the_command_explains_itself_without_importing_vllm(option):
     code = f"import sys; from qaa_serve.cli import main; main(['{option}']); assert 'vllm' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "0.1.0" in result.stdout
-
-
-def test_training_warns_of_the_rank_that_a_server_takes():
-    from qaa_serve.training import cli
-
-    assert cli._SERVED_RANK == settings._MAX_LORA_RANK

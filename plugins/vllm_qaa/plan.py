@@ -29,9 +29,8 @@ class CircuitForm(NamedTuple):
     whitened: bool = False
 
     def ansatz(self, qubits: int) -> Ansatz:
-        """The circuits' form in a layer that needs so many qubits; all readouts are as many as those have."""
-        readouts = min(self.circuit.readouts, qubits * (qubits + 1) // 2)
-        return replace(self.circuit, qubits=qubits, readouts=readouts)
+        """The circuits' form in a layer that needs so many qubits."""
+        return replace(self.circuit, qubits=qubits)
 
 
 @dataclass(frozen=True)

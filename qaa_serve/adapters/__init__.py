@@ -21,7 +21,7 @@ from qaa_serve.adapters.files import (
     save_adapter,
     standardised,
 )
-from qaa_serve.adapters.lora import MAX_RANK, Lora, LoraConfig, LoraPair, check_lora
+from qaa_serve.adapters.lora import MAX_RANK, SERVED_RANK, Lora, LoraConfig, LoraPair, check_lora
 from qaa_serve.adapters.staging import staged
 from qaa_serve.adapters.vectors import signs, signs_between
 from qaa_serve.adapters.verdict import MAX_ADAPTER_BYTES, Sound, judge
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_ADAPTER_BYTES",
     "MAX_RANK",
     "QAA_FORMAT",
+    "SERVED_RANK",
     "WEIGHTS_FILE",
     "Adapter",
     "AdapterConfig",

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qaa_serve.adapters.errors import AdapterError, shown
-from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, qubits_for
+from qaa_serve.circuits import ALL_READOUTS, ANSATZ_NAMES, Ansatz, qubits_for
 
 QAA_FORMAT: Literal[1] = 1
 
@@ -78,7 +78,9 @@ class AdapterConfig(BaseModel):
         Raises:
             ValueError: for more readouts than so many qubits have.
         """
-        return Ansatz(self.ansatz, qubits, self.layers, self._columns(qubits), self.constant, self.length)
+        # With vectors one more costs a number, not a column of B.
+        readouts = self.readouts or (ALL_READOUTS if self.vectors else 0)
+        return Ansatz(self.ansatz, qubits, self.layers, readouts, self.constant, self.length)
 
     def scale(self, qubits: int) -> float:
         """Factor on B z: alpha * 2**(n/2) / (heads * m) for m readouts a circuit.
@@ -93,11 +95,7 @@ class AdapterConfig(BaseModel):
 
     def rank(self, qubits: int) -> int:
         """Number of columns of B, heads * readouts: what the rank is to a LoRA adapter."""
-        return self.heads * (self._columns(qubits) or qubits)
-
-    def _columns(self, qubits: int) -> int:
-        """Readouts of a circuit; 0: one a qubit. With vectors one more costs a number: all there are."""
-        return self.readouts or (qubits * (qubits + 1) // 2 if self.vectors else 0)
+        return self.heads * self.circuit(qubits).columns
 
     @classmethod
     def parse(cls, raw: object) -> AdapterConfig:

@@ -34,6 +34,9 @@ from qaa_serve.adapters.files import (
 #: The largest rank that vLLM has room for (its MaxLoRARanks), whatever --max-lora-rank says.
 MAX_RANK = 512
 
+#: The largest rank that a server takes without --max-lora-rank.
+SERVED_RANK = 32
+
 #: Keys that change what an adapter computes, or its base, in a way that vLLM refuses or, worse, ignores.
 _UNSERVED = {
     "use_dora": "vLLM has no DoRA; train with use_dora false",

@@ -3,10 +3,11 @@
 ``reference`` is the definition; every backend is the same function and is tested against it and PennyLane.
 """
 
-from qaa_serve.circuits.ansatz import ANSATZ_NAMES, MAX_QUBITS, Ansatz, qubits_for
+from qaa_serve.circuits.ansatz import ALL_READOUTS, ANSATZ_NAMES, MAX_QUBITS, Ansatz, qubits_for
 from qaa_serve.circuits.backends import BACKENDS, Choice, Circuits, choose_backend, circuits_of, get_backend
 
 __all__ = [
+    "ALL_READOUTS",
     "ANSATZ_NAMES",
     "BACKENDS",
     "MAX_QUBITS",

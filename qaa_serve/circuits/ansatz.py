@@ -16,6 +16,9 @@ import torch
 #: A state of more qubits than this no longer fits the backends' tables; 2**16 is wider than any layer in use.
 MAX_QUBITS = 16
 
+#: For ``Ansatz.readouts``: every expectation value that there is.
+ALL_READOUTS = -1
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -59,7 +62,8 @@ class Ansatz:
         name: of the arrangement of gates.
         qubits: n.
         layers: of gates.
-        readouts: number of expectation values: Z_0 ... Z_{n-1}, then Z_i Z_j, i < j, in lexical order. 0: n.
+        readouts: number of expectation values: Z_0 ... Z_{n-1}, then Z_i Z_j, i < j, in lexical order. 0: n;
+            ALL_READOUTS: n (n + 1) / 2, whatever n is.
         constant: psi = (x / ||x||, 1) / sqrt(2) in place of x / ||x||: z then has terms that are linear in x,
             whose sign a quadratic form alone cannot see. For x = 0, psi = (0, 1).
         length: z is multiplied by ||x|| / sqrt(width of x), which an embedding of norm 1 does not keep.
@@ -82,9 +86,8 @@ class Ansatz:
             raise ValueError(f"an ansatz takes 1 to {MAX_QUBITS} qubits, not {self.qubits}")
         if self.layers < 1:
             raise ValueError(f"an ansatz takes at least one layer, not {self.layers}")
-        most = self.qubits * (self.qubits + 1) // 2
-        if not 0 <= self.readouts <= most:
-            raise ValueError(f"{self.qubits} qubits have 1 to {most} readouts, not {self.readouts}")
+        if not ALL_READOUTS <= self.readouts <= self._most_readouts:
+            raise ValueError(f"{self.qubits} qubits have 1 to {self._most_readouts} readouts, not {self.readouts}")
 
     @cached_property
     def rows(self) -> int:
@@ -99,7 +102,11 @@ class Ansatz:
     @property
     def columns(self) -> int:
         """Number of expectation values."""
-        return self.readouts or self.qubits
+        return self._most_readouts if self.readouts == ALL_READOUTS else self.readouts or self.qubits
+
+    @property
+    def _most_readouts(self) -> int:
+        return self.qubits * (self.qubits + 1) // 2
 
     @property
     def observables(self) -> tuple[tuple[int, ...], ...]:

@@ -20,7 +20,7 @@ from packaging.version import Version
 from rich.console import Console
 from rich.progress import track
 
-from qaa_serve.adapters import AdapterError, LinearWidths, linear_widths, read_config, resolve_base
+from qaa_serve.adapters import SERVED_RANK, AdapterError, LinearWidths, linear_widths, read_config, resolve_base
 from qaa_serve.circuits import choose_backend
 from qaa_serve.preflight import UsageError
 from qaa_serve.registry import Contents, Index, State, StoreError, base_fingerprint, check_name
@@ -29,9 +29,9 @@ from qaa_serve.server.options import DESCRIPTION, GIB, USAGE, ServingOptions, ad
 from qaa_serve.server.runfile import cache_root, data_root
 from qaa_serve.sources import HISTORY, DirectoryHistory, DirectorySource, Source, open_source
 
-#: Adapters in one batch, and the largest rank of one, unless the user says so. They cost memory in every adapted
-#: layer, so they do not depend on what happens to lie in the directory; what exceeds the rank is refused by name.
-_MAX_LORAS, _MAX_LORA_RANK = 8, 32
+#: Adapters in one batch, unless the user says so. They cost memory in every adapted layer, as SERVED_RANK does, so
+#: neither depends on what happens to lie in the directory; what exceeds the rank is refused by name.
+_MAX_LORAS = 8
 
 #: How many adapters are asked which base model they are for.
 _BASES_READ = 50
@@ -334,7 +334,7 @@ def _choose(args: argparse.Namespace, source: Source) -> None:
         path = str(Path(args.model).resolve())
         choose("served_model_name", [Path(path).name], "the base model's directory")
     choose("max_loras", _MAX_LORAS, "adapters in one batch")
-    choose("max_lora_rank", _MAX_LORA_RANK, "the largest rank of an adapter that is taken; vLLM's limit is 512")
+    choose("max_lora_rank", SERVED_RANK, "the largest rank of an adapter that is taken; vLLM's limit is 512")
     if args.max_cpu_loras is None:
         args.max_cpu_loras = 1 << 16  # their memory is bounded in bytes instead
     _choose_memory(args, choose)

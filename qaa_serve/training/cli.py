@@ -160,12 +160,8 @@ def _missing(error: ModuleNotFoundError) -> str:
     return f'{error.name} is not installed; training needs the extra: pip install "qaa-serve[train]"'
 
 
-#: The largest rank that a server takes unless it is told otherwise; its settings.py is not imported here.
-_SERVED_RANK = 32
-
-
 def _summary(options: TrainOptions, result: TrainResult) -> str:
-    from qaa_serve.adapters import load_adapter
+    from qaa_serve.adapters import SERVED_RANK, load_adapter
     from qaa_serve.training.card import percent, usage
 
     lines = [
@@ -180,8 +176,8 @@ def _summary(options: TrainOptions, result: TrainResult) -> str:
             f"(best, at step {result.best_step:,})"
         )
     lines += [f"saved in {result.output}", usage(get_method(options.method), options.to_json())]
-    if options.method == "qaa" and (rank := load_adapter(result.output).rank) > _SERVED_RANK:
-        lines.append(f"(its rank is {rank}, and a server takes {_SERVED_RANK} by default: see --max-lora-rank)")
+    if options.method == "qaa" and (rank := load_adapter(result.output).rank) > SERVED_RANK:
+        lines.append(f"(its rank is {rank}, and a server takes {SERVED_RANK} by default: see --max-lora-rank)")
     return "\n".join(lines)
 
 
