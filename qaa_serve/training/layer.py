@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from qaa_serve.adapters import AdapterConfig, Inputs, ModuleWeights, signs_between, standardised
+from qaa_serve.adapters import AdapterConfig, Inputs, ModuleWeights, standardised
 from qaa_serve.circuits import Ansatz
 from qaa_serve.circuits.adjoint import expectation_values
 
@@ -223,25 +223,15 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if adapter_name in self.qaa_readouts:
                 z = standardised(z, self.qaa_readouts[adapter_name])
             # Scaling z, not B or the result: what is kept for the backward pass is then z and B itself.
-            return linear(self.qaa_form[adapter_name].scale * z, self._b(adapter_name))
-
-    def _b(self, adapter_name: str) -> torch.Tensor:
-        """B of one adapter, (d_out, heads * readouts) float32."""
-        if adapter_name in self.qaa_weight:
-            weight: torch.Tensor = self.qaa_weight[adapter_name].float()
-            return weight
-        return signs_between(self.qaa_lambda_b[adapter_name].float(), self.qaa_lambda_d[adapter_name].float())
+            return linear(self.qaa_form[adapter_name].scale * z, self.weights(adapter_name).weight.float())
 
     def weights(self, adapter_name: str) -> ModuleWeights:
         """What is stored of one adapter."""
         form = self.qaa_form[adapter_name]
-        b: Any = (
-            (self.qaa_lambda_b, self.qaa_lambda_d) if adapter_name in self.qaa_lambda_b else (self.qaa_weight,)
-        )
-        found = tuple(tensors[adapter_name] for tensors in b)
+        b: Any = dict(self.qaa_weight.items()).get(adapter_name)
         return ModuleWeights(
             self.qaa_theta[adapter_name].view(form.heads, *form.ansatz.theta_shape),
-            found if len(found) > 1 else found[0],
+            (self.qaa_lambda_b[adapter_name], self.qaa_lambda_d[adapter_name]) if b is None else b,
             dict(self.qaa_inputs.items()).get(adapter_name),
             dict(self.qaa_readouts.items()).get(adapter_name),
         )

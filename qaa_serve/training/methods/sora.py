@@ -36,10 +36,6 @@ class Sora(Lora):
 
     xi: float = option(3e-4, "what a step takes off each rank's gate, as the paper has it", group=GROUP, least=0)
 
-    def own_rates(self, learning_rate: float) -> Mapping[str, float]:
-        """Gates are not decayed; their rate is that of all."""
-        return {".lora_gate": learning_rate}
-
     def build(self, base: PreTrainedModel, setting: Setting) -> PeftModel:
         """A LoRA model whose A has gates behind it."""
         import torch
