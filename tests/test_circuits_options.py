@@ -124,7 +124,7 @@ def test_readouts_are_single_qubits_and_then_pairs() -> None:
     assert Ansatz("ry_ring", 3, 1).observables == ((0,), (1,), (2,))
     assert Ansatz("ry_ring", 3, 1, readouts=2).observables == ((0,), (1,))
     assert Ansatz("ry_ring", 3, 1, readouts=6).observables == ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
-    for readouts in (-1, 7):
+    for readouts in (-2, 7):
         with pytest.raises(ValueError, match=f"3 qubits have 1 to 6 readouts, not {readouts}"):
             Ansatz("ry_ring", 3, 1, readouts=readouts)
 
