@@ -389,18 +389,7 @@ def _parse_json(raw: bytes, trouble: str) -> Any:
     try:
         # As text, since vLLM and PEFT read it so: other encodings and a byte order mark are none to them.
         whole = json.loads(raw.decode(), object_pairs_hook=_object)
-        waiting = [("", whole)]
-        while waiting:
-            key, value = waiting.pop()
-            if isinstance(value, dict):
-                waiting += value.items()
-            elif isinstance(value, list):
-                waiting += ((key, item) for item in value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{shown(key)} is {value}, and numbers must be finite")
-            for text in (key, value):
-                if isinstance(text, str) and not text.isascii():
-                    text.encode()
+        json.dumps(whole, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{trouble}{error!s:.200}") from error
     return whole
@@ -411,6 +400,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {shown(key)} is there twice")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{shown(key)} is {value}, and numbers must be finite")
         found[key] = value
     return found
 
