@@ -240,18 +240,17 @@ def test_a_displaced_adapter_s_series_go_and_its_later_requests_are_other(metric
     assert value(registry, "qaa_requests_total", adapter="c", **labels) > 10
 
 
-def samples(registry, first):
-    """What each series of adapters or keys that is counted has now."""
+def samples(registry, *labels):
+    """What each series that has one of the labels counts now."""
     found = {}
     for family in registry.collect():
         for sample in family.samples:
-            if first in sample.labels:
+            if sample.labels.keys() & set(labels):
                 found[sample.name, *sorted(sample.labels.items())] = sample.value
     return found
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("limit", [0, 1, 3])
+@pytest.mark.parametrize(("seed", "limit"), [(0, 0), (1, 1), (2, 3), (3, 3)])
 def test_whatever_comes_the_series_are_bounded_and_only_grow(seed, limit):
     """Requests of many adapters and keys begin, are answered and end in any order."""
     rng = random.Random(seed)
@@ -287,7 +286,7 @@ def test_whatever_comes_the_series_are_bounded_and_only_grow(seed, limit):
                 seen.end(outcome)
                 under_way.remove((seen, sequences, key))
                 counted["requests"] += 1
-        now = samples(registry, "adapter") | samples(registry, "key")
+        now = samples(registry, "adapter", "key")
         for first in ("adapter", "key"):
             labels = {dict(series[1:])[first] for series in now if first in dict(series[1:])}
             assert len(labels - {OTHER, UNKNOWN}) <= limit
