@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import pennylane as qml
 import pytest
@@ -248,14 +249,22 @@ def judge(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Ten
     x, theta = x.double(), theta.double()
     if x.requires_grad or theta.requires_grad:
         return _judge(x, theta, ansatz, index)
-    # Every backend is asked the same questions, and PennyLane takes longest to answer them.
-    key = ansatz, *(None if t is None else (t.shape, t.numpy().tobytes()) for t in (x, theta, index))
-    if key not in _judged:
-        _judged[key] = _judge(x, theta, ansatz, index)
-    return _judged[key]
+    return _once(_judge, x, theta, ansatz, index)
 
 
-_judged: dict[object, torch.Tensor] = {}
+def _once(
+    function: Callable[..., Any], x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
+) -> Any:
+    """What a function makes of these inputs, kept: every backend is asked the same questions, and PennyLane takes
+    longest to answer them.
+    """
+    key = function, ansatz, *(None if t is None else (t.shape, t.numpy().tobytes()) for t in (x, theta, index))
+    if key not in _found:
+        _found[key] = function(x, theta, ansatz, index)
+    return _found[key]
+
+
+_found: dict[object, Any] = {}
 
 
 def _judge(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None) -> torch.Tensor:
@@ -291,9 +300,15 @@ def assert_gradients_close(
 ) -> None:
     """z and both gradients as PennyLane has them. Gradients come in the dtype of x and theta, so it rules."""
     found = gradients(function, x, theta, ansatz, index)
-    expected = gradients(judge, x.double(), theta.double(), ansatz, index)
+    expected = _once(_judge_gradients, x.double(), theta.double(), ansatz, index)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, TOLERANCE[x.dtype])
+
+
+def _judge_gradients(
+    x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return gradients(_judge, x, theta, ansatz, index)
 
 
 def gradients(

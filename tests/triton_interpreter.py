@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -54,6 +54,7 @@ def _serve(pipe: Connection) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty hands out NaN here too
     torch.set_num_threads(1)
+    _patch_language_once()
     while True:
         try:
             request = pipe.recv_bytes()
@@ -65,3 +66,15 @@ def _serve(pipe: Connection) -> None:
         except Exception as error:
             answer = error
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _patch_language_once() -> None:
+    """Have what a function calls of triton.language replaced at its first call, and not at each and every one.
+
+    The interpreter goes through the whole module whenever one function calls another, which takes most of its
+    time, and puts everything back behind a launch. Nothing in this process uses the language but kernels.
+    """
+    from triton.runtime import interpreter
+
+    interpreter._LangPatchScope.restore = lambda self: None
+    interpreter._patch_lang = cache(interpreter._patch_lang)
