@@ -14,20 +14,22 @@ from qaa_serve.console.aliases_part import AliasesPart
 from qaa_serve.console.api import ApiError, adapter_path
 from qaa_serve.console.session import Page, Session
 from qaa_serve.console.upload_part import UploadPart
-from qaa_serve.console.widgets import Changes, Table, row, show_bytes, show_seconds
+from qaa_serve.console.widgets import Changes, html_table, row, show_bytes, show_seconds, text_input, written_in
 
 #: Adapters a page of the list, and how many seconds old it becomes.
 _PAGE, _LIST_AGE_S = 50, 10.0
 
-_COLUMNS = {
-    "id": "Adapter", "state": "State", "kind": "Kind", "revision": "Revision", "store": "On disk",
-    "host": "In memory", "slot": "In slots", "requests": "Requests", "p50": "p50", "p95": "p95",
-    "errors": "Errors", "running": "Running", "waiting": "Waiting", "reason": "Not served because",
-}  # fmt: skip
-_WORDS = ("id", "state", "kind", "revision", "reason")
+#: Columns of words; the others are numbers.
+_WORDS = ("Adapter", "State", "Kind", "Revision", "Not served because")
 _STATES = {"": "any", "known": "known", "served": "served", "rejected": "rejected"}
 
-_HISTORY = ("Revision", "State", "In memory", "Pinned", "In use", "On disk", "")
+#: A link is followed within the page, unless it is to be opened in another tab.
+_FOLLOW = """(event) => {
+    const link = event.target.closest("a");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    emit(link.textContent);
+}"""
 
 #: What can be done, by the last part of its route, and what is asked first: `{it}` is the revision or the adapter.
 _QUESTIONS = {
@@ -55,23 +57,27 @@ class AdaptersPage(Page):
         self._changes = Changes(session)
         with self._list:
             with row():
-                self._query = ui.input("Part of the name", on_change=self._search)
-                self._query.props("outlined dense debounce=300")
-                self._state = ui.select(_STATES, value="", label="State", on_change=self._search)
+                self._query = text_input("Part of the name", on_change=lambda: self._turn_to([""]))
+                self._query.props("debounce=300")
+                self._state = ui.select(_STATES, value="", label="State", on_change=lambda: self._turn_to([""]))
                 self._state.props("outlined dense").classes("qaa-short")
-                self._back = ui.button("Previous", on_click=self._previous).props("flat")
-                self._forth = ui.button("Next", on_click=self._following).props("flat")
+                self._back = ui.button("Previous", on_click=lambda: self._turn_to(self._pages[:-1]))
+                self._forth = ui.button("Next", on_click=lambda: self._turn_to([*self._pages, self._last]))
+                for button in (self._back, self._forth):
+                    button.props("flat")
                 ui.button(icon="refresh", on_click=self._refresh).props('flat round aria-label="Refresh"')
-            self._table = Table(_COLUMNS, left=_WORDS, choose=self.show)
-            self._upload = UploadPart(session, self._changes, self._refresh)
-            self._aliases = AliasesPart(session, self._changes)
+            self._table = ui.html(sanitize=False).classes("qaa-table")
+            self._table.on("click", lambda event: self.show(event.args), js_handler=_FOLLOW)
+            with ui.element("div").classes("qaa-column") as self._admins:
+                UploadPart(session, self._changes, self._refresh)
+                self._aliases = AliasesPart(session, self._changes)
 
     async def show(self, name: str | None) -> None:
         """Show one adapter's page, or the list."""
         if name is not None:
             self._chosen = name
             self.path = f"/adapters/{quote(name)}" if name else "/adapters"
-            self._changes.clear()
+            self._changes.say()
             ui.navigate.history.replace(self.path)
         await self._refresh()
 
@@ -91,21 +97,13 @@ class AdaptersPage(Page):
 
     # ------------------------------------------------------------------------------------------------- the list
 
-    async def _search(self) -> None:
-        self._pages = [""]
-        await self._refresh()
-
-    async def _previous(self) -> None:
-        self._pages = self._pages[:-1] or [""]
-        await self._refresh()
-
-    async def _following(self) -> None:
-        self._pages.append(self._last)
+    async def _turn_to(self, pages: list[str]) -> None:
+        self._pages = pages
         await self._refresh()
 
     async def _show_list(self) -> None:
         self._listed = time.monotonic()
-        api, query, after = self.session.api, str(self._query.value or ""), self._pages[-1]
+        api, query, after = self.session.api, written_in(self._query), self._pages[-1]
         if api.is_admin:
             asked = {"q": query, "state": self._state.value, "limit": _PAGE, "after": after}
             params = {key: value for key, value in asked.items() if value}
@@ -116,26 +114,32 @@ class AdaptersPage(Page):
             names = sorted(name for name in await self.session.models() if query in name and name > after)
             adapters, more = [{"id": name} for name in names[:_PAGE]], len(names) > _PAGE
             self._note.text = "Models that the client key may use; an admin key shows the rest, and changes it."
-        self._table.show(self._row(adapter) for adapter in adapters)
+        self._table.set_content(html_table(map(self._row, adapters), _WORDS, linked=True))
         self._last = adapters[-1]["id"] if adapters else after
         self._back.set_enabled(len(self._pages) > 1)
         self._forth.set_enabled(more)
-        for part in (self._upload.root, self._aliases.root, self._state):
-            part.set_visibility(api.is_admin)
+        self._admins.set_visibility(api.is_admin)
+        self._state.set_visibility(api.is_admin)
         if api.is_admin:
             await self._aliases.refresh()
 
     def _row(self, adapter: Mapping[str, Any]) -> dict[str, Any]:
         use, nbytes = self.session.observer.use_of(adapter["id"]), adapter.get("bytes") or {}
         return {
-            **{key: adapter.get(key) for key in ("id", "state", "kind", "running", "waiting")},
-            **{tier: show_bytes(nbytes.get(tier)) for tier in ("store", "host", "slot")},
-            "revision": (adapter.get("revision") or "").partition("@")[2],
-            "requests": f"{use.total('qaa_requests_total'):.0f}",
+            "Adapter": adapter["id"],
+            "State": adapter.get("state"),
+            "Kind": adapter.get("kind"),
+            "Revision": (adapter.get("revision") or "").partition("@")[2],
+            "On disk": show_bytes(nbytes.get("store")),
+            "In memory": show_bytes(nbytes.get("host")),
+            "In slots": show_bytes(nbytes.get("slot")),
+            "Requests": f"{use.total('qaa_requests_total'):.0f}",
             "p50": show_seconds(use.quantile("qaa_request_seconds", 0.5)),
             "p95": show_seconds(use.quantile("qaa_request_seconds", 0.95)),
-            "errors": f"{use.errors:.0f}",
-            "reason": (adapter.get("rejection") or {}).get("reason"),
+            "Errors": f"{use.errors:.0f}",
+            "Running": adapter.get("running"),
+            "Waiting": adapter.get("waiting"),
+            "Not served because": (adapter.get("rejection") or {}).get("reason"),
         }
 
     # ---------------------------------------------------------------------------------------------- one adapter
@@ -162,26 +166,22 @@ class AdaptersPage(Page):
                 self._button("Roll back", {"id": name, "revision": None})
 
     def _show_state(self, adapter: Mapping[str, Any]) -> None:
-        shown = self._row(adapter)
-        facts = (
-            adapter["state"], "pinned" if adapter["pinned"] else None, adapter["kind"],
-            f"rank {adapter['rank']}" if adapter["rank"] else None, adapter["revision"],
-            _when("published", adapter["published"]), _when("last used", adapter["last_used"]),
-        )  # fmt: skip
+        facts = [adapter["state"], "pinned" if adapter["pinned"] else None, adapter["kind"]]
+        facts += [f"rank {adapter['rank']}" if adapter["rank"] else None, adapter["revision"]]
+        for what, seconds in (("published", adapter["published"]), ("last used", adapter["last_used"])):
+            facts.append(f"{what} {datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}" if seconds else None)
         ui.label(" · ".join(fact for fact in facts if fact))
-        ui.label(
-            f"{shown['store']} on disk · {shown['host']} in memory · {shown['slot']} in slots · "
-            f"{shown['requests']} requests · {shown['errors']} errors · p50 {shown['p50'] or '-'} · "
-            f"p95 {shown['p95'] or '-'}"
-        ).classes("qaa-quiet")
-        if shown["reason"]:
-            ui.label(f"The newest content is not served: {shown['reason']}").classes("qaa-bad")
+        shown = self._row(adapter)
+        used = (f"{title}: {text}" for title, text in shown.items() if title not in _WORDS and text)
+        ui.label(" · ".join(used)).classes("qaa-quiet")
+        if reason := shown["Not served because"]:
+            ui.label(f"The newest content is not served: {reason}").classes("qaa-bad")
         with row():
             for action in ("Load", _pin(adapter), "Roll back", "Delete"):
                 self._button(action, adapter)
         ui.label("History").classes("qaa-title")
-        with ui.element("q-markup-table").props("flat dense"), ui.element("tbody"):
-            self._line(*_HISTORY)
+        with ui.element("div").classes("qaa-table"), ui.element("table"):
+            self._line("Revision", "State", "In memory", "Pinned", "In use", "On disk", "")
             for one in adapter["revisions"]:
                 marks = ["yes" if one[key] else "" for key in ("loaded", "pinned")]
                 stored = show_bytes(one["bytes"]["store"])
@@ -191,30 +191,27 @@ class AdaptersPage(Page):
                         self._button(action, adapter, one["revision"])
 
     def _line(self, *cells: object) -> ui.element:
-        line = ui.element("tr")
-        with line:
+        with ui.element("tr") as line:
             for cell in cells:
-                with ui.element("td").classes("text-left"):
+                with ui.element("td"):
                     ui.label(str(cell))
         return line
 
     def _button(self, action: str, adapter: Mapping[str, Any], revision: str | None = None) -> None:
         """A button that does what it says, to the adapter or to one of its revisions, if that is confirmed."""
-        name, verb, api = adapter["id"], action.replace(" ", "").lower(), self.session.api
-        it, before = revision or name, revision or "the revision before"
+        name, verb = adapter["id"], action.replace(" ", "").lower()
+        question = _QUESTIONS[verb].format(
+            it=revision or name, name=name, before=revision or "the revision before"
+        )
+        deletes = verb == "delete"
+        method, path = ("DELETE", adapter_path(name)) if deletes else ("POST", adapter_path(name, verb))
+        request: dict[str, Any] = {} if deletes else {"json": {"revision": revision}}
         # What the page shows must be what is served, or the answer to the question was to another one.
-        checked = adapter["revision"] and verb in ("rollback", "delete")
-        headers = {"If-Match": f'"{adapter["revision"]}"'} if checked else {}
-
-        async def call() -> None:
-            if verb == "delete":
-                await api.admin("DELETE", adapter_path(name), headers=headers)
-            else:
-                await api.admin("POST", adapter_path(name, verb), headers=headers, json={"revision": revision})
+        if adapter["revision"] and verb in ("rollback", "delete"):
+            request["headers"] = {"If-Match": f'"{adapter["revision"]}"'}
 
         async def act() -> None:
-            question = _QUESTIONS[verb].format(it=it, name=name, before=before)
-            await self._changes.make(question, action, name, call)
+            await self._changes.make(question, action, name, method, path, **request)
             await self._refresh()
 
         look = f'flat dense size=sm aria-label="{action} {revision}"' if revision else "outline"
@@ -223,7 +220,3 @@ class AdaptersPage(Page):
 
 def _pin(shown: Mapping[str, Any]) -> str:
     return "Unpin" if shown["pinned"] else "Pin"
-
-
-def _when(what: str, seconds: float | None) -> str | None:
-    return f"{what} {datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}" if seconds else None

@@ -13,17 +13,12 @@ from qaa_serve.console.widgets import Changes, row, text_input, written_in
 
 
 class AliasesPart:
-    """All aliases; each is changed in place.
-
-    Attributes:
-        root: what holds it all.
-    """
+    """All aliases; each is changed in place."""
 
     def __init__(self, session: Session, changes: Changes):
         self._session, self._changes = session, changes
         self._shown: list[dict[str, Any]] | None = None
-        self.root = ui.expansion("Aliases", icon="alt_route").classes("qaa-column")
-        with self.root:
+        with ui.expansion("Aliases", icon="alt_route").classes("qaa-column"):
             self._list = ui.element("div").classes("qaa-column")
             with row():
                 name, target = text_input("New alias"), text_input("leads to (NAME or NAME@REVISION)")
@@ -41,25 +36,24 @@ class AliasesPart:
 
     def _show(self, name: str, shares: Mapping[str, int]) -> None:
         """One alias: a slider a target, from 0 to 100; the shares are relative to their sum."""
-        sliders: dict[str, ui.slider] = {}
-        parts: dict[str, ui.label] = {}
+        rows: dict[str, tuple[ui.slider, ui.label]] = {}
 
         def given() -> dict[str, int]:
-            return {target: int(slider.value) for target, slider in sliders.items()}
+            return {target: int(slider.value) for target, (slider, _) in rows.items()}
 
         def show_parts() -> None:
             total = sum(given().values())
-            for target, share in given().items():
-                parts[target].text = f"{share / total:.0%}" if total else "-"
+            for slider, part in rows.values():
+                part.text = f"{slider.value / total:.0%}" if total else "-"
 
         def add(target: str, share: int) -> None:
-            if not target or target in sliders:
+            if not target or target in rows:
                 return
             with targets, row().style("flex-wrap: nowrap"):
                 ui.label(target).style("flex: 1 1 40%; overflow-wrap: anywhere")
                 slider = ui.slider(min=0, max=100, value=share, on_change=show_parts).style("flex: 1 1 40%")
-                sliders[target] = slider.props(f'aria-label="share of {target}"')
-                parts[target] = ui.label().style("flex: 0 0 3rem; text-align: right")
+                slider.props(f'aria-label="share of {target}"')
+                rows[target] = slider, ui.label().style("flex: 0 0 3rem; text-align: right")
             show_parts()
 
         async def end() -> None:
@@ -80,13 +74,13 @@ class AliasesPart:
     async def _put(self, name: str, shares: Mapping[str, int]) -> None:
         total = sum(shares.values())
         if not name or not total or "" in shares:
-            self._changes.refuse("an alias needs a name, and a target with a share")
+            self._changes.say("an alias needs a name, and a target with a share")
             return
         said = ", ".join(f"{share / total:.0%} to {target}" for target, share in shares.items() if share)
         await self._change(f"Let {name} lead {said}, on every server?", "Save", name, "PUT", json={"to": shares})
 
     async def _change(self, question: str, action: str, name: str, method: str, **request: Any) -> None:
-        route = f"/v1/aliases/{quote(name, safe='')}"
-        await self._changes.make(question, action, name, lambda: self._session.api.admin(method, route, **request))
+        path = f"/v1/aliases/{quote(name, safe='')}"
+        await self._changes.make(question, action, name, method, path, **request)
         self._shown = None
         await self.refresh()

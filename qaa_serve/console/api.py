@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -39,59 +40,46 @@ def connect(url: str) -> httpx.AsyncClient:
     )
 
 
+@dataclass
 class Api:
     """Requests with a client's and an admin's key, as far as there are any. All raise ApiError.
 
     Attributes:
-        is_admin: whether an admin's key was given; the server says whether it is one.
+        clients: to the server's routes for clients.
+        admins: to those for admins, which may be elsewhere.
+        client_key: of a client; "": none.
+        admin_key: of an admin; "": none.
     """
 
-    def __init__(
-        self, clients: httpx.AsyncClient, admins: httpx.AsyncClient, client_key: str = "", admin_key: str = ""
-    ):
-        """Connect to nothing yet.
+    clients: httpx.AsyncClient
+    admins: httpx.AsyncClient
+    client_key: str = ""
+    admin_key: str = ""
+    _models: tuple[float, list[str]] | None = field(default=None, init=False)
 
-        Args:
-            clients: to the server's routes for clients.
-            admins: to those for admins, which may be elsewhere.
-            client_key: of a client; "": none.
-            admin_key: of an admin; "": none.
-        """
-        self.clients, self.admins = clients, admins
-        self.is_admin = bool(admin_key)
-        self._client_headers, self._admin_headers = _bearer(client_key), _bearer(admin_key)
-        self._models: tuple[float, list[str]] | None = None
-
-    def with_keys(self, client_key: str, admin_key: str) -> Api:
-        """The same server, with other keys."""
-        return Api(self.clients, self.admins, client_key, admin_key)
+    @property
+    def is_admin(self) -> bool:
+        """Whether an admin's key was given; the server says whether it is one."""
+        return bool(self.admin_key)
 
     async def metrics(self) -> str:
         """The text of /metrics."""
-        return (await _send(self.clients, "GET", "/metrics", timeout=10.0)).text
+        async with _answer(self.clients, "", "GET", "/metrics", timeout=10.0) as response:
+            return (await response.aread()).decode()
 
     async def models(self) -> list[str]:
         """Names that the client's key may ask for: base model, adapters, aliases."""
         if self._models is None or time.monotonic() - self._models[0] > _MODELS_AGE_S:
-            answer = await _send(self.clients, "GET", "/v1/models", headers=self._client_headers)
-            self._models = time.monotonic(), [card["id"] for card in answer.json()["data"]]
+            async with _answer(self.clients, self.client_key, "GET", "/v1/models") as response:
+                cards = json.loads(await response.aread())["data"]
+            self._models = time.monotonic(), [card["id"] for card in cards]
         return self._models[1]
 
-    async def admin(
-        self, method: str, path: str, headers: Mapping[str, str] | None = None, **request: Any
-    ) -> dict[str, Any]:
-        """What an admin's route answers.
-
-        Args:
-            method: of HTTP; all but GET may take minutes.
-            path: the route's.
-            headers: besides the key.
-            request: `json`, `params` or `files`.
-        """
+    async def admin(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """What an admin's route answers; all methods but GET may take minutes."""
         timeout = _LOOK_S if method == "GET" else _CHANGE_S
-        sent = {**self._admin_headers, **(headers or {})}
-        answer = await _send(self.admins, method, path, headers=sent, timeout=timeout, **request)
-        return dict(answer.json())
+        async with _answer(self.admins, self.admin_key, method, path, timeout=timeout, **request) as response:
+            return dict(json.loads(await response.aread()))
 
     async def adapter(self, name: str) -> dict[str, Any]:
         """One adapter with its history."""
@@ -107,21 +95,17 @@ class Api:
             What was added; how many tokens were generated, with the last piece alone; the revision that answers.
         """
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        given: dict[str, Any] = {"json": asked, "headers": self._client_headers, "timeout": _ANSWER_S}
-        try:
-            async with self.clients.stream("POST", "/v1/chat/completions", **given) as response:
-                await _check(response)
-                revision = response.headers.get("x-qaa-revision")
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:  # the answer had begun
-                        raise ApiError(0, str(event["error"].get("message")))
-                    text = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
-                    yield text, (event.get("usage") or {}).get("completion_tokens"), revision
-        except httpx.HTTPError as error:
-            raise _no_answer(error) from error
+        to = (self.clients, self.client_key, "POST", "/v1/chat/completions")
+        async with _answer(*to, json=asked, timeout=_ANSWER_S) as response:
+            revision = response.headers.get("x-qaa-revision")
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:  # the answer had begun
+                    raise ApiError(0, str(event["error"].get("message")))
+                text = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+                yield text, (event.get("usage") or {}).get("completion_tokens"), revision
 
 
 def adapter_path(name: str, action: str = "") -> str:
@@ -129,27 +113,21 @@ def adapter_path(name: str, action: str = "") -> str:
     return f"/v1/adapters/{quote(name, safe='')}" + (f"/{action}" if action else "")
 
 
-def _bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-async def _send(client: httpx.AsyncClient, method: str, path: str, **request: Any) -> httpx.Response:
+@asynccontextmanager
+async def _answer(
+    client: httpx.AsyncClient, key: str, method: str, path: str, **request: Any
+) -> AsyncIterator[httpx.Response]:
+    """An answer that is no refusal, its body to be read."""
+    auth = {"Authorization": f"Bearer {key}"} if key else {}
+    request["headers"] = {**request.get("headers", {}), **auth}
     try:
-        response = await client.request(method, path, **request)
+        async with client.stream(method, path, **request) as response:
+            if not response.is_success:
+                await response.aread()
+                message = " ".join(response.text[:300].split())
+                with suppress(ValueError, KeyError, TypeError):
+                    message = str(response.json()["error"]["message"])
+                raise ApiError(response.status_code, message or response.reason_phrase)
+            yield response
     except httpx.HTTPError as error:
-        raise _no_answer(error) from error
-    await _check(response)
-    return response
-
-
-def _no_answer(error: httpx.HTTPError) -> ApiError:
-    return ApiError(0, f"the server does not answer: {str(error) or type(error).__name__}")
-
-
-async def _check(response: httpx.Response) -> None:
-    if not response.is_success:
-        await response.aread()
-        message = " ".join(response.text[:300].split())
-        with suppress(ValueError, KeyError, TypeError):
-            message = str(response.json()["error"]["message"])
-        raise ApiError(response.status_code, message or response.reason_phrase)
+        raise ApiError(0, f"the server does not answer: {str(error) or type(error).__name__}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from nicegui import ui
 from qaa_serve.console.api import ApiError
 from qaa_serve.console.inspector import inspect
 from qaa_serve.console.session import Page, Session
-from qaa_serve.console.widgets import Table, line_chart, name_input, row, show_bytes, written_in
+from qaa_serve.console.widgets import line_chart, name_input, row, show_bytes, written_in
 
 _NORMS = {"update_frobenius": "Frobenius norm of the update", "relative_update": "Update beside W x"}
+_FITS = {True: "fits", False: "does not fit", None: "not checked"}
 
 
 class InsidePage(Page):
@@ -55,7 +57,12 @@ class InsidePage(Page):
     async def _show(self, name: str) -> None:
         api, root = self.session.api, self.session.adapters
         if api.is_admin:
-            _show_served(await api.adapter(name))
+            adapter = await api.adapter(name)
+            if adapter.get("rejection"):
+                ui.label(f"Not served: {adapter['rejection']['reason']}").classes("qaa-bad")
+            details = adapter.get("details") or {}
+            served = {"Served": adapter["revision"] or adapter["state"], "Kind": adapter["kind"]}
+            _show_facts("What the server says", served | {"Rank": adapter["rank"], **details})
         elif name not in await api.models():
             raise ApiError(404, f"there is no adapter {name!r} that these keys may see")
         if root is None:
@@ -71,70 +78,60 @@ class InsidePage(Page):
         spinner.delete()
         modules = facts.get("modules", [])
         if facts:
-            _show_facts(facts)
+            base, sizes = facts.get("base") or {}, facts.get("sizes") or {}
+            problem = f": {base['problem']}" if base.get("problem") else ""
+            served = "yes" if facts.get("can_be_served") else f"no: {facts.get('reason')}"
+            told = {
+                "Revision in the directory": facts.get("revision"),
+                "Can be served": served,
+                "Base model": f"{base.get('named')} ({_FITS[base.get('fits')]}{problem})",
+                "Modules": sizes.get("modules"),
+                "Trained parameters": sizes.get("parameters"),
+                "of them angles": sizes.get("angles"),
+                "On disk": show_bytes(sizes.get("bytes_on_disk")),
+                "LoRA of the same size has rank": sizes.get("equal_lora_rank"),
+            }
+            _show_facts("What qaa-serve inspect says", told)
+            for note in facts.get("notes") or []:
+                ui.label(note).classes("qaa-quiet")
         if drawing:
             self._show_circuit(directory, [module["name"] for module in modules], drawing)
         _show_norms(modules)
         card = directory / "README.md"
         if card.is_file():
+            text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(errors="replace")[:200_000], flags=re.DOTALL)
             with ui.expansion("Card", value=True).classes("qaa-column"):
                 # Names have_underscores, which are no emphasis.
-                text = _without_front_matter(card.read_text(errors="replace")[:200_000])
                 ui.markdown(text, extras=["fenced-code-blocks", "tables", "code-friendly"])
 
     def _show_circuit(self, directory: Path, modules: list[str], drawing: bytes) -> None:
         """The drawing, and a choice of the module that it is of."""
 
+        def show(svg: bytes) -> None:
+            data = base64.b64encode(svg).decode()
+            alt = "the circuit with its trained angles"
+            picture.set_content(f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">')
+
         async def redraw() -> None:
             choice.disable()
             _, other, self._said.text = await inspect(directory, choice.value)
             if other:
-                picture.set_content(_picture(other))
+                show(other)
             choice.enable()
 
         choice = ui.select(modules, value=modules[0] if modules else None, label="Circuit of", on_change=redraw)
         choice.props("outlined dense").style("max-width: 30rem")
-        picture = ui.html(_picture(drawing), sanitize=False).classes("qaa-drawing")
-        picture.props('tabindex=0 aria-label="Circuit"')
+        picture = ui.html(sanitize=False).classes("qaa-drawing").props('tabindex=0 aria-label="Circuit"')
+        show(drawing)
 
 
-def _picture(drawing: bytes) -> str:
-    data = base64.b64encode(drawing).decode()
-    return f'<img alt="the circuit with its trained angles" src="data:image/svg+xml;base64,{data}">'
-
-
-def _show_served(adapter: Mapping[str, Any]) -> None:
-    if adapter.get("rejection"):
-        ui.label(f"Not served: {adapter['rejection']['reason']}").classes("qaa-bad")
-    served = {"Served": adapter["revision"] or adapter["state"], "Kind": adapter["kind"], "Rank": adapter["rank"]}
-    _show_table("What the server says", served | (adapter.get("details") or {}))
-
-
-def _show_facts(facts: Mapping[str, Any]) -> None:
-    base, sizes = facts.get("base") or {}, facts.get("sizes") or {}
-    fits = {True: "fits", False: "does not fit", None: f"not checked: {base.get('problem')}"}[base.get("fits")]
-    shown = {
-        "Revision in the directory": facts.get("revision"),
-        "Can be served": "yes" if facts.get("can_be_served") else f"no: {facts.get('reason')}",
-        "Base model": f"{base.get('named')} ({fits})",
-        "Modules": sizes.get("modules"),
-        "Trained parameters": sizes.get("parameters"),
-        "of them angles": sizes.get("angles"),
-        "On disk": show_bytes(sizes.get("bytes_on_disk")),
-        "LoRA of the same size has rank": sizes.get("equal_lora_rank"),
-    }
-    _show_table("What qaa-serve inspect says", shown)
-    for note in facts.get("notes") or []:
-        ui.label(note).classes("qaa-quiet")
-
-
-def _show_table(title: str, facts: Mapping[str, Any]) -> None:
+def _show_facts(title: str, facts: Mapping[str, Any]) -> None:
     ui.label(title).classes("qaa-title")
-    Table({"what": "", "value": ""}, left=["what", "value"]).show(
-        {"what": what, "value": f"{value:,}" if isinstance(value, int) else value}
-        for what, value in facts.items()
-        if value not in (None, "")
-    )
+    with ui.element("div").classes("qaa-pairs"):
+        for what, value in facts.items():
+            if value not in (None, ""):
+                ui.label(what).classes("qaa-quiet")
+                ui.label(f"{value:,}" if isinstance(value, int) else str(value))
 
 
 def _show_norms(modules: list[dict[str, Any]]) -> None:
@@ -149,7 +146,3 @@ def _show_norms(modules: list[dict[str, Any]]) -> None:
             if points:
                 lines = [{"name": kind, "data": sorted(line)} for kind, line in points.items()]
                 line_chart(title, axis, lines).props('aria-label="Norms by layer"')
-
-
-def _without_front_matter(card: str) -> str:
-    return card[4:].partition("\n---\n")[2] or card if card.startswith("---\n") else card

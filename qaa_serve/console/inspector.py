@@ -27,12 +27,11 @@ async def inspect(directory: Path, module: str | None = None) -> tuple[dict[str,
         The facts, as `qaa-serve inspect --json` prints them; the circuit as an SVG image; and what could not be
         done, with the reason. Each is empty if there is none.
     """
-    with tempfile.TemporaryDirectory(prefix="qaa-console-") as scratch:
+    chosen = ["--module", module] if module else []
+    with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "circuit.svg"
         async with _one_at_a_time:
-            facts, problem = await _run(
-                directory, "--draw", str(picture), *(["--module", module] if module else [])
-            )
+            facts, problem = await _run(directory, "--draw", str(picture), *chosen)
             if not facts:  # a LoRA adapter has no circuit; or what draws it is not installed
                 facts, other = await _run(directory)
                 problem = other or ("" if facts.get("kind") == "LORA" else problem)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from nicegui import ui
 
 from qaa_serve.console.metrics import Step, Use
 from qaa_serve.console.session import Page, Session
-from qaa_serve.console.widgets import Table, line_chart, show_bytes, show_seconds
+from qaa_serve.console.widgets import html_table, line_chart, show_bytes, show_seconds
 
 _REQUESTS, _TOKENS = "qaa_requests_total", "qaa_tokens_total"
 _FIRST, _BETWEEN = "qaa_time_to_first_token_seconds", "qaa_inter_token_seconds"
@@ -16,37 +18,36 @@ _FIRST, _BETWEEN = "qaa_time_to_first_token_seconds", "qaa_inter_token_seconds"
 #: The table of adapters is of about so many last seconds, and as long at most.
 _TABLE_S, _MOST_ROWS = 300.0, 50
 
-#: A number of what was added in a step; None if there is none.
-_Value = Callable[[Step], float | None]
+
+def _rate(step: Step, name: str, *kinds: str) -> float:
+    return round(step.added.total(name, *kinds) / step.seconds, 3)
 
 
-def _rate(name: str, *kinds: str) -> _Value:
-    return lambda step: round(step.added.total(name, *kinds) / step.seconds, 3)
+def _milliseconds(step: Step, name: str, q: float) -> float | None:
+    seconds = step.added.quantile(name, q)
+    return None if seconds is None else round(seconds * 1000, 2)
 
 
-def _milliseconds(name: str, q: float) -> _Value:
-    def value(step: Step) -> float | None:
-        seconds = step.added.quantile(name, q)
-        return None if seconds is None else round(seconds * 1000, 2)
-
-    return value
+def _megabytes(step: Step, kind: str) -> float:
+    return round(step.added.total("qaa_device_memory_bytes", kind) / 1e6, 1)
 
 
-def _megabytes(kind: str) -> _Value:
-    return lambda step: round(step.added.total("qaa_device_memory_bytes", kind) / 1e6, 1)
-
-
-#: The charts, each with its lines.
-_CHARTS: dict[str, dict[str, _Value]] = {
+#: The charts, each with its lines: numbers of what was added in a step; None where there is none.
+_CHARTS: dict[str, dict[str, Callable[[Step], float | None]]] = {
     "Requests/s": {
-        "success": _rate(_REQUESTS, "success"),
-        "rejected": _rate(_REQUESTS, "rejected"),
-        "failed": _rate(_REQUESTS, "client_error", "server_error"),
+        "success": lambda step: _rate(step, _REQUESTS, "success"),
+        "rejected": lambda step: _rate(step, _REQUESTS, "rejected"),
+        "failed": lambda step: _rate(step, _REQUESTS, "client_error", "server_error"),
     },
-    "Tokens/s": {"generated": _rate(_TOKENS, "generated"), "prompt": _rate(_TOKENS, "prompt")},
-    "First token, ms": {"p50": _milliseconds(_FIRST, 0.5), "p95": _milliseconds(_FIRST, 0.95)},
-    "Between tokens, ms": {"p50": _milliseconds(_BETWEEN, 0.5), "p95": _milliseconds(_BETWEEN, 0.95)},
-    "Memory, MB": {kind: _megabytes(kind) for kind in ("weights", "kv_cache", "adapters", "other", "free")},
+    "Tokens/s": {
+        "generated": lambda step: _rate(step, _TOKENS, "generated"),
+        "prompt": lambda step: _rate(step, _TOKENS, "prompt"),
+    },
+    "First token, ms": {f"p{q}": partial(_milliseconds, name=_FIRST, q=q / 100) for q in (50, 95)},
+    "Between tokens, ms": {f"p{q}": partial(_milliseconds, name=_BETWEEN, q=q / 100) for q in (50, 95)},
+    "Memory, MB": {
+        kind: partial(_megabytes, kind=kind) for kind in ("weights", "kv_cache", "adapters", "other", "free")
+    },
     "Cold loads": {
         "loads": lambda step: step.added.count("qaa_adapter_load_seconds"),
         "evictions": lambda step: step.added.total("qaa_adapter_evictions_total"),
@@ -54,28 +55,31 @@ _CHARTS: dict[str, dict[str, _Value]] = {
 }
 _STACKED = {"Memory, MB": {"stack": "all", "areaStyle": {"opacity": 0.5}}}
 
-#: The numbers on top: of the server as it is, and of the last step.
-_GAUGES: dict[str, Callable[[Use], str]] = {
-    "Running": lambda use: f"{use.total('qaa_requests_in_flight') - use.total('qaa_requests_waiting'):.0f}",
-    "Waiting": lambda use: f"{use.total('qaa_requests_waiting'):.0f}",
-    "Memory": lambda use: show_bytes(use.total("qaa_process_memory_bytes")),
-}
-_RATES: dict[str, Callable[[Step], str]] = {
-    "Requests/s": lambda step: f"{step.added.total(_REQUESTS) / step.seconds:.3g}",
-    "Tokens/s": lambda step: f"{step.added.total(_TOKENS, 'generated') / step.seconds:.3g}",
+#: The numbers on top. In what was added, gauges are what they are.
+_NUMBERS: dict[str, Callable[[Step], str]] = {
+    "Running": lambda step: (
+        f"{step.added.total('qaa_requests_in_flight') - step.added.total('qaa_requests_waiting'):.0f}"
+    ),
+    "Waiting": lambda step: f"{step.added.total('qaa_requests_waiting'):.0f}",
+    "Memory": lambda step: show_bytes(step.added.total("qaa_process_memory_bytes")),
+    "Requests/s": lambda step: f"{_rate(step, _REQUESTS):.3g}",
+    "Tokens/s": lambda step: f"{_rate(step, _TOKENS, 'generated'):.3g}",
     "First token p95": lambda step: show_seconds(step.added.quantile(_FIRST, 0.95)),
 }
 
-#: The table by adapter: of each column its title, and its text of what was added in so many seconds.
-_COLUMNS: dict[str, Callable[[Use, float], str]] = {
-    "Requests/min": lambda use, seconds: f"{use.total(_REQUESTS) / seconds * 60:.3g}",
-    "Tokens/s": lambda use, seconds: f"{use.total(_TOKENS, 'generated') / seconds:.3g}",
-    "First token p50": lambda use, _: show_seconds(use.quantile(_FIRST, 0.5)),
-    "Between tokens p50": lambda use, _: show_seconds(use.quantile(_BETWEEN, 0.5)),
-    "Request p95": lambda use, _: show_seconds(use.quantile("qaa_request_seconds", 0.95)),
-    "Errors": lambda use, _: f"{use.errors:.0f}",
-    "Host memory": lambda use, _: show_bytes(use.total("qaa_adapter_bytes", "host")),
-}
+
+def _row(name: str, use: Use, seconds: float) -> dict[str, Any]:
+    """What one adapter did in so many seconds."""
+    return {
+        "Adapter": name,
+        "Requests/min": f"{use.total(_REQUESTS) / seconds * 60:.3g}",
+        "Tokens/s": f"{use.total(_TOKENS, 'generated') / seconds:.3g}",
+        "First token p50": show_seconds(use.quantile(_FIRST, 0.5)),
+        "Between tokens p50": show_seconds(use.quantile(_BETWEEN, 0.5)),
+        "Request p95": show_seconds(use.quantile("qaa_request_seconds", 0.95)),
+        "Errors": f"{use.errors:.0f}",
+        "Host memory": show_bytes(use.total("qaa_adapter_bytes", "host")),
+    }
 
 
 class NowPage(Page):
@@ -88,20 +92,17 @@ class NowPage(Page):
         self._shown = 0.0
         self._numbers = {}
         with ui.element("div").classes("qaa-cards qaa-tiles"):
-            for title in (*_GAUGES, *_RATES):
+            for title in _NUMBERS:
                 with ui.element("div").classes("qaa-card"):
                     ui.label(title).classes("qaa-quiet")
                     self._numbers[title] = ui.label("-").classes("qaa-number")
         with ui.element("div").classes("qaa-cards qaa-wide"):
-            self._charts = {
-                title: line_chart(
-                    title, {"type": "time"},
-                    [{"name": name, "showSymbol": False, **_STACKED.get(title, {})} for name in lines],
-                )
-                for title, lines in _CHARTS.items()
-            }  # fmt: skip
+            self._charts = {}
+            for title, lines in _CHARTS.items():
+                series = [{"name": name, "showSymbol": False, **_STACKED.get(title, {})} for name in lines]
+                self._charts[title] = line_chart(title, {"type": "time"}, series)
         ui.label("By adapter, over the last five minutes").classes("qaa-title")
-        self._table = Table({"": "Adapter", **{title: title for title in _COLUMNS}}, left=[""])
+        self._table = ui.html(sanitize=False).classes("qaa-table")
 
     async def show(self, name: str | None) -> None:
         """Show the newest numbers."""
@@ -110,25 +111,20 @@ class NowPage(Page):
 
     async def tick(self) -> None:
         """Show newer numbers, if there are any."""
-        observer = self.session.observer
-        if observer.newest is None or observer.newest.time == self._shown:
+        steps = self.session.observer.steps
+        if not steps or steps[-1].time == self._shown:
             return
-        self._shown = observer.newest.time
-        for title, text in _GAUGES.items():
-            self._numbers[title].text = text(observer.newest.total)
-        if observer.steps:
-            for title, text_of in _RATES.items():
-                self._numbers[title].text = text_of(observer.steps[-1]) or "-"
+        self._shown = steps[-1].time
+        for title, text_of in _NUMBERS.items():
+            self._numbers[title].text = text_of(steps[-1]) or "-"
         for title, lines in _CHARTS.items():
-            for series, value in zip(self._charts[title].options["series"], lines.values(), strict=True):
-                series["data"] = [[round(step.time * 1000), value(step)] for step in observer.steps]
+            for series, value_of in zip(self._charts[title].options["series"], lines.values(), strict=True):
+                series["data"] = [[round(step.time * 1000), value_of(step)] for step in steps]
             self._charts[title].update()
-        seconds, uses = observer.by_adapter(_TABLE_S)
+        seconds, uses = self.session.observer.by_adapter(_TABLE_S)
         if not self.session.api.is_admin:  # who may use some models sees these
             models = {*await self.session.models()}
             uses = {name: use for name, use in uses.items() if name in models}
         busiest = sorted(uses, key=lambda name: -uses[name].total(_REQUESTS))[:_MOST_ROWS]
-        self._table.show(
-            {"": name, **{title: text(uses[name], seconds) for title, text in _COLUMNS.items()}}
-            for name in busiest
-        )
+        rows = (_row(name, uses[name], seconds) for name in busiest)
+        self._table.set_content(html_table(rows, ("Adapter",)))

@@ -19,7 +19,6 @@ class Session:
         api: the server's, with the keys that were typed into this tab.
         observer: of the server, shared by all tabs.
         adapters: a directory of adapters; None: what the API says is all there is.
-        scratch: for files that are on their way; gone when the console ends.
         open: shows another page: its section, and the adapter's name; the frame around the pages sets it.
     """
 
@@ -27,7 +26,6 @@ class Session:
     api: Api
     observer: Observer
     adapters: Path | None
-    scratch: Path
     open: Callable[[str, str], Awaitable[None]] = field(init=False)
 
     async def models(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -16,7 +16,7 @@ from qaa_serve.console.api import ApiError
 from qaa_serve.console.differences import mark
 from qaa_serve.console.session import Page, Session
 from qaa_serve.console.snippets import to_curl, to_python
-from qaa_serve.console.widgets import name_input, open_dialog, row, show_seconds, written_in
+from qaa_serve.console.widgets import dialog, name_input, row, show_seconds, written_in
 
 _MOST = 4
 
@@ -45,16 +45,12 @@ class _Answer:
         self.model, self.text, self.failed = model, "", False
         with ui.element("section").classes("qaa-card").props(f'aria-label="{escape(model)}"'):
             ui.label(model).style("font-weight: 600; overflow-wrap: anywhere")
-            self._shown = ui.html("", sanitize=False).classes("qaa-answer")
+            self.shown = ui.html(sanitize=False).classes("qaa-answer")
             self.facts = ui.label().classes("qaa-facts")
 
     def add(self, text: str) -> None:
         self.text += text
-        self.show(escape(self.text))
-
-    def show(self, html: str) -> None:
-        """Show the text as this, such as with marks."""
-        self._shown.set_content(html)
+        self.shown.set_content(escape(self.text))
 
     def fail(self, reason: str) -> None:
         self.failed = True
@@ -74,7 +70,7 @@ class TryPage(Page):
         self._fields: dict[str, Any] = {}  # by the name in the form, as the history keeps it
         with row():
             self._models = [name_input(session, f"Model {number}") for number in range(1, _MOST + 1)]
-        prompt = self._fields["prompt"] = ui.textarea("Prompt").props("outlined autogrow").classes("qaa-column")
+        prompt = ui.textarea("Prompt").props("outlined autogrow").classes("qaa-column")
         prompt.on("keydown.ctrl.enter", self._ask_all)
         with ui.expansion("System prompt, sampling, structured output").classes("qaa-column"):
             system = ui.textarea("System prompt").props("outlined autogrow dense").classes("qaa-column")
@@ -86,7 +82,7 @@ class TryPage(Page):
                 structure = ui.select(_STRUCTURES, value="", label="The answer is").props("outlined dense")
                 text = ui.textarea("Schema, expression or lines").props("outlined dense autogrow")
                 text.bind_visibility_from(structure, "value", backward=lambda value: value not in ("", "json"))
-        self._fields |= {"system": system, "structure": structure, "structure_text": text}
+        self._fields |= {"prompt": prompt, "system": system, "structure": structure, "structure_text": text}
         with row():
             ui.button("Ask", icon="send", on_click=self._ask_all).tooltip("Ctrl+Enter")
             ui.button("Stop", on_click=self._stop).props("flat")
@@ -114,21 +110,18 @@ class TryPage(Page):
     def _bodies(self) -> list[dict[str, Any]]:
         """A request for each model; none, with the reason shown, if the form makes no sense."""
         self._said.text = ""
-        form = self._form()
         try:
-            return _make_bodies(form)
+            return _make_bodies(self._form())
         except ValueError as error:
             self._said.text = str(error)
             return []
 
     async def _ask_all(self) -> None:
-        bodies, form = self._bodies(), self._form()
-        if not bodies:
+        form = self._form()
+        if not (bodies := self._bodies()):
             return
         answers = self._new_answers(form["models"])
-        self._tasks = [
-            asyncio.create_task(self._ask(answer, body)) for answer, body in zip(answers, bodies, strict=True)
-        ]
+        self._tasks = [asyncio.create_task(self._ask(*asked)) for asked in zip(answers, bodies, strict=True)]
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if answers is not self._answers:  # asked anew meanwhile
             return
@@ -148,13 +141,12 @@ class TryPage(Page):
         return self._answers
 
     async def _ask(self, answer: _Answer, body: Mapping[str, Any]) -> None:
-        first: float | None = None
-        start, last, tokens, revision = time.perf_counter(), 0.0, 0, None
+        start, first, last, tokens, revision = time.perf_counter(), 0.0, 0.0, 0, None
         try:
             async for text, count, revision in self.session.api.stream(body):  # noqa: B007 (told after)
                 if text:
                     last = time.perf_counter() - start
-                    first = last if first is None else first
+                    first = first or last
                     answer.add(text)
                 tokens = count or tokens
         except ApiError as error:
@@ -162,9 +154,8 @@ class TryPage(Page):
         except asyncio.CancelledError:
             answer.fail("stopped")
         else:
-            facts = [f"first token after {show_seconds(first)}"] if first is not None else ["no text"]
-            if tokens and first is not None and last > first:
-                facts.append(f"{(tokens - 1) / (last - first):.3g} tokens/s")
+            facts = [f"first token after {show_seconds(first)}" if first else "no text"]
+            facts += [f"{(tokens - 1) / (last - first):.3g} tokens/s"] if tokens and last > first else []
             facts += [f"{tokens} tokens"] if tokens else []
             answer.facts.text = " · ".join(facts + ([revision] if revision else []))
 
@@ -176,20 +167,19 @@ class TryPage(Page):
         told = [answer for answer in self._answers if not answer.failed]
         texts = [answer.text for answer in told]
         for answer, html in zip(told, mark(texts) if self._marks.value else map(escape, texts), strict=True):
-            answer.show(html)
+            answer.shown.set_content(html)
 
-    # ------------------------------------------------------------------------------------------ copies, history
+    # -------------------------------------------------------------------------------------- copies, and history
 
-    def _copy(self, write: Any) -> None:
-        bodies = self._bodies()
-        if not bodies:
+    def _copy(self, write: Callable[[str, Sequence[Mapping[str, Any]]], str]) -> None:
+        if not (bodies := self._bodies()):
             return
         text = write(self.session.url, bodies)
         ui.clipboard.write(text)
-        with open_dialog() as dialog, ui.card().classes("qaa-dialog"):
+        with dialog() as copied:
             ui.label("Copied, if the browser allows that. QAA_KEY is the client key, where one is needed.")
             ui.label(text).classes("qaa-code")
-            ui.button("Close", on_click=dialog.close).props("flat autofocus")
+            ui.button("Close", on_click=copied.close).props("flat autofocus")
 
     async def _show_history(self) -> None:
         entries = await ui.run_javascript("return qaaConsole.history()", timeout=10.0)
@@ -205,13 +195,13 @@ class TryPage(Page):
                 answer.add(text)
                 answer.facts.text = facts
             self._mark()
-            dialog.close()
+            history.close()
 
         def forget() -> None:
             ui.run_javascript("qaaConsole.forget()")
-            dialog.close()
+            history.close()
 
-        with open_dialog() as dialog, ui.card().classes("qaa-dialog"):
+        with dialog() as history:
             ui.label("Kept by this browser alone." if entries else "Nothing was asked in this browser yet.")
             for entry in entries:
                 title = f"{entry['time'][:16].replace('T', ' ')}  {', '.join(entry['form']['models'])}"
@@ -220,7 +210,7 @@ class TryPage(Page):
                     ui.item_label(title).props("caption")
             with ui.row():
                 ui.button("Clear", on_click=forget).props("flat")
-                ui.button("Close", on_click=dialog.close).props("flat autofocus")
+                ui.button("Close", on_click=history.close).props("flat autofocus")
 
 
 def _make_bodies(form: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -229,20 +219,19 @@ def _make_bodies(form: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if there is no model or prompt, the schema is no JSON, or it is missing.
     """
-    if not form["models"]:
-        raise ValueError("name a model")
-    if not form["prompt"].strip():
-        raise ValueError("write a prompt")
-    messages = [{"role": "system", "content": form["system"]}] if form["system"].strip() else []
-    body: dict[str, Any] = {"messages": [*messages, {"role": "user", "content": form["prompt"]}]}
+    structure, text = form["structure"], form["structure_text"].strip()
+    for needed, ask in ((form["models"], "name a model"), (form["prompt"].strip(), "write a prompt")):
+        if not needed:
+            raise ValueError(ask)
+    if structure not in ("", "json") and not text:
+        raise ValueError("write what the answer is held to")
+    system = [{"role": "system", "content": form["system"]}] if form["system"].strip() else []
+    body: dict[str, Any] = {"messages": [*system, {"role": "user", "content": form["prompt"]}]}
     for name, (*_, step) in _NUMBERS.items():
         if form[name] is not None:
             body[name] = int(form[name]) if step == 1 else float(form[name])
-    structure, text = form["structure"], form["structure_text"].strip()
     if structure == "json":
         body["response_format"] = {"type": "json_object"}
-    elif structure and not text:
-        raise ValueError("write what the answer is held to")
     elif structure == "json_schema":
         try:
             schema = json.loads(text)

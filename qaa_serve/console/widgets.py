@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
 from nicegui import ui
-from nicegui.events import GenericEventArguments
+from rich.filesize import decimal
 
 from qaa_serve.console.api import ApiError
 from qaa_serve.console.session import Session
@@ -38,69 +39,44 @@ def name_input(session: Session, label: str) -> ui.input:
 
     names = ui.html("", tag="datalist", sanitize=False)
     field = text_input(label, on_change=suggest).props(f"list={names.html_id}")
-    field.on("focus", suggest)
-    return field
+    return field.on("focus", suggest)
 
 
-def written_in(field: ui.input | ui.textarea) -> str:
+def written_in(field: ui.input) -> str:
     """A field's text, without spaces around it."""
     return str(field.value or "").strip()
 
 
-def open_dialog() -> ui.dialog:
-    """A dialog that is gone from the page once it is closed, however that is done."""
-    dialog = ui.dialog(value=True)
-    return dialog.on("hide", dialog.delete)
+@contextmanager
+def dialog() -> Iterator[ui.dialog]:
+    """A dialog to be filled. It is gone from the page once it is closed, however that is done."""
+    with ui.dialog(value=True) as shown, ui.card().classes("qaa-dialog"):
+        yield shown
+    shown.on("hide", shown.delete)
 
 
-class Table:
-    """Rows of text. They are plain HTML: a thousand cells that are no elements of the page are drawn at once."""
+def html_table(rows: Iterable[Mapping[str, Any]], left: Container[str], linked: bool = False) -> str:
+    """Rows of text as HTML: a thousand cells that are no elements of the page are drawn at once.
 
-    def __init__(
-        self, columns: Mapping[str, str], left: Iterable[str] = (), choose: Callable[[str], Any] | None = None
-    ):
-        """Make an empty one.
+    Args:
+        rows: each with a value by the column's title, the same columns in all; None is shown as nothing.
+        left: columns of words; the others are numbers.
+        linked: the first column has names of adapters, and links to them.
+    """
 
-        Args:
-            columns: of each column of the rows, its title.
-            left: columns of words; the others are numbers.
-            choose: called with what is in the first column of a row, a link then, when it is chosen.
-        """
-        self._classes = {column: "text-left" if column in left else "text-right" for column in columns}
-        self._links = choose is not None
-        head = "".join(f'<th class="{self._classes[key]}">{escape(title)}</th>' for key, title in columns.items())
-        with ui.element("q-markup-table").props("flat dense"):
-            if any(columns.values()):
-                ui.html(f"<tr>{head}</tr>", tag="thead", sanitize=False)
-            self._body = ui.html("", tag="tbody", sanitize=False)
-        if choose is not None:
-
-            async def follow(event: GenericEventArguments) -> None:
-                await choose(str(event.args))
-
-            self._body.on("click", follow, js_handler=_FOLLOW)
-
-    def show(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Show these, each with a value by column; None is shown as nothing."""
-        self._body.set_content("".join(f"<tr>{self._cells(one)}</tr>" for one in rows))
-
-    def _cells(self, values: Mapping[str, Any]) -> str:
-        cells = []
-        for number, (column, css) in enumerate(self._classes.items()):
-            text = escape(str(value)) if (value := values.get(column)) is not None else ""
-            if self._links and not number:
+    def line(tag: str, cells: Mapping[str, Any]) -> str:
+        parts = []
+        for number, (title, value) in enumerate(cells.items()):
+            text = "" if value is None else escape(str(value))
+            if linked and tag == "td" and not number:
                 text = f'<a href="/adapters/{quote(str(value), safe="")}">{text}</a>'
-            cells.append(f'<td class="{css}">{text}</td>')
-        return "".join(cells)
+            parts.append(f'<{tag} class="text-{"left" if title in left else "right"}">{text}</{tag}>')
+        return f"<tr>{''.join(parts)}</tr>"
 
-
-#: A link is followed within the page, unless it is to be opened in another tab.
-_FOLLOW = """(event) => {
-    const link = event.target.closest("a");
-    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
-    event.preventDefault();
-    emit(link.textContent);
-}"""
+    rows = list(rows)
+    head = line("th", dict(zip(rows[0], rows[0], strict=True))) if rows else ""
+    body = "".join(line("td", cells) for cells in rows)
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 class Changes:
@@ -110,53 +86,47 @@ class Changes:
         self._session = session
         self._said = ui.label().classes("qaa-bad").props("role=alert")
         self._audit = ui.label().classes("qaa-audit").props('role=status aria-label="Audit line"')
-        self.clear()
+        self._audit.bind_visibility_from(self._audit, "text", backward=bool)
 
-    async def make(self, question: str, action: str, name: str, call: Callable[[], Awaitable[Any]]) -> bool:
+    async def make(self, question: str, action: str, name: str, method: str, path: str, **request: Any) -> bool:
         """Ask, make the change, and show the newest line that the server's audit log has of this name.
 
         Args:
             question: what will be done, in one sentence.
             action: the word for it.
             name: the adapter or alias.
-            call: makes the change; what the server refuses is shown.
+            method: of the admin's route that makes the change; what the server refuses is shown.
+            path: the route's.
+            request: `json`, `files` and `headers` for it.
 
         Returns:
             Whether the change was made.
         """
-        with ui.dialog() as dialog, ui.card():
+        api = self._session.api
+        with dialog() as asked:
             ui.label(question).style("overflow-wrap: anywhere")
             with ui.row():
-                ui.button(action, on_click=lambda: dialog.submit(True))
-                ui.button("Cancel", on_click=dialog.close).props("flat autofocus")
-        agreed = await dialog
-        dialog.delete()
-        if not agreed:
+                ui.button(action, on_click=lambda: asked.submit(True))
+                ui.button("Cancel", on_click=asked.close).props("flat autofocus")
+        if not await asked:
             return False
-        self.clear()
-        made = True
+        self.say()
+        refused = ""
         try:
-            await call()
+            await api.admin(method, path, **request)
         except ApiError as error:
-            made = False
-            self.refuse(str(error))
+            refused = str(error)
         try:
-            asked = {"adapter": name, "limit": 1}
-            lines = (await self._session.api.admin("GET", "/v1/audit", params=asked))["data"]
+            lines = (await api.admin("GET", "/v1/audit", params={"adapter": name, "limit": 1}))["data"]
+            audit = json.dumps(lines[0]) if lines else f"{action} {name}: the audit log has no line for it"
         except ApiError as error:
-            lines = [{"audit": f"cannot be read: {error}"}]
-        self._audit.text = json.dumps(lines[0]) if lines else f"{action} {name}: the audit log has no line for it"
-        self._audit.set_visibility(True)
-        return made
+            audit = f"the audit log cannot be read: {error}"
+        self.say(refused, audit)
+        return not refused
 
-    def refuse(self, reason: str) -> None:
-        """Say why something cannot be done."""
-        self._said.text = reason
-
-    def clear(self) -> None:
-        """Take away what was said of the last change."""
-        self._said.text = self._audit.text = ""
-        self._audit.set_visibility(False)
+    def say(self, problem: str = "", audit: str = "") -> None:
+        """Show why something cannot be done, and a line of the audit log, in place of what was shown before."""
+        self._said.text, self._audit.text = problem, audit
 
 
 def line_chart(title: str, x_axis: Mapping[str, Any], series: list[dict[str, Any]]) -> ui.echart:
@@ -178,13 +148,7 @@ def line_chart(title: str, x_axis: Mapping[str, Any], series: list[dict[str, Any
 
 def show_bytes(count: float | None) -> str:
     """A number of bytes for people."""
-    if not count:
-        return "0" if count == 0 else ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return "" if count is None else decimal(int(count))
 
 
 def show_seconds(seconds: float | None) -> str:
