@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import random
 import shlex
 import sys
@@ -142,8 +143,7 @@ def add_options(parser: Any) -> None:
 def objective_of(options: Any) -> Objective | None:
     """The SLO on the command line; None if there is none."""
     limits = (options.slo_ttft_ms / 1000, options.slo_itl_ms / 1000, options.slo_seconds)
-    first, between, whole = (limit or float("inf") for limit in limits)
-    return Objective(first, between, whole, options.slo_share) if any(limits) else None
+    return Objective(*(limit or math.inf for limit in limits), options.slo_share) if any(limits) else None
 
 
 # --------------------------------------------------------------------------------------------------- a test
@@ -237,12 +237,11 @@ class Load:
             raise WorkloadError(f"{self.host}/v1/models does not list models: {error}") from error
         told = self.list_kinds()
         self.tells_tiers = told is not None
-        told = told or {}
-        patterns = self.options.models.split(",")
-        self.kinds = {name: "base" for name, parent in sorted(parents.items()) if not parent} | {
-            name: told.get(name, "adapter")
-            for name, parent in sorted(parents.items())
-            if parent and any(fnmatch(name, pattern.strip()) for pattern in patterns)
+        patterns = [pattern.strip() for pattern in self.options.models.split(",")]
+        self.kinds = {
+            name: (told or {}).get(name, "adapter") if parent else "base"
+            for name, parent in sorted(parents.items(), key=lambda item: (bool(item[1]), item[0]))
+            if not parent or any(fnmatch(name, pattern) for pattern in patterns)
         }
         if set(self.kinds.values()) <= {"base"} and self.options.models != "*":
             raise WorkloadError(f"--models {self.options.models} fits none of: {', '.join(sorted(parents))}")
@@ -282,24 +281,14 @@ class Load:
 
     def publish(self, name: str, path: str) -> str:
         """Publish an adapter from a directory; what went wrong, nothing if it went well."""
-        began, problem = time.perf_counter(), ""
-        counts = self.swaps.setdefault(name, {"done": 0, "failed": 0})
-        try:
-            answer = requests.put(
-                f"{self.admin_host}/v1/adapters/{name}", json={"path": path}, headers=self.admin_headers,
-                timeout=300,
-            )  # fmt: skip
+        url = f"{self.admin_host}/v1/adapters/{name}"
+        with self.environment.events.request.measure("PUT", f"/v1/adapters/{name}") as request:
+            answer = requests.put(url, json={"path": path}, headers=self.admin_headers, timeout=300)
             if answer.status_code != 200:
-                problem = f"{answer.status_code} {answer.text[:300]}"
-        except requests.RequestException as error:
-            problem = str(error)
-        self.environment.events.request.fire(
-            request_type="PUT", name=f"/v1/adapters/{name}", response_length=0, context={},
-            response_time=(time.perf_counter() - began) * 1000,
-            exception=RuntimeError(problem) if problem else None,
-        )  # fmt: skip
-        counts["failed" if problem else "done"] += 1
-        return problem
+                raise RuntimeError(f"{answer.status_code} {answer.text[:300]}")
+        problem = request["exception"]
+        self.swaps.setdefault(name, {"done": 0, "failed": 0})["failed" if problem else "done"] += 1
+        return str(problem or "")
 
     def swap(self, name: str, paths: Any) -> None:
         """Publish the next one every --swap-every seconds, for ever."""
@@ -333,8 +322,11 @@ class Load:
         """All figures."""
         options, kinds = self.options, list(self.kinds.values())
         ended = self.now if self.ended is None else self.ended
+        command = shlex.join(["locust", *sys.argv[1:]])
+        for key in filter(None, (options.api_key, options.admin_key)):
+            command = command.replace(key, "...")
         return {
-            "command": shlex.join(["locust", *without_keys(sys.argv[1:])]),
+            "command": command,
             "host": self.host,
             "began_at": self.began_at,
             "locust": locust.__version__,
@@ -347,16 +339,6 @@ class Load:
                 objective=objective_of(options), every=options.turn,
             ),
         }  # fmt: skip
-
-
-def without_keys(arguments: list[str]) -> list[str]:
-    """A command line that can be shown: no keys."""
-    shown = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        name, equals, _ = argument.partition("=")
-        secret = ("--api-key", "--admin-key")
-        shown.append("..." if before in secret else f"{name}=..." if equals and name in secret else argument)
-    return shown
 
 
 load: Load | None = None  # the test that is running, or ran last, in this process

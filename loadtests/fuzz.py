@@ -323,20 +323,15 @@ def _is_loopback(url: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server, on this machine (%(default)s)"
-    )
-    parser.add_argument("--requests", type=int, default=1000, help="how many (%(default)s)")
-    parser.add_argument("--first", type=int, default=0, metavar="I", help="number of the first one (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="what the requests are drawn from (%(default)s)")
-    parser.add_argument("--concurrency", type=int, default=12, help="how many at once (%(default)s)")
-    parser.add_argument(
-        "--key", default=os.environ.get("OPENAI_API_KEY", ""), help="a client's key (OPENAI_API_KEY)"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=60, metavar="S", help="seconds until a request hangs (%(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server, on this machine (%(default)s)")
+    add("--requests", type=int, default=1000, help="how many (%(default)s)")
+    add("--first", type=int, default=0, metavar="I", help="number of the first one (%(default)s)")
+    add("--seed", type=int, default=0, help="what the requests are drawn from (%(default)s)")
+    add("--concurrency", type=int, default=12, help="how many at once (%(default)s)")
+    add("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="a client's key (OPENAI_API_KEY)")
+    add("--limit", type=float, default=60, metavar="S", help="seconds until a request hangs (%(default)s)")
+    add(
         "--check-every", type=int, default=0, metavar="N",
         help="ask for a greedy answer after every N requests too (never). In 16-bit numbers a server may round "
         "otherwise among other requests: this is for servers in float32",

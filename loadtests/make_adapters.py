@@ -21,7 +21,6 @@ from qaa_serve.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
-    LinearWidths,
     ModuleWeights,
     linear_widths,
     matches,
@@ -31,70 +30,6 @@ from qaa_serve.adapters import (
 
 #: Attention's projections, as the usual architectures call them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "c_attn", "c_proj")
-
-
-def targets_of(widths: LinearWidths, asked: str | None) -> tuple[str, ...]:
-    """The module names to adapt: those asked for, or attention's.
-
-    Raises:
-        SystemExit: if the base has none of them.
-    """
-    names = tuple(asked.split(",")) if asked else ATTENTION
-    found = tuple(name for name in names if any(matches(module, (name,)) for module in widths))
-    if missing := set(names) - set(found) if asked else not found:
-        there = ", ".join(sorted({module.rpartition(".")[2] for module in widths}))
-        raise SystemExit(
-            f"the base has no {', '.join(sorted(missing)) if asked else 'such modules'}; it has {there}"
-        )
-    return found
-
-
-def write_qaa(
-    directory: Path,
-    base: str,
-    widths: LinearWidths,
-    targets: tuple[str, ...],
-    seed: int,
-    size: float,
-    heads: int = 1,
-) -> None:
-    """A random QAA adapter; its rank is heads times the number of qubits, which follows from a layer's width."""
-    generator = torch.Generator().manual_seed(seed)
-    config = AdapterConfig(base_model_name_or_path=base, target_modules=targets, heads=heads)
-    modules = {}
-    for name, (d_in, d_out) in widths.items():
-        if matches(name, targets):
-            n = config.qubits(d_in)
-            theta = torch.randn(heads, *config.circuit(n).theta_shape, generator=generator)
-            modules[name] = ModuleWeights(theta, torch.randn(d_out, config.rank(n), generator=generator) * size)
-    save_adapter(directory, config, modules)
-
-
-def write_lora(
-    directory: Path,
-    base: str,
-    widths: LinearWidths,
-    targets: tuple[str, ...],
-    seed: int,
-    size: float,
-    rank: int = 16,
-) -> None:
-    """A random LoRA adapter in the layout of PEFT."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (d_in, d_out) in widths.items():
-        if matches(name, targets):
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted(targets), "inference_mode": True,
-    }  # fmt: skip
-    with staged(directory) as staging:
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def make_adapters(
@@ -117,46 +52,73 @@ def make_adapters(
         kind: qaa or lora.
         count: how many.
         targets: module names with commas between; attention's projections if None.
-        rank: of LoRA adapters.
+        rank: of LoRA adapters; that of QAA adapters is heads times the number of qubits.
         heads: circuits a module of QAA adapters.
         size: standard deviation of B.
         seed: of the first; each further one has the next.
+
+    Raises:
+        SystemExit: if the base has none of the modules.
     """
     widths = linear_widths(base)
-    names = targets_of(widths, targets)
-    named = str(Path(base).resolve()) if Path(base).is_dir() else base
+    asked = tuple(targets.split(",")) if targets else ATTENTION
+    names = tuple(name for name in asked if any(matches(module, (name,)) for module in widths))
+    if not names or (targets and names != asked):
+        there = ", ".join(sorted({module.rpartition(".")[2] for module in widths}))
+        missing = ", ".join(sorted(set(asked) - set(names))) if targets else "such modules"
+        raise SystemExit(f"the base has no {missing}; it has {there}")
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    chosen = {module: width for module, width in widths.items() if matches(module, names)}
     output.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        directory = output / f"{kind}-{i:05}"
-        if not (directory / CONFIG_FILE).exists():
-            if kind == "qaa":
-                write_qaa(directory, named, widths, names, seed + i, size, heads)
-            else:
-                write_lora(directory, named, widths, names, seed + i, size, rank)
+        directory, generator = output / f"{kind}-{i:05}", torch.Generator().manual_seed(seed + i)
+        if (directory / CONFIG_FILE).exists():
+            pass
+        elif kind == "qaa":
+            config = AdapterConfig(base_model_name_or_path=base, target_modules=names, heads=heads)
+            modules = {}
+            for module, (d_in, d_out) in chosen.items():
+                n = config.qubits(d_in)
+                theta = torch.randn(heads, *config.circuit(n).theta_shape, generator=generator)
+                b = torch.randn(d_out, config.rank(n), generator=generator) * size
+                modules[module] = ModuleWeights(theta, b)
+            save_adapter(directory, config, modules)
+        else:  # in the layout of PEFT
+            tensors = {}
+            for module, (d_in, d_out) in chosen.items():
+                a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
+                tensors[f"base_model.model.{module}.lora_A.weight"] = a
+                b = torch.randn(d_out, rank, generator=generator) * size
+                tensors[f"base_model.model.{module}.lora_B.weight"] = b
+            peft = {
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+                "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+                "target_modules": sorted(names), "inference_mode": True,
+            }  # fmt: skip
+            with staged(directory) as staging:
+                save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+                (staging / CONFIG_FILE).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
         yield directory
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", metavar="DIR", required=True, help="the base model; only its config is read")
-    parser.add_argument("--count", type=int, default=100, help="how many (default: 100)")
-    parser.add_argument("--kind", choices=("qaa", "lora"), default="qaa", help="(default: qaa)")
-    parser.add_argument("--output", type=Path, required=True, help="where their directories go")
-    parser.add_argument("--targets", help="module names with commas between (default: attention's projections)")
-    parser.add_argument("--rank", type=int, default=16, help="r of LoRA; QAA's is heads x qubits (default: 16)")
-    parser.add_argument("--heads", type=int, default=1, help="circuits a module, of QAA (default: 1)")
-    parser.add_argument(
-        "--size", type=float, default=0.1, help="standard deviation of B: how much answers change (default: 0.1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first; each further one has the next")
-    args = parser.parse_args()
-    settings = {name: getattr(args, name) for name in ("targets", "rank", "heads", "size", "seed")}
-    made = make_adapters(args.base, args.output, args.kind, args.count, **settings)
-    total = 0
-    for directory in track(made, total=args.count, description=f"{args.kind} adapters"):
+    add = parser.add_argument
+    add("--base", metavar="DIR", required=True, help="the base model; only its config is read")
+    add("--count", type=int, default=100, help="how many (default: 100)")
+    add("--kind", choices=("qaa", "lora"), default="qaa", help="(default: qaa)")
+    add("--output", type=Path, required=True, help="where their directories go")
+    add("--targets", help="module names with commas between (default: attention's projections)")
+    add("--rank", type=int, default=16, help="r of LoRA; QAA's is heads x qubits (default: 16)")
+    add("--heads", type=int, default=1, help="circuits a module, of QAA (default: 1)")
+    add("--size", type=float, default=0.1, help="standard deviation of B: how much answers change (default: 0.1)")
+    add("--seed", type=int, default=0, help="of the first; each further one has the next")
+    options = vars(parser.parse_args())
+    count, total = options["count"], 0
+    for directory in track(make_adapters(**options), total=count, description=f"{options['kind']} adapters"):
         total += (directory / WEIGHTS_FILE).stat().st_size
-    print(f"{args.count} adapters in {args.output}, {total / max(args.count, 1):,.0f} bytes of weights each")
+    print(f"{count} adapters in {options['output']}, {total / max(count, 1):,.0f} bytes of weights each")
 
 
 if __name__ == "__main__":

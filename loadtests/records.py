@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,17 +68,21 @@ class Objective:
     an answer that was not streamed.
     """
 
-    first: float = math.inf
-    inter_token: float = math.inf
+    first_s: float = math.inf
+    inter_token_s: float = math.inf
     seconds: float = math.inf
     share: float = 0.99
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that there are, by the field of a record."""
+        fields = {name: getattr(self, name) for name in ("first_s", "inter_token_s", "seconds")}
+        return {name: limit for name, limit in fields.items() if limit < math.inf}
+
     def met_by(self, record: Record) -> bool:
         """Whether a complete answer came soon enough."""
-        pairs = (
-            (record.first_s, self.first), (record.inter_token_s, self.inter_token), (record.seconds, self.seconds),
-        )  # fmt: skip
-        return record.answered and all(took is None or took <= limit for took, limit in pairs)
+        took = ((getattr(record, name), limit) for name, limit in self.limits.items())
+        return record.answered and all(seconds is None or seconds <= limit for seconds, limit in took)
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -94,6 +98,14 @@ def spread(values: Iterable[float | None]) -> dict[str, float | int | None]:
     return {"count": len(known), "mean": mean} | percentiles | {"max": known[-1] if known else None}
 
 
+def first_tokens(records: Sequence[Record]) -> dict[str, dict[str, float | int | None]]:
+    """Times to first token of the adapters that were cold, and of those that were warm."""
+    return {
+        name: spread(record.first_s for record in records if record.tier in tiers)
+        for name, tiers in (("cold", COLD), ("warm", WARM))
+    }
+
+
 def figures(records: Sequence[Record], began: float, ended: float, objective: Objective) -> dict[str, Any]:
     """What can be said of some of the records of a test that was measured from ``began`` to ``ended``.
 
@@ -103,12 +115,10 @@ def figures(records: Sequence[Record], began: float, ended: float, objective: Ob
     done = [record for record in sent if record.answered]
     came = [record for record in records if record.answered and began <= record.ended <= ended]
     outcomes = Counter(record.outcome for record in sent)
-    judged = len(sent) - outcomes["unfinished"]
-    met = sum(objective.met_by(record) for record in done)
-    seconds = ended - began
+    judged, seconds = len(sent) - outcomes["unfinished"], ended - began
     return {
         **{outcome: outcomes[outcome] for outcome in ("answered", "failed", "refused", "unfinished")},
-        "attainment": met / judged if judged else None,
+        "attainment": sum(map(objective.met_by, done)) / judged if judged else None,
         "requests_per_second": len(came) / seconds if seconds > 0 else None,
         "tokens_per_second": sum(record.tokens for record in came) / seconds if seconds > 0 else None,
         "prompt_tokens": sum(record.prompt_tokens for record in done),
@@ -122,9 +132,8 @@ def figures(records: Sequence[Record], began: float, ended: float, objective: Ob
 
 def cold_share(records: Iterable[Record]) -> float | None:
     """The share of cold ones among the requests for adapters whose tier is known; None without any."""
-    tiers = Counter(record.tier for record in records)
-    cold, warm = (sum(tiers[tier] for tier in which) for which in (COLD, WARM))
-    return cold / (cold + warm) if cold + warm else None
+    known = [record.tier in COLD for record in records if record.tier in COLD + WARM]
+    return statistics.fmean(known) if known else None
 
 
 def turns(records: Sequence[Record], began: float, ended: float, every: float) -> list[dict[str, Any]]:
@@ -132,20 +141,15 @@ def turns(records: Sequence[Record], began: float, ended: float, every: float) -
 
     The last one may be a fifth shorter.
     """
-    sent: defaultdict[int, list[Record]] = defaultdict(list)
-    came: defaultdict[int, list[Record]] = defaultdict(list)
+    sent, came = defaultdict(list), defaultdict(list)
     for record in records:
-        if record.answered and record.ended <= ended:
-            came[math.floor((record.ended - began) / every)].append(record)
         if record.answered:
             sent[math.floor((record.at - began) / every)].append(record)
+            if record.ended <= ended:
+                came[math.floor((record.ended - began) / every)].append(record)
     found = []
     for number in range(math.floor((ended - began) / every + 0.2)):
         mine, seconds = sent[number], min(every, ended - began - number * every)
-        firsts = {
-            name: spread(record.first_s for record in mine if record.tier in tiers)["p50"]
-            for name, tiers in (("cold", COLD), ("warm", WARM))
-        }
         found.append(
             {
                 "began": began + number * every,
@@ -154,7 +158,7 @@ def turns(records: Sequence[Record], began: float, ended: float, every: float) -
                 "cold_share": cold_share(mine),
                 "requests_per_second": len(came[number]) / seconds,
                 "tokens_per_second": sum(record.tokens for record in came[number]) / seconds,
-                "ttft_p50_s": firsts,
+                "ttft_p50_s": {name: figures["p50"] for name, figures in first_tokens(mine).items()},
             }
         )
     return found
@@ -173,48 +177,32 @@ def summarise(
         every: seconds of a stretch.
     """
     wanted = objective or Objective()
-
-    def by(key: Callable[[Record], str], order: Sequence[str] = ()) -> dict[str, Any]:
-        groups: defaultdict[str, list[Record]] = defaultdict(list)
-        for record in records:
-            groups[key(record)].append(record)
-        names = sorted(groups, key=lambda name: (order.index(name) if name in order else 0, name))
-        return {name: figures(groups[name], began, ended, wanted) for name in names}
-
+    kinds, tiers = defaultdict(list), defaultdict(list)
+    for record in records:
+        kinds[record.kind].append(record)
+        tiers[record.tier].append(record)
     total = figures(records, began, ended, wanted)
     measured = [record for record in records if record.at >= began]
-    problems = Counter(record.problem for record in measured if record.outcome == "failed")
-    tiers = by(lambda record: record.tier, TIERS)
-    cold, warm = (
-        spread(record.first_s for record in measured if record.answered and record.tier in which)
-        for which in (COLD, WARM)
-    )
+    done = [record for record in measured if record.answered]
     slo = None
     if objective is not None:
-        limits = {"ttft_s": objective.first, "inter_token_s": objective.inter_token, "seconds": objective.seconds}
-        slo = {
-            **{name: limit for name, limit in limits.items() if limit < math.inf},
-            "share": objective.share,
-            "met": total["attainment"] is not None and total["attainment"] >= objective.share,
-        }
+        met = total["attainment"] is not None and total["attainment"] >= objective.share
+        slo = {**objective.limits, "share": objective.share, "met": met}
     return {
         "began": began,
         "seconds": ended - began,
         "all": total,
-        "kinds": by(lambda record: record.kind),
-        "tiers": tiers,
-        "cold_share": cold_share(record for record in measured if record.answered),
-        "ttft_s": {"cold": cold, "warm": warm},
+        "kinds": {kind: figures(kinds[kind], began, ended, wanted) for kind in sorted(kinds)},
+        "tiers": {tier: figures(tiers[tier], began, ended, wanted) for tier in TIERS if tier in tiers},
+        "cold_share": cold_share(done),
+        "ttft_s": first_tokens(done),
         "turns": turns(records, began, ended, every),
         "slo": slo,
-        "failures": dict(problems.most_common()),
+        "failures": dict(Counter(r.problem for r in measured if r.outcome == "failed").most_common()),
     }
 
 
 def by_asked_share(found: Sequence[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
     """The stretches of a test by the share of cold requests that was asked for in them; empty if none was."""
-    groups: defaultdict[float, list[Mapping[str, Any]]] = defaultdict(list)
-    for turn in found:
-        if turn["asked_cold"] is not None:
-            groups[turn["asked_cold"]].append(turn)
-    return dict(sorted(groups.items()))
+    shares = sorted({turn["asked_cold"] for turn in found} - {None})
+    return {share: [turn for turn in found if turn["asked_cold"] == share] for share in shares}

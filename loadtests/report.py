@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,10 @@ def series_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list
     """A head, how far counters went, how many values histograms got and their mean, and gauges' values."""
     rows: list[tuple[str, ...]] = [("series", "change", "mean, or before -> after")]
     for name, value in sorted(after.items()):
-        if not name.startswith(SHOWN) or name in HIDDEN:
-            continue
         change = value - before.get(name, 0.0)
-        series, _, labels = name.partition("{")
-        total = f"{series.removesuffix('_count')}_sum{'{' * bool(labels)}{labels}"
-        if not change or series.endswith("_sum"):
+        series, brace, labels = name.partition("{")
+        total = f"{series.removesuffix('_count')}_sum{brace}{labels}"
+        if not change or series.endswith("_sum") or not name.startswith(SHOWN) or name in HIDDEN:
             continue
         if series.endswith("_count") and total in after:
             mean = (after[total] - before.get(total, 0.0)) / change
@@ -86,12 +84,6 @@ def middle(values: Iterable[float | None], form: Callable[[float], str]) -> str:
     return f"{form(statistics.median(known))} ({form(min(known))} to {form(max(known))})"
 
 
-def groups_of(summary: Summary) -> list[tuple[str, Summary]]:
-    """What there is a line for: each tier, each kind that is no tier, and all."""
-    kinds = [(name, figures) for name, figures in summary["kinds"].items() if name not in summary["tiers"]]
-    return [*summary["tiers"].items(), *kinds, ("all", summary["all"])]
-
-
 HEAD = (
     "", "answered", "failed", "429", "requests/s", "tokens/s", "TTFT p50 / p95 / p99, ms", "ITL p50 / p95, ms",
     "longest gap p50 / p95, ms", "end to end p50 / p95, ms",
@@ -99,9 +91,9 @@ HEAD = (
 
 
 def latency_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """A head, and a line for each tier, each kind and all."""
+    """A head, and a line for each tier, each kind (`base` is both) and all."""
     rows: list[tuple[str, ...]] = [HEAD]
-    for name, f in groups_of(summary):
+    for name, f in (summary["tiers"] | summary["kinds"] | {"all": summary["all"]}).items():
         counts = (str(f[key]) for key in ("answered", "failed", "refused"))
         rates = (f"{f['requests_per_second'] or 0:.2f}", f"{f['tokens_per_second'] or 0:.1f}")
         times = (percentiles(f[key], "p50", "p95") for key in ("inter_token_s", "longest_gap_s", "end_to_end_s"))
@@ -142,11 +134,8 @@ def notes(summary: Summary) -> list[str]:
     """What else there is to say, a line each."""
     lines = [line] if (line := cold_over_warm(summary)) else []
     if slo := summary["slo"]:
-        limits = [
-            f"{label} at most {slo[key]:g} s"
-            for key, label in (("ttft_s", "TTFT"), ("inter_token_s", "ITL"), ("seconds", "the whole answer"))
-            if key in slo
-        ]
+        labels = {"first_s": "TTFT", "inter_token_s": "ITL", "seconds": "the whole answer"}
+        limits = [f"{label} at most {slo[key]:g} s" for key, label in labels.items() if key in slo]
         reached = summary["all"]["attainment"]
         lines.append(
             f"SLO {'met' if slo['met'] else 'missed'}: {', '.join(limits)}, for {slo['share']:.1%} of the requests"
@@ -191,17 +180,18 @@ def label_decades(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def streamed(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """The requests that had a first token, by where the adapter was."""
+    for tier in TIERS:
+        if mine := [record for record in records if record.tier == tier and record.first_s is not None]:
+            yield tier, mine
+
+
 def plot_first_token(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
     """How many of a tier's requests have their first token after so long."""
-    for tier in TIERS:
-        firsts = sorted(
-            1000 * record.first_s
-            for record in records
-            if record.tier == tier and record.first_s is not None and record.at >= summary["began"]
-        )
-        if firsts:
-            shares = [(i + 1) / len(firsts) for i in range(len(firsts))]
-            axes.step(firsts, shares, where="post", color=COLOURS[tier], label=f"{tier} ({len(firsts)})")
+    for tier, mine in streamed([record for record in records if record.at >= summary["began"]]):
+        firsts = [1000 * (record.first_s or 0) for record in mine]
+        axes.ecdf(firsts, color=COLOURS[tier], label=f"{tier} ({len(firsts)})")
     axes.set(xscale="log", xlabel="time to first token, ms", ylabel="share of the requests", ylim=(0, 1.02))
     label_decades(axes.xaxis)
     axes.legend(title="adapter was in")
@@ -210,29 +200,23 @@ def plot_first_token(axes: Any, summary: Summary, records: Sequence[Record]) -> 
 def plot_cold_share(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
     """Answers a second against the share of cold requests, a point for each turn."""
     turns = [turn for turn in summary["turns"] if turn["cold_share"] is not None]
-    axes.plot(
-        [100 * turn["cold_share"] for turn in turns], [turn["requests_per_second"] for turn in turns], "o",
-        color=COLOURS["store"], alpha=0.6, label="a turn",
-    )  # fmt: skip
     middles = [
-        [statistics.median(turn[key] for turn in mine) for key in ("cold_share", "requests_per_second")]
+        {key: statistics.median(turn[key] for turn in mine) for key in ("cold_share", "requests_per_second")}
         for mine in by_asked_share(turns).values()
     ]
-    if middles:
-        axes.plot([100 * x for x, _ in middles], [y for _, y in middles], color=COLOURS["store"], label="median")
+    dots = {"marker": "o", "linestyle": "", "alpha": 0.6, "label": "a turn"}
+    for points, look in ((turns, dots), (middles, {"label": "median"})):
+        x = [100 * point["cold_share"] for point in points]
+        axes.plot(x, [point["requests_per_second"] for point in points], color=COLOURS["store"], **look)
     axes.set(xlabel="requests for cold adapters, %", ylabel="answers a second", ylim=(0, None), xlim=(-2, 102))
     axes.legend()
 
 
 def plot_time(axes: Any, summary: Summary, records: Sequence[Record]) -> None:
     """Each request's time to first token, when it was sent, the warm-up too."""
-    for tier in TIERS:
-        mine = [record for record in records if record.tier == tier and record.first_s is not None]
-        if mine:
-            axes.plot(
-                [record.at for record in mine], [1000 * (record.first_s or 0) for record in mine], ".",
-                markersize=3, color=COLOURS[tier], label=tier,
-            )  # fmt: skip
+    for tier, mine in streamed(records):
+        times = [1000 * (record.first_s or 0) for record in mine]
+        axes.plot([record.at for record in mine], times, ".", markersize=3, color=COLOURS[tier], label=tier)
     if summary["began"]:
         axes.axvspan(0, summary["began"], color="#eeeeee", label="warm-up")
     axes.set(xlabel="seconds", ylabel="time to first token, ms", yscale="log")

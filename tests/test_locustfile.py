@@ -208,7 +208,7 @@ def test_cold_adapters_are_told_from_warm_ones_and_throughput_from_their_share(s
         stub, tmp_path, "-u", "4", "-r", "100", "--warm-up", "2", "--cold-share", "0,1", "--turn", "3",
         "--hot", "2", "--base-share", "0.2", "--api-key", "secret", "--admin-key", "top",
         "--slo-ttft-ms", "300", "--slo-share", "0.2",
-        seconds=8,
+        seconds=12,  # 8 and what a busy machine needs to begin
     )  # fmt: skip
     assert done.status == 0, done.output
     summary, records = done.summary, done.records
@@ -223,8 +223,8 @@ def test_cold_adapters_are_told_from_warm_ones_and_throughput_from_their_share(s
     assert COLD_S <= tiers["store"]["ttft_s"]["p50"] <= 2.5 * COLD_S
     assert GAP_S * 0.9 <= summary["all"]["inter_token_s"]["p50"] <= 3 * GAP_S
     assert summary["ttft_s"]["cold"]["p50"] > 2 * summary["ttft_s"]["warm"]["p50"]
-    # One turn with none cold and one with all.
-    warm, cold = summary["turns"]
+    # One turn with none cold and one with all, and there may be another.
+    warm, cold, *_ = summary["turns"]
     assert (warm["asked_cold"], cold["asked_cold"]) == (0, 1)
     assert warm["cold_share"] <= 0.2
     assert cold["cold_share"] >= 0.8
@@ -241,8 +241,9 @@ def test_cold_adapters_are_told_from_warm_ones_and_throughput_from_their_share(s
     assert "secret" not in (tmp_path / "out" / "summary.json").read_text()
     page = (tmp_path / "out" / "report.md").read_text()
     assert "secret" not in page
-    assert "| 0% | 1 |" in page
-    assert "| 100% | 1 |" in page
+    assert {"| 0% ", "| 100% "} <= {
+        line[: line.index("|", 1)] for line in page.splitlines() if line.startswith("| ")
+    }
     (series,) = (line for line in page.splitlines() if "qaa_requests_total" in line)
     change = int(series.split("|")[2])
     assert abs(change - len(measured)) <= 8, "what was asked for after the warm-up, and what ran when it ended"

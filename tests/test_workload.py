@@ -242,10 +242,10 @@ def test_an_answer_must_meet_every_limit_that_applies(changed, met):
 def test_failed_and_refused_requests_miss_the_slo_and_unfinished_ones_are_not_judged():
     records = [answer(i, "host", 0.1) for i in range(7)]
     records += [answer(8, "host", 9.0), lost(8, "failed", "500 gone"), lost(9, "refused"), lost(9, "unfinished")]
-    summary = summarise(records, 0.0, 10.0, objective=Objective(first=1.0, share=0.7))
+    summary = summarise(records, 0.0, 10.0, objective=Objective(first_s=1.0, share=0.7))
     assert summary["all"]["attainment"] == 0.7
-    assert summary["slo"] == {"ttft_s": 1.0, "share": 0.7, "met": True}
-    assert summarise(records, 0.0, 10.0, objective=Objective(first=1.0, share=0.71))["slo"]["met"] is False
+    assert summary["slo"] == {"first_s": 1.0, "share": 0.7, "met": True}
+    assert summarise(records, 0.0, 10.0, objective=Objective(first_s=1.0, share=0.71))["slo"]["met"] is False
     assert summary["failures"] == {"500 gone": 1}
     assert summarise([], 0.0, 10.0, objective=Objective())["slo"]["met"] is False
 
