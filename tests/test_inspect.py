@@ -385,6 +385,8 @@ def test_without_a_readable_base_all_but_the_fit_is_checked(
     [
         (["nowhere"], "is not there; give the directory"),
         ([__file__], "is no directory; give the directory"),
+        ([EXAMPLES / "base"], "nor adapter_model.safetensors; give an adapter's own directory\n"),
+        ([EXAMPLES / "adapters"], "such as one in it: brief brief-lora json pirate"),
         ([PIRATE, "--base", "nowhere"], "--base nowhere: the base model 'nowhere' cannot be read"),
         ([PIRATE, "--draw", "out.txt"], "ends in .txt"),
         ([PIRATE, "--plot", "gone/out.png"], "there is no directory"),

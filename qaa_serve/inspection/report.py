@@ -240,7 +240,8 @@ def inspect_adapter(
         with_vllm: ask vLLM's own check of LoRA adapters too.
 
     Raises:
-        InspectionError: if there is no such directory, ``base`` cannot be read, or vLLM is not there.
+        InspectionError: if there is no such directory, or no adapter in it, ``base`` cannot be read, or vLLM is
+            not there.
         AdapterError: if the adapter cannot be served.
     """
     directory = Path(abspath(directory))  # "." has no name, and a link keeps its own
@@ -248,6 +249,13 @@ def inspect_adapter(
         raise InspectionError(
             f"{directory} is {'no directory' if directory.exists() else 'not there'}; give the directory that "
             f"holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    if not any((directory / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE)):
+        inside = sorted(config.parent.name for config in directory.glob(f"*/{CONFIG_FILE}"))
+        more = " ..." if len(inside) > 5 else ""
+        raise InspectionError(
+            f"{directory} holds neither {CONFIG_FILE} nor {WEIGHTS_FILE}; give an adapter's own directory"
+            + (f", such as one in it: {' '.join(inside[:5])}{more}" if inside else "")
         )
     revision = read_revision(directory)
     raw = read_config(directory)
