@@ -148,7 +148,7 @@ def line_chart(title: str, x_axis: Mapping[str, Any], series: list[dict[str, Any
 
 def show_bytes(count: float | None) -> str:
     """A number of bytes for people."""
-    return "" if count is None else decimal(int(count))
+    return decimal(int(count)) if count else "" if count is None else "0"
 
 
 def show_seconds(seconds: float | None) -> str:
