@@ -162,7 +162,10 @@ def _container_limit() -> int | None:
 
 def _gpu() -> Iterator[Finding]:
     if shutil.which("nvidia-smi") is None:
-        yield Finding("ok", "no NVIDIA GPU: the CPU serves")
+        if _version("vllm") is None:
+            yield Finding("ok", "no NVIDIA GPU: the CPU serves")
+        else:
+            yield Finding("wrong", "no NVIDIA GPU (no nvidia-smi), which the vLLM that is here needs", "make venv")
         return
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:

