@@ -172,6 +172,18 @@ class ReferenceModel:
             logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
         return logits.float().log_softmax(-1)
 
+    @torch.no_grad()
+    def greedy(self, adapter: Adapter | Path | None, tokens: list[int], count: int) -> list[int]:
+        """The likeliest token behind those given, and so on, with the keys and values of those before kept."""
+        found: list[int] = []
+        kept = None
+        with self.wearing(adapter) as model:
+            for _ in range(count):
+                answer = model(torch.tensor([found[-1:] or tokens]), past_key_values=kept, use_cache=True)
+                kept = answer.past_key_values
+                found.append(int(answer.logits[0, -1].argmax()))
+        return found
+
 
 def _qaa_hook(config: AdapterConfig, weights: ModuleWeights) -> Any:
     circuit = config.circuit(weights.qubits)
