@@ -7,6 +7,7 @@ that one has begun, [pid, status] that it has ended.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -64,7 +65,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The process that forks, in the environment of the first server that is asked for; it ends with this one."""
+    """The process that forks, in an environment of its own; it ends with this one."""
 
     def __init__(self, environment: Mapping[str, str]):
         self._process = subprocess.Popen(
@@ -140,6 +141,8 @@ def _import_everything() -> None:
     import setproctitle
 
     setproctitle.getproctitle()  # it finds where a title is shown before the environment is another
+    gc.collect()
+    gc.freeze()  # pages that are shared are not copied for the collector
 
 
 def _serve(arguments: list[str], environment: dict[str, str], log: str, cwd: str) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,30 @@ ADMIN_KEY = "admin-of-the-tests"
 #: Below those that Linux gives to whoever asks for any: such a one can go to another before a server is up.
 PORTS = range(12_000, 32_000)
 _given: set[int] = set()
+
+#: Engine and worker are one process, with one thread for all arithmetic: two on two cores, which wait for each
+#: other by spinning, starve the client, who then sees its own pauses of a second and more.
+ONE_PROCESS = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def plain_environment() -> dict[str, str]:
+    """That of these tests without what keeps their own engines in one process."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
+    return environment | {"PYTHONUNBUFFERED": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@cache
+def _fork_server() -> ForkServer:
+    return ForkServer(plain_environment() | ONE_PROCESS)
+
+
+def fork(arguments: list[str], environment: Mapping[str, str], log: Path) -> ForkedProcess:
+    """`qaa-serve` with arguments, in a fork of a process that has imported everything (fork_server.py).
+
+    It takes a sixth of the time, in a process group of its own. What it says is appended to the log, which is
+    there already.
+    """
+    return _fork_server().start(arguments, environment, log)
 
 
 def free_port() -> int:
@@ -46,13 +71,9 @@ def free_port() -> int:
 class ServerProcess:
     """`command` with --port added; `wait_until` is what its log says when it serves.
 
-    `measuring`: engine and worker are one process, unless the command says how many, with one thread for all
-    arithmetic: two on two cores, which wait for each other by spinning, starve the client, who then sees its own
-    pauses of a second and more. `forked`: so too, and nothing is imported (fork_server.py), which takes a sixth of
-    the time.
+    `measuring`: in ONE_PROCESS, unless the command says how many. `forked`: so too, see ``fork``.
+    `watched`: `outside` gets every address elsewhere that one of its processes is connected with.
     """
-
-    _fork_server: ForkServer | None = None
 
     def __init__(
         self,
@@ -62,25 +83,20 @@ class ServerProcess:
         *,
         forked: bool = False,
         measuring: bool = False,
+        watched: bool = False,
         environment: Mapping[str, str] | None = None,
     ):
         self.port = free_port()
         self.log = log
         self._wait_until = wait_until
         self.outside: set[str] = set()
-        # The real thing: engine and worker in processes of their own, which the in-process tests turn off.
         given = environment or {}
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "HF_"))}
-        environment["PYTHONUNBUFFERED"] = "1"
-        environment["XDG_DATA_HOME"] = str(
-            log.with_name(f"{log.name}.data")
-        )  # where uploads go without --adapters
+        environment = plain_environment()
+        environment["XDG_DATA_HOME"] = str(log.with_name(f"{log.name}.data"))  # has uploads without --adapters
         if "--admin-key-file" not in command:
             environment["QAA_SERVE_ADMIN_KEY"] = ADMIN_KEY
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if forked or measuring:
-            environment["OMP_NUM_THREADS"] = "1"
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            environment |= ONE_PROCESS
             if "--distributed-executor-backend" not in command:
                 command = [*command, "--distributed-executor-backend", "uni"]
         command = [*command, "--port", str(self.port)]
@@ -88,8 +104,7 @@ class ServerProcess:
         with log.open("wb") as output:
             if forked:
                 assert command[0] == "qaa-serve"
-                server = ServerProcess._fork_server = ServerProcess._fork_server or ForkServer(environment)
-                self.process = server.start(command[1:], environment | dict(given), log)
+                self.process = fork(command[1:], environment | dict(given), log)
             else:
                 self.process = subprocess.Popen(
                     [str(BIN / command[0]), *command[1:]],
@@ -100,9 +115,8 @@ class ServerProcess:
                 )
         self._tree = psutil.Process(self.process.pid)
         self._watching = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        if not measuring:
-            self._watcher.start()
+        if watched:
+            threading.Thread(target=self._watch, daemon=True).start()
 
     @property
     def url(self) -> str:

@@ -8,13 +8,14 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -30,7 +31,7 @@ import try_stack
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from server_process import free_port, gone
+from server_process import fork, free_port, gone
 
 from qaa_serve.server.metrics import FAMILIES
 
@@ -1207,10 +1208,29 @@ class TestNginx:
 # ----------------------------------------------------------------------------------------------- without a cluster
 
 
+class ForkedStack(try_stack.Stack):
+    """A stack whose servers are forked from a process that has imported everything."""
+
+    def start(
+        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
+    ) -> None:
+        if not name.startswith("server-"):
+            super().start(name, command, environment)
+            return
+        program, *arguments = map(str, command)
+        assert (os.access(program, os.X_OK), Path(program).name) == (True, "qaa-serve")
+        log = self.directory / f"{name}.log"
+        log.touch()
+        self.processes[name] = process = fork(arguments, {**os.environ, **(environment or {})}, log)
+        self.callback(try_stack._end, process)
+
+
 @covers("try_stack.py")
 class TestStack:
     @pytest.mark.vllm
-    def test_the_whole_stack_answers_with_one_server_and_is_counted(self, tmp_path: Path):
+    def test_the_whole_stack_answers_with_one_server_and_is_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
         """Two real servers of a tiny model, nginx and Prometheus as deploy/ configures them, in one command."""
         pytest.importorskip("vllm", reason="vLLM is not installed")
         tool("nginx", "apt-get install nginx-light")
@@ -1221,13 +1241,20 @@ class TestStack:
         make_qaa(tmp_path / "adapters" / "qaa", base, ATTENTION["llama"], 1)
         make_lora(tmp_path / "adapters" / "lora", base, ATTENTION["llama"], 2)
         command = [
-            sys.executable, DEPLOY / "try_stack.py", "--check", "--port", str(free_port()),
-            "--adapters", tmp_path / "adapters", "--", base, "--served-model-name", "base", "--dtype", "float32",
-            "--kv-cache-memory-bytes", "64M", "--adapter-cache-bytes", "64Mi", "--max-num-seqs", "8",
+            "try_stack.py", "--check", "--port", str(free_port()), "--adapters", str(tmp_path / "adapters"), "--",
+            str(base), "--served-model-name", "base", "--dtype", "float32", "--kv-cache-memory-bytes", "64M",
+            "--adapter-cache-bytes", "64Mi", "--max-num-seqs", "8",
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert result.returncode == 0, result.stdout + result.stderr
-        lines = result.stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(try_stack, "Stack", ForkedStack)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            status = try_stack.main()
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+        out, err = capsys.readouterr()
+        assert status == 0, out + err
+        lines = out.splitlines()
         (answered,) = (line for line in lines if line.startswith("answered: "))
         assert set(answered.removeprefix("answered: ").split(", ")) == {"base", "qaa", "lora"}
         assert lines[-2:] == ["counted by Prometheus", "answered with one server gone"]

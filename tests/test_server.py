@@ -72,6 +72,7 @@ def server(root, collector):
                 "--otlp-traces-endpoint", collector.endpoint, *OPTIONS,
             ],
             root / "server.log",
+            watched=True,
         )  # fmt: skip
     try:
         yield server.wait_ready()
@@ -91,10 +92,8 @@ def expected(root):
 
     def greedy(model: str, prompt: str) -> str:
         tokens = [1 if word == "<s>" else int(word[1:]) for word in prompt.split()]
-        start = len(tokens)
-        for _ in range(GREEDY["max_tokens"]):
-            tokens.append(int(reference.logprobs(worn[model], tokens)[-1].argmax()))
-        return " ".join(f"t{token}" for token in tokens[start:] if token > 2)  # special tokens are not shown
+        found = reference.greedy(worn[model], tokens, GREEDY["max_tokens"])
+        return " ".join(f"t{token}" for token in found if token > 2)  # special tokens are not shown
 
     return greedy
 
