@@ -8,16 +8,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_jobs import ForkedJob
 from test_compare import pair, tiny_bert, write_rows
 from tiny_models import make_model
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 
-from qaa_serve.training.compare import cli
+from qaa_serve.training.compare import cli, runner
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +53,9 @@ class Comparison:
         self.arguments += ["--max-new-tokens", "5", "--bertscore-model", str(tiny_bert(directory / "bert"))]
 
     def run(self, *more: str) -> int:
-        return cli.main([*self.arguments, *more])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedJob}))
+            return cli.main([*self.arguments, *more])
 
     @property
     def results(self) -> Any:
