@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -27,16 +28,19 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmar
 
 #: The files that take longest, from the longest on (docs/development.md).
 LONGEST = (
+    "test_console.py",
     "test_hot_swap.py",
     "test_server_life.py",
+    "test_replicas.py",
+    "test_compare_runs.py",
+    "test_console_faults.py",
+    "test_gpu_check.py",
+    "test_cluster.py",
     "test_circuits_backends.py",
+    "test_deploy.py",
     "test_circuits_options.py",
-    "test_console.py",
     "test_tensor_parallel.py",
     "test_example.py",
-    "test_replicas.py",
-    "test_deploy.py",
-    "test_cluster.py",
 )
 
 
@@ -56,6 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
             if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
                 item.add_marker(pytest.mark.slow)  # Triton's interpreter, a hundred times slower than the others
+
+
+def pytest_collection_finish() -> None:
+    # What is imported and collected stays: the garbage collector, which each training calls, need not look at it.
+    gc.collect()
+    gc.freeze()
 
 
 _SET_NUM_THREADS = torch.set_num_threads
