@@ -29,17 +29,17 @@ def server(tmp_path_factory):
         server.stop()
 
 
-@pytest.mark.timeout(1200)  # the server's start, and 750 answers
+@pytest.mark.timeout(1200)  # the server's start, and 375 answers
 def test_held_out_prompts(server, tmp_path):
-    """On every other prompt the base is right in 90 %; each adapter behaves in 90 % and is right in 80 %."""
+    """On every fourth prompt the base is right in 90 %; each adapter behaves in 90 % and is right in 80 %."""
     rows = (EXAMPLE / "data" / "heldout.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "some.jsonl").write_text("".join(rows[::2]))
+    (tmp_path / "some.jsonl").write_text("".join(rows[::4]))
     command = [sys.executable, str(EXAMPLE / "evaluate.py"), "--base-url", f"{server.url}/v1"]
     command += ["--data", str(tmp_path / "some.jsonl")]
     subprocess.run([*command, "--output", str(tmp_path / "scores.json")], check=True, timeout=900)
     scores = {score["model"]: score for score in json.loads((tmp_path / "scores.json").read_text())}
     assert set(scores) == {"assistant", "json", "pirate", "brief", "brief-lora"}
-    assert all(score["prompts"] == 150 for score in scores.values())
+    assert all(score["prompts"] == 75 for score in scores.values())
     assert scores["assistant"]["correct"] >= 0.9
     for name, score in scores.items():
         assert score["behaviour"] >= 0.9, name
