@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
@@ -236,6 +236,16 @@ class TestRows:
 
 
 class TestScores:
+    @pytest.fixture(params=["random", "MiniLM"])
+    def encoder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        pytest.importorskip("bert_score")
+        if request.param == "random":
+            return tiny_bert(tmp_path / "t5-is-in-the-path")
+        directory = Path(__file__).parents[1] / "examples" / "smollm2" / "all-MiniLM-L6-v2"
+        if not directory.is_dir():
+            pytest.skip("examples/smollm2/fetch_encoder.py was not run")
+        return directory
+
     def test_bleu_over_a_corpus_with_several_references(self) -> None:
         texts = ["a b c d e", "f g h i"]
         references = [["q", "a b c d x"], ["f g h i"]]
@@ -266,16 +276,38 @@ class TestScores:
         texts, references = [" a b\n", "c", "D", "e"], [["x", "a b"], ["c d"], ["d"], ["e"]]
         assert exact_match(texts, references) == 50.0
 
-    def test_bertscore_takes_the_best_reference(self, tmp_path: Path) -> None:
+    def test_bertscore_by_its_formula(self, encoder: Path) -> None:
+        """Each token but start and end against the nearest of the other text, by the last layer."""
+        score = BertScore(encoder)
+        tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+        assert score.layers == model.config.num_hidden_layers
+
+        def embedded(text: str) -> torch.Tensor:
+            with torch.no_grad():
+                found = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            return torch.nn.functional.normalize(found, dim=-1)
+
+        text, reference = "a b c t5", "c x t6"
+        cosines = embedded(text) @ embedded(reference).T  # (tokens of the text, of the reference)
+        precision, recall = cosines[1:-1].amax(1).mean(), cosines[:, 1:-1].amax(0).mean()
+        (found,) = score([text], [[reference]])
+        assert found == pytest.approx(100 * float(2 * precision * recall / (precision + recall)), abs=1e-3)
+
+    def test_bertscore_is_of_each_text_against_its_best_reference(self, encoder: Path) -> None:
+        score = BertScore(encoder)
+        same, apart, best, empty = score(
+            ["a b c", "a b c", "a b c", " "], [["a b c"], ["x y"], ["x y", "a b c"], ["a b c"]]
+        )
+        assert [same, best] == pytest.approx([100, 100], abs=1e-3)
+        assert 0 < apart < 99
+        assert empty == 0
+        assert score(["x y"], [["a b c"]]) == [pytest.approx(apart, abs=1e-3)]  # F1 is symmetric
+        assert score([""], [["a"]]) == [0]
+
+    def test_bertscore_of_what_is_no_encoder(self, tmp_path: Path) -> None:
         pytest.importorskip("bert_score")
-        score = BertScore(tiny_bert(tmp_path / "t5-is-in-the-path"))
-        assert score.layers == 2
-        assert score(["a b c"], [["x y", "a b c"]]) == pytest.approx(100, abs=1e-3)
-        apart = score(["a b c"], [["x y"]])
-        assert apart < 99
-        assert score(["a b c", "a b c"], [["a b c"], ["x y"]]) == pytest.approx((100 + apart) / 2, abs=1e-3)
         with pytest.raises(TrainingError, match="must be from 1 to 2"):
-            BertScore(tmp_path / "t5-is-in-the-path", 3)
+            BertScore(tiny_bert(tmp_path / "bert"), 3)
         with pytest.raises(TrainingError, match=r"no directory of a model \(it has no config.json\)"):
             BertScore(tmp_path / "none")
 

@@ -210,6 +210,19 @@ def test_the_same_again_repeats_nothing(comparison: Comparison, capsys: pytest.C
     assert "--retry-failed" in err
 
 
+def test_answers_that_are_there_are_scored_and_not_asked_for_again(comparison: Comparison) -> None:
+    results, scores = comparison.results, list(comparison.report.glob("runs/*/bertscore-*.json"))
+    assert len(scores) == 3  # the base and qaa's two seeds
+    for path in scores:
+        path.unlink()
+    before = comparison.times()
+    assert comparison.run() == 1
+    after = comparison.times()
+    assert after.keys() - before.keys() == {str(path.relative_to(comparison.report)) for path in scores}
+    assert after | before == after
+    assert comparison.results == results
+
+
 def test_what_was_killed_is_trained_again_and_nothing_else(
     comparison: Comparison, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +261,7 @@ def test_differences_to_the_first_variant_are_in_results_and_report(comparison: 
     first, second = comparison.results["variants"]
     assert first["difference"] is None
     means = [variant["summary"]["test_loss"]["mean"] for variant in (first, second)]
+    assert second["difference"].keys() == {"test_loss", "bleu", "rouge_l", "bertscore"}
     found = second["difference"]["test_loss"]
     assert found["difference"] == pytest.approx(means[1] - means[0])
     assert found["low"] <= found["difference"] <= found["high"]

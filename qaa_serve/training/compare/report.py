@@ -135,7 +135,8 @@ def _quality_table(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    columns = [column for column in _QUALITY if column[0] in ("test_loss", "bleu", "rouge_l")]
+    scores = {key for variant in results["variants"] for key in variant["difference"] or ()}
+    columns = [column for column in _QUALITY if column[0] in scores]
     rows = [
         [
             variant["name"],
@@ -270,7 +271,8 @@ def _statements(results: Mapping[str, Any]) -> list[str]:
     ]
     if results["metrics"]["bertscore"]:
         lines.append(
-            f"BERTScore: F1 in percent, the best over a prompt's references, {results['metrics']['bertscore']}."
+            "BERTScore (Zhang et al. 2020): F1 in percent, against the best of a prompt's references, mean over "
+            f"prompts; {results['metrics']['bertscore']}."
         )
     bootstrap = results["bootstrap"]
     if any(variant["difference"] for variant in results["variants"]):

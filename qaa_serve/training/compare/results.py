@@ -56,27 +56,27 @@ def score(evaluation: Evaluation, references: Sequence[Sequence[str]], scorer: B
         return Scored({"reason": f"evaluation: {evaluation.reason()}", "log": log, "scores": None, "texts": None})
     found = text_scores(result["texts"], references)
     scores = found.scores | {"test_loss": result["loss"], "perplexity": math.exp(min(result["loss"], 700.0))}
+    parts = found.statistics | {"test_loss": np.array([result["prompt_nats"], result["prompt_tokens"]]).T}
     if scorer is not None:
-        scores["bertscore"] = _bertscore(evaluation, result["texts"], references, scorer)
-    losses = np.array([result["prompt_nats"], result["prompt_tokens"]]).T
-    return Scored(
-        {"reason": None, "scores": scores, "texts": result["texts"]},
-        {**found.statistics, "test_loss": losses},
-        found.bleu_signature,
-    )
+        by_prompt = _bertscore(evaluation, result["texts"], references, scorer)
+        scores["bertscore"] = sum(by_prompt) / len(by_prompt)
+        parts["bertscore"] = np.array([[value, 1] for value in by_prompt])
+    entry = {"reason": None, "scores": scores, "texts": result["texts"]}
+    return Scored(entry, parts, found.bleu_signature)
 
 
 def _bertscore(
     evaluation: Evaluation, texts: Sequence[str], references: Sequence[Sequence[str]], scorer: BertScore
-) -> float:
+) -> list[float]:
     """From the file that it was kept in, if the same model scored the same texts before."""
-    digest = digest_of([model_digest(scorer.model), scorer.description, evaluation.digest])
+    digest = digest_of(["by prompt", model_digest(scorer.model), scorer.description, evaluation.digest])
     path = evaluation.directory / f"bertscore-{digest[:10]}.json"
     kept = read_json(path)
     if not isinstance(kept, dict) or kept.get("digest") != digest:
         kept = {"digest": digest, "f1": scorer(texts, references)}
         write_json(path, kept)
-    return float(kept["f1"])
+    by_prompt: list[float] = kept["f1"]
+    return by_prompt
 
 
 def run_entry(run: Run, role: str, scored: Scored | None, output: Path) -> dict[str, Any]:
