@@ -404,8 +404,13 @@ def test_one_curve_a_method_through_its_sizes() -> None:
     variant("still", "qaa", 990, [2.0], freeze_angles=True)
     figure = _parameters({"variants": variants, "runs": runs, "base": {"scores": None}})
     assert figure is not None
-    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    (axes,) = figure.axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label()[0] != "_"}
     assert curves == {"qaa": [[1000, 3], [2000, 1.5]], "mine": [[900, 2.5]], "still": [[990, 2]]}
+    one, two = axes.containers[0].lines[2][0].get_segments()  # the bars of qaa: standard deviations over seeds
+    assert one.tolist() == [[1000, 3], [1000, 3]]
+    assert two[:, 1] == pytest.approx([1.5 - 0.5**0.5, 1.5 + 0.5**0.5])
+    assert {"1k", "2k"} <= {text.get_text() for text in axes.get_xticklabels()}
 
 
 def tiny_bert(directory: Path) -> Path:

@@ -155,7 +155,7 @@ def test_report_stands_alone(comparison: Comparison) -> None:
     assert not re.findall(r"//[a-z]|@import|<script|<link", bare)
     sources = re.findall(r'(?:src|srcset)="([^"]{0,30})', html)
     figures = {path.stem for path in (comparison.report / "figures").iterdir()}
-    assert figures == {"loss", "course", "parameters", "quality", "memory", "seconds"}
+    assert figures == {"loss", "course", "validation", "parameters", "quality", "memory", "seconds"}
     assert len(sources) == 2 * len(figures)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     markdown = (comparison.report / "report.md").read_text()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from qaa_serve.training.compare.plan import BASE
 from qaa_serve.training.compare.results import smoothed
@@ -51,13 +52,14 @@ def draw(results: Mapping[str, Any], paper: str = "light") -> dict[str, bytes]:
         paper: ``light`` or ``dark``.
 
     Returns:
-        PNG files by name: ``loss``, ``course``, ``parameters``, ``quality``, ``memory``, ``seconds``.
+        PNG files by name: those of ``report.CAPTIONS``.
     """
     look = _PAPER[paper]
     drawn = {}
     makers: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
         "loss": _loss,
         "course": _course,
+        "validation": _validation,
         "parameters": _parameters,
         **{name: partial(_bars, panels=panels) for name, panels in _BARS.items()},
     }
@@ -93,6 +95,16 @@ def _colours(results: Mapping[str, Any]) -> dict[str, str]:
     return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)} | {BASE: _BASE_COLOUR}
 
 
+def _lines(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each variant's lines look like: dashed where the colours begin anew."""
+    colours = _colours(results)
+    names = [variant["name"] for variant in results["variants"]]
+    return {
+        name: {"color": colours[name], "ls": ("-", "--", ":")[place // len(_COLOURS) % 3], "label": name}
+        for place, name in enumerate(names)
+    }
+
+
 def _finals(results: Mapping[str, Any], variant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A variant's final trainings."""
     return [
@@ -109,7 +121,7 @@ def _new(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequenc
 
 def _loss(results: Mapping[str, Any]) -> Figure | None:
     figure, (axes,) = _new(7, 3.6)
-    colours = _colours(results)
+    looks = _lines(results)
     starts: list[float] = []
     highest = 0.0
     for variant in results["variants"]:
@@ -121,14 +133,11 @@ def _loss(results: Mapping[str, Any]) -> Figure | None:
         steps = min(map(len, curves))  # early stopping ends them at different steps
         columns = [[curve[step] for curve in curves] for step in range(steps)]
         numbers = range(1, steps + 1)
-        colour = colours[variant["name"]]
-        axes.plot(
-            numbers, [sum(column) / len(column) for column in columns], color=colour, lw=1.6, label=variant["name"]
-        )
+        look = looks[variant["name"]]
+        axes.plot(numbers, [sum(column) / len(column) for column in columns], lw=1.6, **look)
         if len(curves) > 1:
-            axes.fill_between(
-                numbers, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, lw=0
-            )
+            lowest, most = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(numbers, lowest, most, color=look["color"], alpha=0.2, lw=0)
     if not starts:
         return None
     if highest > 1.5 * max(starts):  # one that went astray would press the others flat
@@ -140,25 +149,47 @@ def _loss(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def _first_seeds(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By variant, the record of its first seed's training."""
+    finals = {variant["name"]: _finals(results, variant) for variant in results["variants"]}
+    return {name: runs[0]["training"] for name, runs in finals.items() if runs}
+
+
 def _course(results: Mapping[str, Any]) -> Figure | None:
     """Gradient norm and learning rate of every step, of each variant's first seed."""
-    figure, axes = _new(8, 3.2, 2)
-    first = {
-        variant["name"]: finals[0]["training"]
-        for variant in results["variants"]
-        if (finals := _finals(results, variant))
-    }
+    first, looks = _first_seeds(results), _lines(results)
     if not any(record.get("grad_norms") for record in first.values()):
         return None
-    colours = _colours(results)
+    figure, axes = _new(8, 3.2, 2)
     for place, key, text in zip(
         axes, ("grad_norms", "learning_rates"), ("gradient norm before clipping", "learning rate"), strict=True
     ):
         for name, record in first.items():
             values = record.get(key) or ()
-            place.plot(range(1, len(values) + 1), values, color=colours[name], lw=1, label=name)
+            place.plot(range(1, len(values) + 1), values, lw=1, **looks[name])
         place.set_yscale("log", nonpositive="mask")
         place.set(xlabel="step", ylabel=text)
+    axes[0].legend()
+    return figure
+
+
+def _validation(results: Mapping[str, Any]) -> Figure | None:
+    """Loss and scores of every evaluation on the validation rows, of each variant's first seed."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}  # title -> variant -> step and value
+    for name, record in _first_seeds(results).items():
+        for step, loss in record["evaluations"]:
+            panels.setdefault("validation loss (nats a token)", {}).setdefault(name, []).append((step, loss))
+        for step, scores in record.get("evaluation_scores", ()):
+            for metric, score in scores.items():
+                panels.setdefault(f"{metric} (%)", {}).setdefault(name, []).append((step, score))
+    if not panels:
+        return None
+    figure, axes = _new(4 * len(panels), 3.2, len(panels))
+    looks = _lines(results)
+    for place, (title, curves) in zip(axes, panels.items(), strict=True):
+        for name, points in curves.items():
+            place.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1, **looks[name])
+        place.set(xlabel="step", ylabel=title)
     axes[0].legend()
     return figure
 
@@ -172,35 +203,39 @@ def _curve(variant: Mapping[str, Any]) -> str:
 
 def _parameters(results: Mapping[str, Any]) -> Figure | None:
     figure, (axes,) = _new(7, 3.8)
-    curves: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}  # name of a variant, size and loss by seed
+    curves: dict[str, list[tuple[str, float, list[float]]]] = {}  # names of variants, sizes, losses by seed
     for variant in results["variants"]:
-        seeds = [
-            (run["training"]["trainable"], run["scores"]["test_loss"])
-            for run in _finals(results, variant)
-            if run["scores"]
-        ]
-        if seeds:
-            curves.setdefault(_curve(variant), []).append((variant["name"], seeds))
+        runs = [run for run in _finals(results, variant) if run["scores"]]
+        if runs:
+            size = fmean(run["training"]["trainable"] for run in runs)
+            losses = [run["scores"]["test_loss"] for run in runs]
+            curves.setdefault(_curve(variant), []).append((variant["name"], size, losses))
     if not curves:
         return None
-    for place, (curve, variants) in enumerate(curves.items()):
-        look: Any = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
-        across, up = zip(*(seed for _, seeds in variants for seed in seeds), strict=True)
-        axes.scatter(across, up, s=16, alpha=0.45, lw=0, **look)
-        means = sorted(tuple(map(fmean, zip(*seeds, strict=True))) for _, seeds in variants)
-        label = curve if len(variants) > 1 else variants[0][0]
-        axes.plot(*zip(*means, strict=True), ms=7, lw=1.2, label=label, **look)
+    axes.set_xscale("log")
+    for place, (curve, points) in enumerate(curves.items()):
+        points.sort(key=lambda point: point[1])
+        sizes, means = [size for _, size, _ in points], [fmean(losses) for _, _, losses in points]
+        spreads = [stdev(losses) if len(losses) > 1 else 0.0 for _, _, losses in points]
+        label = curve if len(points) > 1 else points[0][0]
+        look: Any = {"color": _COLOURS[place % len(_COLOURS)], "lw": 1.2}
+        edge = {"mec": axes.get_facecolor(), "mew": 0.8}  # markers of one size and loss are told apart
+        axes.plot(sizes, means, marker=_MARKERS[place % len(_MARKERS)], ms=7.5, label=label, **edge, **look)
+        axes.errorbar(sizes, means, spreads, fmt="none", capsize=2 + place, **look)
     scores = results["base"]["scores"]
     if scores:
-        losses = [loss for variants in curves.values() for _, seeds in variants for _, loss in seeds]
+        losses = [loss for points in curves.values() for _, _, losses in points for loss in losses]
         look = {"color": _BASE_COLOUR, "lw": 1, "ls": "--"}
         if scores["test_loss"] <= 2 * max(losses) - min(losses):
             axes.axhline(scores["test_loss"], label=BASE, **look)
         else:  # far above all: it would press the others together
             axes.plot([], [], label=f"{BASE}: {scores['test_loss']:.3f}", **look)
-    axes.set_xscale("log")
     axes.set(xlabel="trained parameters", ylabel="test loss (nats a token)")
     axes.margins(x=0.12, y=0.12)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k, 1M
+    axes.xaxis.set_minor_locator(NullLocator())
     figure.legend(loc="outside right upper")
     return figure
 

@@ -18,11 +18,12 @@ from qaa_serve.training.compare.plan import BASE, options_text
 #: Figure -> what it shows.
 CAPTIONS = {
     "quality": "Scores on the test set; lines: standard deviation over seeds.",
-    "parameters": "Trained parameters against the loss on the test set; large: mean over seeds, small: each seed; "
-    "a line joins the variants of a method.",
+    "parameters": "Trained parameters against the loss on the test set; mean over seeds, bars: standard "
+    "deviation; a line joins the variants of a method.",
     "loss": "Smoothed training loss; band: smallest to largest over seeds; dashed: the loss of 'steps to loss'. "
     "Curves that rise far above the start are cut.",
     "course": "Gradient norm and learning rate of each variant's first seed.",
+    "validation": "Loss on the validation rows, and scores of answers to them, of each variant's first seed.",
     "memory": "Memory of a training; lines: standard deviation over seeds.",
     "seconds": "Time of an optimiser step; lines: standard deviation over seeds.",
 }
