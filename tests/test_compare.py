@@ -18,11 +18,18 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 
 from qaa_serve.training import TrainingError, TrainOptions, train
+from qaa_serve.training.answers import generate
 from qaa_serve.training.compare import cli
-from qaa_serve.training.compare.evaluate import generate
 from qaa_serve.training.compare.figures import _parameters
 from qaa_serve.training.compare.files import model_digest, owned
-from qaa_serve.training.compare.metrics import (
+from qaa_serve.training.compare.paired import differences
+from qaa_serve.training.compare.plan import Variant, make_plan, read_config
+from qaa_serve.training.compare.results import at_the_edge, smoothed, summarise
+from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
+from qaa_serve.training.compare.study import best_point
+from qaa_serve.training.loss import row_losses
+from qaa_serve.training.methods import COMPARED
+from qaa_serve.training.metrics import (
     BertScore,
     bleu,
     bleu_from,
@@ -31,14 +38,7 @@ from qaa_serve.training.compare.metrics import (
     text_scores,
     unseen_by_rouge,
 )
-from qaa_serve.training.compare.paired import differences
-from qaa_serve.training.compare.plan import Variant, make_plan, read_config
-from qaa_serve.training.compare.results import at_the_edge, smoothed, summarise
-from qaa_serve.training.compare.rows import as_test_set, notes_on, read_rows, split
-from qaa_serve.training.compare.runner import Run, make_run, run_process, tail, why
-from qaa_serve.training.compare.study import best_point
-from qaa_serve.training.loss import row_losses
-from qaa_serve.training.methods import COMPARED
+from qaa_serve.training.rows import as_test_set, notes_on, read_rows, split
 from qaa_serve.training.trained import load_trained
 
 

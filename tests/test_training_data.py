@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qaa_serve.training import TrainingError
-from qaa_serve.training.compare.rows import read_rows
 from qaa_serve.training.data import IGNORED, Examples, RowError, collate, encode_row, read_examples
+from qaa_serve.training.rows import read_rows
 
 TEMPLATE = """\
 {%- if tools %}<t>{{ tools | length }}{% endif -%}

@@ -193,12 +193,14 @@ def test_two_processes_train_as_one(base: Path, data: Path) -> None:
         "".join(f'{{"prompt": "x", "completion": "{"ab~"[n % 3] * (1 + 5 * n)}"}}\n' for n in range(7))
     )
     given = {"max_steps": 6, "batch_size": 4, "lr": 1e-3, "accept_worse": True, "eval_data": held, "eval_steps": 2}
+    given |= {"eval_metrics": ("rouge1",), "eval_max_new_tokens": 4}  # one prompt: a process has none to answer
     one = train(options(base, data, output=data.parent / "one", **given))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "qaa_serve.cli", "train",
         "--model", base, "--data", data, "--output", data.parent / "two", "--batch-size", "2", "--max-steps", "6",
         "--lr", "0.001", "--eval-data", held, "--eval-steps", "2", "--accept-worse",
+        "--eval-metrics", "rouge1", "--eval-max-new-tokens", "4",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
@@ -207,6 +209,7 @@ def test_two_processes_train_as_one(base: Path, data: Path) -> None:
     two = record(data.parent / "two")
     assert two["losses"] == pytest.approx(one.losses, abs=2e-3)
     assert [step for step, _ in two["evaluations"]] == [0, 2, 4, 6]
+    assert two["evaluation_scores"][0] == list(one.evaluation_scores[0])
     assert two["base_eval_loss"] == pytest.approx(one.base_eval_loss, abs=1e-5)
     assert two["eval_loss"] == pytest.approx(one.eval_loss, abs=2e-3)
     assert sorted(files(data.parent / "two")) == sorted(files(data.parent / "one"))

@@ -55,6 +55,9 @@ def model_card(method: Method | type[Method], record: dict[str, Any]) -> str:
             f"{record['base_eval_loss']:.4f} before, {record['eval_loss']:.4f} after step "
             f"{record['best_step']:,}, which was the best"
         )
+        if scores := dict(record["evaluation_scores"]):
+            kept = scores[record["best_step"]]
+            facts |= {f"{name} on it": f"{scores[0][name]:.1f} before, {kept[name]:.1f} after" for name in kept}
     hidden = names(card=False)
     facts |= {name.replace("_", " "): _shown(value) for name, value in options.items() if name not in hidden}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -39,6 +39,9 @@ example:
 #: Packages that only the extra `train` brings.
 _EXTRA = ("accelerate", "datasets", "peft", "transformers", "yaml")
 
+#: And those of the extra `compare` that --eval-metrics needs.
+_EXTRA_OF_METRICS = ("rouge_score", "sacrebleu")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``qaa-serve train``."""
@@ -120,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         options = options_of(given)
         return _run(options, args.dry_run)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        if error.name not in (*_EXTRA, *_EXTRA_OF_METRICS):
             raise
         print(f"qaa-serve train: {_missing(error)}", file=sys.stderr)
         return 2
@@ -157,6 +160,8 @@ def _run(options: TrainOptions, dry: bool) -> int:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
+    if error.name in _EXTRA_OF_METRICS:
+        return f'{error.name} is not installed; --eval-metrics needs the extra: pip install "qaa-serve[compare]"'
     return f'{error.name} is not installed; training needs the extra: pip install "qaa-serve[train]"'
 
 
@@ -173,8 +178,9 @@ def _summary(options: TrainOptions, result: TrainResult) -> str:
     if result.eval_loss is not None:
         lines.append(
             f"evaluation loss {result.base_eval_loss:.3f} (before) -> {result.eval_loss:.3f} "
-            f"(best, at step {result.best_step:,})"
+            f"(best by {options.best_by}, at step {result.best_step:,})"
         )
+    lines += [f"{name} {before:.1f} (before) -> {after:.1f}" for name, (before, after) in result.scores.items()]
     lines += [f"saved in {result.output}", usage(get_method(options.method), options.to_json())]
     if options.method == "qaa" and (rank := load_adapter(result.output).rank) > SERVED_RANK:
         lines.append(f"(its rank is {rank}, and a server takes {SERVED_RANK} by default: see --max-lora-rank)")

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qaa_serve.adapters.staging import staged
+from qaa_serve.training.answers import score_answers
 from qaa_serve.training.card import model_card
 from qaa_serve.training.data import collate
 from qaa_serve.training.errors import DivergedError, Interrupted, TrainingError, WorseError
@@ -58,9 +60,9 @@ def train(options: TrainOptions) -> TrainResult:
         with without_cache(run.model):
             result = _fit(run, checkpoints, resume_from)
         if result.is_worse and not options.accept_worse:
-            before, after = result.compared
+            what, before, after = result.compared
             raise WorseError(
-                f"the training made it worse: loss {before:.3f} before, {after:.3f} after, on the "
+                f"the training made it worse: {what} {before:.3f} before, {after:.3f} after, on the "
                 f"{'evaluation data' if result.evaluations else 'training data'}. Nothing was saved: try a lower "
                 "--lr with --overwrite, or keep it with --resume --accept-worse"
             )
@@ -142,7 +144,18 @@ def _fit(run: Prepared, checkpoints: Path, resume_from: Path | None) -> TrainRes
     evaluates = run.eval_rows is not None
     every = options.eval_steps if evaluates else options.save_steps
     interval = {"strategy": "epoch" if every is None else "steps", "steps": every or 500}
-    progress = Progress(quiet=not is_main_process(), patience=options.patience)
+    best_by = f"eval_{options.best_by}"
+    scores = None
+    if run.eval_prompts:
+        scores = partial(
+            score_answers,
+            tokenizer=run.tokenizer,
+            prompts=run.eval_prompts,
+            metrics=options.eval_metrics,
+            batch_size=options.batch_size,
+            max_new_tokens=options.eval_max_new_tokens,
+        )
+    progress = Progress(quiet=not is_main_process(), patience=options.patience, best_by=best_by)
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -163,8 +176,8 @@ def _fit(run: Prepared, checkpoints: Path, resume_from: Path | None) -> TrainRes
             save_steps=interval["steps"],
             save_total_limit=1,
             load_best_model_at_end=evaluates,
-            metric_for_best_model="eval_loss" if evaluates else None,
-            greater_is_better=False if evaluates else None,
+            metric_for_best_model=best_by if evaluates else None,
+            greater_is_better=options.best_by != "loss" if evaluates else None,
             logging_strategy="steps",
             logging_steps=options.logging_steps,
             logging_first_step=True,
@@ -185,6 +198,7 @@ def _fit(run: Prepared, checkpoints: Path, resume_from: Path | None) -> TrainRes
         kind, more = AdapterTrainer.get_optimizer_cls_and_kwargs(arguments, run.model)
         trainer = AdapterTrainer(
             lengths=[len(row["input_ids"]) for row in run.rows.rows],
+            scores=scores,
             model=run.model,
             args=arguments,
             train_dataset=run.rows,
@@ -220,7 +234,7 @@ def _fit(run: Prepared, checkpoints: Path, resume_from: Path | None) -> TrainRes
     if flow.stopped_by is not None and state.global_step < state.max_steps and not progress.stopped_early:
         raise Interrupted(state.global_step, state.max_steps, flow.stopped_by)
     history = state.log_history
-    evaluations = tuple((entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry)
+    evaluations = [entry for entry in history if "eval_loss" in entry]
     return TrainResult(
         output=options.output,
         target_modules=tuple(run.targets),
@@ -235,7 +249,13 @@ def _fit(run: Prepared, checkpoints: Path, resume_from: Path | None) -> TrainRes
         losses=tuple(entry["loss"] for entry in history if "loss" in entry),
         grad_norms=tuple(entry["grad_norm"] for entry in history if "grad_norm" in entry),
         learning_rates=tuple(entry["learning_rate"] for entry in history if "learning_rate" in entry),
-        evaluations=evaluations,
+        evaluations=tuple((entry["step"], entry["eval_loss"]) for entry in evaluations),
+        evaluation_scores=tuple(
+            (entry["step"], {name: entry[f"eval_{name}"] for name in options.eval_metrics})
+            for entry in evaluations
+            if options.eval_metrics
+        ),
+        best_by=options.best_by,
         probe=(before, _mean_loss(run.model, probed)) if probed else None,
         seconds=seconds,
         seconds_per_step=flow.seconds_per_step,

@@ -16,6 +16,9 @@ Answers: TypeAlias = Literal["all", "last"]
 #: What the learning rate does after the warm-up, by transformers' names.
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 
+#: A score of answers, in percent.
+Metric: TypeAlias = Literal["bleu", "rouge1", "rouge2", "rouge_l", "exact_match"]
+
 WHAT, ADAPTER, COURSE = "what to train, on what", "the adapter", "the course of training"
 ROWS, MACHINE, SHOWN = "the rows", "the machine", "what is told, and to whom"
 
@@ -97,8 +100,21 @@ class TrainOptions:
     eval_steps: int | None = option(
         None, "steps from one evaluation on --eval-data to the next (default: an epoch)", group=COURSE, above=0
     )
+    eval_metrics: tuple[Metric, ...] = option(
+        (), "at each evaluation, have the prompts of --eval-data answered too, and score the answers (needs the "
+        "extra compare)",
+        group=COURSE,
+    )  # fmt: skip
+    eval_prompts: int = option(
+        32, "prompts to have answered for it at most, taken evenly from --eval-data", group=COURSE, above=0,
+        card=False,
+    )  # fmt: skip
+    eval_max_new_tokens: int = option(128, "tokens of such an answer at most", group=COURSE, above=0, card=False)
+    best_by: Literal["loss", Metric] = option(
+        "loss", "what says which state is best: the loss on --eval-data, or one of --eval-metrics", group=COURSE
+    )
     patience: int | None = option(
-        None, "stop after N evaluations without a lower loss (default: never)", group=COURSE, above=0
+        None, "stop after N evaluations that are not better (default: never)", group=COURSE, above=0
     )
     save_steps: int | None = option(
         None, "steps from one checkpoint to the next, without --eval-data (default: an epoch)",
@@ -157,9 +173,11 @@ class TrainOptions:
                 f"--data-weights has {len(self.data_weights)} numbers for {len(self.sources)} sources of --data: "
                 "give one for each"
             )
-        for name in ("eval_steps", "patience"):
-            if getattr(self, name) is not None and self.eval_data is None:
+        for name in ("eval_steps", "eval_metrics", "patience"):
+            if getattr(self, name) not in (None, ()) and self.eval_data is None:
                 raise TrainingError(f"{flag(name)} needs --eval-data")
+        if self.best_by not in ("loss", *self.eval_metrics):
+            raise TrainingError(f"--best-by {self.best_by} needs --eval-metrics {self.best_by}")
         if self.save_steps is not None and self.eval_data is not None:
             raise TrainingError(
                 "--save-steps: with --eval-data a checkpoint follows each evaluation: use --eval-steps"

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.methods import Method, Setting, check_shared, configured, get_method
 from qaa_serve.training.options import TrainOptions
 from qaa_serve.training.result import RECORD_FILE
+from qaa_serve.training.rows import as_test_set, check_positions, read_rows
 from qaa_serve.training.targets import resolve_targets
 from qaa_serve.training.trainer import is_main_process, planned_steps, world_size
 
@@ -49,6 +51,7 @@ class Prepared:
         tokenizer: the base's.
         rows: to train on, packed if so asked.
         eval_rows: to evaluate on; None: there are none.
+        eval_prompts: to have answered at each evaluation: ``ids`` and ``references`` of each.
         targets: the layers to adapt; empty: the method adapts none.
         model: the base as the method built on it.
     """
@@ -61,6 +64,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     rows: Examples
     eval_rows: Examples | None
+    eval_prompts: list[dict[str, Any]]
     targets: list[str]
     model: nn.Module
 
@@ -132,6 +136,7 @@ def prepare(options: TrainOptions) -> Prepared:
         rows = rows.packed(max_length)
         eval_rows = eval_rows and eval_rows.packed(max_length)
         _check_packing(base)
+    prompts = _eval_prompts(options, base, tokenizer)
     targets: list[str] = []
     if method.adapts_layers:
         targets = resolve_targets(
@@ -144,7 +149,25 @@ def prepare(options: TrainOptions) -> Prepared:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from error
     rate = method.learning_rate if options.lr is None else options.lr
-    return Prepared(options, method, rate, max_length, total, tokenizer, rows, eval_rows, targets, model)
+    return Prepared(options, method, rate, max_length, total, tokenizer, rows, eval_rows, prompts, targets, model)
+
+
+def _eval_prompts(
+    options: TrainOptions, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """What is to be answered for ``--eval-metrics``, evenly over the evaluation data."""
+    if not options.eval_metrics:
+        return []
+    for package in ("rouge_score", "sacrebleu"):  # not to be missed first after hours
+        import_module(package)
+    source = str(options.eval_data)
+    read = read_rows(source, tokenizer, answers=options.answers, skip_bad_rows=options.skip_bad_rows)
+    prompts: list[dict[str, Any]] = as_test_set(read.rows)["prompts"]
+    number = min(options.eval_prompts, len(prompts))
+    prompts = [prompts[place * len(prompts) // number] for place in range(number)]
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    check_positions(prompts, limit, options.eval_max_new_tokens, source, "--eval-max-new-tokens")
+    return prompts
 
 
 def combined(parts: list[Examples], weights: tuple[float, ...], seed: int) -> Examples:

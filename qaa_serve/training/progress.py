@@ -29,12 +29,19 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     Args:
         stream: where to write; None: stderr.
         quiet: write nothing.
-        patience: stop after so many evaluations without a lower loss; None: never.
+        patience: stop after so many evaluations that are not better; None: never.
+        best_by: what says which is better: ``eval_loss``, or a score of the evaluations.
     """
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False, patience: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+        patience: int | None = None,
+        best_by: str = "eval_loss",
+    ) -> None:
         self.stopped_early = False
-        self._patience = patience
+        self._patience, self._best_by = patience, best_by
         self._console = Console(file=stream or sys.stderr, quiet=quiet)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("training"),
@@ -89,12 +96,16 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
-        """Takes the loss of an evaluation. Patience is counted from the history, which checkpoints keep."""
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and entry["step"]]
-        if self._patience is not None and losses and len(losses) - 1 - losses.index(min(losses)) >= self._patience:
+        """Takes what an evaluation found. Patience is counted from the history, which checkpoints keep."""
+        key = self._best_by
+        found = [entry[key] for entry in state.log_history if key in entry and entry["step"]]
+        best = (min if key == "eval_loss" else max)(found, default=None)
+        if self._patience is not None and found and len(found) - 1 - found.index(best) >= self._patience:
             self.stopped_early = control.should_training_stop = True
+        scores = {name: score for name, score in metrics.items() if name != "eval_loss"}
+        text = "".join(f", {name.removeprefix('eval_')} {score:.1f}" for name, score in scores.items())
         self._bar.console.print(
-            f"step {state.global_step}, evaluation loss {metrics['eval_loss']:.3f}", highlight=False
+            f"step {state.global_step}, evaluation loss {metrics['eval_loss']:.3f}{text}", highlight=False
         )
 
     def _is_line_due(self, state: TrainerState) -> bool:

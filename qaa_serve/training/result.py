@@ -20,7 +20,7 @@ RECORD_FILE = "training.json"
 RECORD_FORMAT = 1
 
 #: Of a result, what is not in the record under the same name.
-_UNRECORDED = ("output", "rows", "probe", "notes")
+_UNRECORDED = ("output", "rows", "probe", "notes", "best_by")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class TrainResult:
         rows: number of rows trained on.
         steps: optimiser steps.
         tokens: gone through in all of them, as an average over the rows.
-        best_step: step whose state was kept, the one with the lowest evaluation loss; None without evaluation.
+        best_step: step whose state was kept, the best one by ``best_by``; None without evaluation.
+        best_by: ``loss``, or the score of the evaluations that says what is best.
         losses: loss of every step, in nats a token.
         grad_norms: norm of every step's gradient before clipping; empty without clipping.
         learning_rates: of every step.
         evaluations: (step, loss) of every evaluation, the first one before training.
+        evaluation_scores: (step, percent by metric) of every evaluation; empty if none were asked for.
         probe: loss on a few of the training rows before and after; None with evaluation data.
         seconds: duration of the training loop; after a resumption that of its last part.
         seconds_per_step: median duration of a step, evaluation left out.
@@ -57,10 +59,12 @@ class TrainResult:
     steps: int
     tokens: int
     best_step: int | None
+    best_by: str
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     learning_rates: tuple[float, ...]
     evaluations: tuple[tuple[int, float], ...]
+    evaluation_scores: tuple[tuple[int, Mapping[str, float]], ...]
     probe: tuple[float, float] | None
     seconds: float
     seconds_per_step: float
@@ -88,16 +92,34 @@ class TrainResult:
         return dict(self.evaluations)[self.best_step] if self.best_step is not None else None
 
     @property
-    def compared(self) -> tuple[float, float]:
-        """Loss before and after, on the evaluation rows or else on some of those trained on."""
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """By metric of the evaluations: in percent, before training and of the state that was kept."""
+        if self.best_step is None or not self.evaluation_scores:
+            return {}
+        before, after = self.evaluation_scores[0][1], dict(self.evaluation_scores)[self.best_step]
+        return {name: (before[name], after[name]) for name in before}
+
+    @property
+    def compared(self) -> tuple[str, float, float]:
+        """What says whether the training helped, before and after it.
+
+        The score that the state was kept by if it changed, else the loss: on the evaluation rows or else on some
+        of those trained on.
+        """
+        if self.best_by != "loss":
+            before, after = self.scores[self.best_by]
+            if before != after:
+                return self.best_by, before, after
         if self.base_eval_loss is not None and self.eval_loss is not None:
-            return self.base_eval_loss, self.eval_loss
-        return self.probe or (0.0, 0.0)
+            return "loss", self.base_eval_loss, self.eval_loss
+        return "loss", *(self.probe or (0.0, 0.0))
 
     @property
     def is_worse(self) -> bool:
         """Whether the training did more harm than good. The few rows of the probe may be a hundredth off."""
-        before, after = self.compared
+        what, before, after = self.compared
+        if what != "loss":
+            return after < before
         return not after <= before * (1.0 if self.evaluations else 1.01)
 
 

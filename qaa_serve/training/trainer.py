@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,12 +37,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         lengths: tokens of each row of ``train_dataset``: rows of like length share a batch.
+        scores: of a model, by name, to be taken at each evaluation beside the loss; None: none.
         **options: Trainer's own.
     """
 
-    def __init__(self, *, lengths: list[int], **options: Any) -> None:
+    def __init__(
+        self, *, lengths: list[int], scores: Callable[[nn.Module], dict[str, float]] | None, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self._lengths = lengths
+        self._lengths, self._scores = lengths, scores
         self._unread: list[tuple[int, float | None, float | None, torch.Tensor, Any]] = []
         self.saved_for_backward: int | None = None
         self.order: LengthGrouped | None = None
@@ -62,12 +65,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss over the evaluation rows, a share a process. Trainer's own is a mean of batches' means."""
+        """The loss over the evaluation rows, a share a process, and scores. Trainer's own is a mean of means."""
         rows = self.eval_dataset.rows[self.args.process_index :: self.args.world_size]
         sums = row_losses(self.model, rows, self.args.eval_batch_size).sum(0)
         loss, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {"eval_loss": loss / tokens}
-        self.log(metrics)
+        if self._scores is not None:
+            metrics |= {f"eval_{name}": score for name, score in self._scores(self.model).items()}
+        self.log(dict(metrics))  # which adds the epoch
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )

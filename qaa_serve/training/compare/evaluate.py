@@ -6,14 +6,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers.utils import logging
 
+from qaa_serve.training.answers import generate, text_of_answer
 from qaa_serve.training.compare.files import write_json
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.loss import row_losses
@@ -73,57 +71,12 @@ def main(job_file: Path) -> int:
         "tokens": int(tokens),
         "prompt_nats": losses[:, 0].tolist(),
         "prompt_tokens": losses[:, 1].int().tolist(),
-        "texts": [
-            tokenizer.decode(answers[place], skip_special_tokens=True).strip() for place in range(len(prompts))
-        ],
+        "texts": [text_of_answer(tokenizer, answers[place]) for place in range(len(prompts))],
         "generated_tokens": sum(map(len, answers.values())),
         "seconds": time.perf_counter() - started,
     }
     write_json(Path(job["output"]), result)
     return 0
-
-
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, batch_size: int, max_new_tokens: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Answer prompts greedily, in batches padded on the left, the longest prompts first.
-
-    Args:
-        model: a causal language model; its device is used.
-        tokenizer: names the end token; the model's own end tokens end an answer too, as when it is served.
-        prompts: token ids.
-        batch_size: prompts at once.
-        max_new_tokens: after which an answer is cut.
-
-    Yields:
-        A prompt's place in ``prompts`` and the tokens of its answer, without the end token.
-    """
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=0,  # what is padded is masked or cut off; a tokenizer's own may have no embedding
-    )
-    # The model's own settings (temperature, repetition penalty, ...) would come back for what is not set here.
-    for owner in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
-        owner.generation_config = config
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        longest = len(prompts[places[0]])
-        gaps = [longest - len(prompts[place]) for place in places]
-        ids = torch.tensor([[0] * gap + prompts[place] for gap, place in zip(gaps, places, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
-        out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
-        for place, answer in zip(places, out[:, longest:].tolist(), strict=True):
-            end = next((position for position, token in enumerate(answer) if token in ends), len(answer))
-            yield place, answer[:end]
 
 
 if __name__ == "__main__":

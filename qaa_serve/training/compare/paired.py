@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qaa_serve.training.compare.metrics import bleu_from
+from qaa_serve.training.metrics import bleu_from
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,10 +20,10 @@ from qaa_serve.training.methods import COMPARED, METHODS, get_method, own_option
 from qaa_serve.training.options import TrainOptions, names
 
 #: Options whose single value is a list already.
-_LISTS = frozenset({"target_modules", "exclude_modules", "layers_to_transform"})
+_LISTS = frozenset(field.name for field in dataclasses.fields(TrainOptions) if field.default == ())
 
 #: Options that have a training stop or evaluate by validation rows.
-_NEED_VALIDATION = frozenset({"patience", "eval_steps"})
+_NEED_VALIDATION = frozenset({"patience", "eval_steps", "eval_metrics"})
 
 _TOP_KEYS = ("common", "methods", "seeds", "validation", "controls")
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from qaa_serve.training.compare import paired
 from qaa_serve.training.compare.files import model_digest, read_json, write_json
-from qaa_serve.training.compare.metrics import BertScore, text_scores
 from qaa_serve.training.compare.plan import Variant, differing, digest_of
 from qaa_serve.training.compare.runner import Evaluation, Run
 from qaa_serve.training.methods import get_method, own_options
+from qaa_serve.training.metrics import BertScore, text_scores
 
 #: Of results.json; raised when a key changes its meaning or goes away.
 RESULTS_FORMAT = 1

@@ -15,7 +15,6 @@ from qaa_serve import __version__
 from qaa_serve.training.compare import paired
 from qaa_serve.training.compare.evaluate import EVALUATION_FORMAT
 from qaa_serve.training.compare.files import model_digest, owned, write_bytes, write_json
-from qaa_serve.training.compare.metrics import BertScore, unseen_by_rouge
 from qaa_serve.training.compare.plan import BASE, Variant, check_options, differing, digest_of, options_text
 from qaa_serve.training.compare.results import (
     RESULTS_FORMAT,
@@ -27,12 +26,13 @@ from qaa_serve.training.compare.results import (
     take_steps_to_loss,
     variant_entry,
 )
-from qaa_serve.training.compare.rows import Row, as_test_set, by_prompt, notes_on, read_rows, split
 from qaa_serve.training.compare.runner import Evaluation, Reporter, Run, execute, make_evaluation, make_run
 from qaa_serve.training.compare.settings import Settings
 from qaa_serve.training.data import Usable
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.methods import Setting, configured, get_method, own_options
+from qaa_serve.training.metrics import BertScore, unseen_by_rouge
+from qaa_serve.training.rows import Row, as_test_set, by_prompt, check_positions, notes_on, read_rows, split
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def prepare(settings: Settings) -> Material:
             vocabulary=getattr(config.get_text_config(), "vocab_size", None),
             answers=common.get("answers", "all"),
             skip_bad_rows=bool(common.get("skip_bad_rows", False)),
+            remedy="skip_bad_rows: true among the common options",
         )
 
     rows, test = read(settings.data), read(settings.eval_data)
@@ -122,17 +123,9 @@ def prepare(settings: Settings) -> Material:
 
 
 def _fitting(test_set: dict[str, Any], config: Any, settings: Settings) -> dict[str, Any]:
-    """The test set, once it is sure that the base has positions enough for it."""
+    """The test set, its rows cut to the positions that the base has."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return test_set
-    longest = max(len(prompt["ids"]) for prompt in test_set["prompts"])
-    if longest + settings.max_new_tokens > limit:
-        raise TrainingError(
-            f"{settings.eval_data}: the longest prompt has {longest} tokens, which with --max-new-tokens "
-            f"{settings.max_new_tokens} is more than the {limit} that the base model takes: leave out such rows "
-            "or lower --max-new-tokens"
-        )
+    check_positions(test_set["prompts"], limit, settings.max_new_tokens, settings.eval_data, "--max-new-tokens")
     for row in test_set["rows"]:
         row["input_ids"], row["labels"] = row["input_ids"][:limit], row["labels"][:limit]
     return test_set

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def read_rows(
     vocabulary: int | None = None,
     answers: Answers = "all",
     skip_bad_rows: bool = False,
+    remedy: str = "--skip-bad-rows",
 ) -> Usable[Row]:
     """Read rows in the forms that training takes.
 
@@ -62,6 +63,7 @@ def read_rows(
         vocabulary: number of the base's embeddings, which no token may be beyond; None: is not looked at.
         answers: which assistant messages of a conversation the loss is on.
         skip_bad_rows: leave unusable rows out; otherwise they are an error.
+        remedy: how to ask for that, for the message.
 
     Raises:
         TrainingError: if the source cannot be read, has unusable rows, or no usable one.
@@ -72,9 +74,7 @@ def read_rows(
         check_vocabulary(made.ids, vocabulary, tokenizer)
         return made
 
-    return read_usable(
-        source, use, skip_bad_rows=skip_bad_rows, remedy="skip_bad_rows: true among the common options"
-    )
+    return read_usable(source, use, skip_bad_rows=skip_bad_rows, remedy=remedy)
 
 
 def notes_on(read: Usable[Row]) -> list[str]:
@@ -151,3 +151,26 @@ def as_test_set(rows: Sequence[Row]) -> dict[str, Any]:
         ],
         "rows": [{"prompt": places[row.prompt], "input_ids": row.ids, "labels": row.labels} for row in rows],
     }
+
+
+def check_positions(
+    prompts: Sequence[Mapping[str, Any]], limit: int | None, new_tokens: int, source: str, flag: str
+) -> None:
+    """See that the base has positions enough for prompts and their answers.
+
+    Args:
+        prompts: ``ids`` of each.
+        limit: what the base takes, prompt and answer together; None: any number.
+        new_tokens: of an answer at most.
+        source: where the prompts are from, for the message.
+        flag: the option that says ``new_tokens``.
+
+    Raises:
+        TrainingError: if it has not.
+    """
+    longest = max(len(prompt["ids"]) for prompt in prompts)
+    if limit is not None and longest + new_tokens > limit:
+        raise TrainingError(
+            f"{source}: the longest prompt has {longest} tokens, which with {flag} {new_tokens} is more than the "
+            f"{limit} that the base model takes: leave out such rows or lower {flag}"
+        )
