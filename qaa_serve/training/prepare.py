@@ -238,9 +238,12 @@ def _check_saveable(base: PreTrainedModel) -> None:
 
 
 def _check_devices(options: TrainOptions) -> None:
+    # On a CPU bitsandbytes 0.50 has a kernel for 4 bits, but none for the gradient through it: training would go
+    # on with wrong gradients.
     if options.load_in_4bit and not torch.cuda.is_available():
         raise TrainingError(
-            "--load-in-4bit needs a GPU, and there is none: --bf16 halves the base's memory on a CPU"
+            "--load-in-4bit needs a GPU, and there is none: on a CPU no gradient goes through weights of 4 bits. "
+            "--bf16 halves the base's memory"
         )
     count = torch.cuda.device_count()
     if count > 1 and world_size() == 1:
