@@ -112,16 +112,22 @@ def conversation(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     return Conversation(messages, learnt, tools, _variables(row.get("chat_template_kwargs")))
 
 
+def conversation_key(row: Mapping[str, Any]) -> str | None:
+    """The key that a row's conversation is under; None: it is no conversation."""
+    return next((key for key in CONVERSATION_KEYS if key in row), None)
+
+
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages as they are given, with the keys ``role`` and ``content``.
 
     Raises:
         RowError: if there are none, or one has no role.
     """
-    key = next(key for key in CONVERSATION_KEYS if key in row)
-    if not isinstance(row[key], list) or not row[key]:
+    key = conversation_key(row)
+    given = row.get(key) if key else None
+    if not isinstance(given, list) or not given:
         raise RowError(f"{key!r} must be a list of messages, and not empty")
-    return [_with_role(message, number) for number, message in enumerate(row[key], start=1)]
+    return [_with_role(message, number) for number, message in enumerate(given, start=1)]
 
 
 def _with_role(message: object, number: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qaa_serve.training.chat import CONVERSATION_KEYS, MESSAGE_KEYS, conversation, messages_of
+from qaa_serve.training.chat import MESSAGE_KEYS, conversation, conversation_key, messages_of
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.options import Answers
 from qaa_serve.training.sources import RowError, read_source
@@ -206,7 +206,7 @@ def with_references(row: object) -> list[Any]:
     references = row["references"]
     if not isinstance(references, list) or not references or not all(isinstance(one, str) for one in references):
         raise RowError("'references' must be a list of strings, and not empty")
-    if (key := _conversation_key(row)) is None:
+    if (key := conversation_key(row)) is None:
         key = "output" if "instruction" in row else "completion"
         own = [row[key]] if row.get(key) is not None else []
         others = [text for text in dict.fromkeys(references) if text not in own]
@@ -220,19 +220,10 @@ def with_references(row: object) -> list[Any]:
 
 def unused_keys(row: Mapping[str, Any]) -> set[str]:
     """Keys of a usable row that nothing is made of; those of its messages after ``messages.``."""
-    if key := _conversation_key(row):
+    if key := conversation_key(row):
         inner = {name for message in row[key] for name in message} - MESSAGE_KEYS
         return set(row) - {key, *_CHAT_KEYS} | {f"{key}.{name}" for name in inner}
     return set(row) - set(("prompt", "completion") if "prompt" in row else ("instruction", "input", "output"))
-
-
-def is_conversation(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of that form."""
-    return _conversation_key(row) is not None
-
-
-def _conversation_key(row: Mapping[str, Any]) -> str | None:
-    return next((key for key in CONVERSATION_KEYS if key in row), None)
 
 
 def check_vocabulary(ids: Sequence[int], vocabulary: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -257,7 +248,7 @@ def encode_row(row: object, tokenizer: PreTrainedTokenizerBase, answers: Answers
     """
     if not isinstance(row, dict):
         raise RowError(f"a JSON object is needed, found a JSON {type(row).__name__}")
-    if is_conversation(row):
+    if conversation_key(row):
         return _encode_chat(row, tokenizer, answers)
     if "prompt" in row and "completion" in row:
         return _encode_plain(_text(row, "prompt"), _answer(row, "completion"), tokenizer)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import peft
@@ -74,12 +75,12 @@ class TrainResult:
     @property
     def first_loss(self) -> float:
         """Mean loss over the first twentieth of the steps, in nats a token."""
-        return _mean(self.losses[: max(1, len(self.losses) // 20)])
+        return fmean(self.losses[: max(1, len(self.losses) // 20)])
 
     @property
     def train_loss(self) -> float:
         """Mean loss over the last twentieth of the steps."""
-        return _mean(self.losses[-max(1, len(self.losses) // 20) :])
+        return fmean(self.losses[-max(1, len(self.losses) // 20) :])
 
     @property
     def base_eval_loss(self) -> float | None:
@@ -165,7 +166,3 @@ def training_record(
         "eval_loss": result.eval_loss,
         "adapter_bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     }
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)

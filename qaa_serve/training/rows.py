@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qaa_serve.training.chat import conversation, text_of
-from qaa_serve.training.data import IGNORED, Usable, check_vocabulary, encode_row, is_conversation, read_usable
+from qaa_serve.training.chat import conversation, conversation_key, text_of
+from qaa_serve.training.data import IGNORED, Usable, check_vocabulary, encode_row, read_usable
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.options import Answers
 from qaa_serve.training.sources import RowError
@@ -98,7 +98,7 @@ def _row(row: Any, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Row:
 
 def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What is shown of the prompt, and the answer."""
-    if is_conversation(row):
+    if conversation_key(row):
         chat = conversation(row, tokenizer)
         place = chat.learnt[-1]
         return text_of(chat.messages[place - 1]) if place else "", text_of(chat.messages[place])

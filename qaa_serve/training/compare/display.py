@@ -15,7 +15,7 @@ _COURSE = re.compile(r"step \d|\d of \d+ prompts")
 
 
 class Display:
-    """A ``runner.Reporter`` on a console; use it as a context, so that the bar is closed in any case.
+    """What is trained and evaluated, on a console; use it as a context, so that the bar is closed in any case.
 
     Args:
         total: number of trainings and evaluations to come, as far as is known.

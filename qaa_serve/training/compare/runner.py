@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from qaa_serve.training.compare.display import Display
 from qaa_serve.training.compare.files import read_json, write_json
 from qaa_serve.training.compare.plan import digest_of, slug
 
@@ -191,25 +192,12 @@ def make_evaluation(name: str, directory: Path, job: Mapping[str, Any], depends:
     )
 
 
-class Reporter(Protocol):
-    """Who is told how things go."""
-
-    def begin(self, title: str) -> None:
-        """A training or evaluation begins."""
-
-    def line(self, text: str) -> None:
-        """The last line it wrote."""
-
-    def end(self, title: str, outcome: str) -> None:
-        """It ended."""
-
-
-def execute(jobs: Iterable[Job], reporter: Reporter, *, lock: int, retry_failed: bool, tried: set[Path]) -> None:
+def execute(jobs: Iterable[Job], display: Display, *, lock: int, retry_failed: bool, tried: set[Path]) -> None:
     """Do what is not done yet.
 
     Args:
         jobs: in this order.
-        reporter: is told about each.
+        display: shows how each goes.
         lock: a descriptor that the processes inherit.
         retry_failed: also those that failed in an earlier comparison.
         tried: outputs of what this comparison has had its turn with; added to.
@@ -219,19 +207,19 @@ def execute(jobs: Iterable[Job], reporter: Reporter, *, lock: int, retry_failed:
         tried.add(job.output)
         if job.result() is not None:
             if not known:
-                reporter.end(job.title, "reused")
+                display.end(job.title, "reused")
         elif before is not None and (known or not retry_failed):
-            reporter.end(job.title, f"failed before: {before}")
+            display.end(job.title, f"failed before: {before}")
         else:
-            reporter.begin(job.title)
-            status = run_process(job.start(), job.log, reporter.line, lock)
+            display.begin(job.title)
+            status = run_process(job.start(), job.log, display.line, lock)
             result = job.result()
             if status == 0 and result is not None:
-                reporter.end(job.title, job.outcome(result))
+                display.end(job.title, job.outcome(result))
                 continue
             reason = why(status, job.log) if status else "it ended well but wrote no result"
             write_json(job.failure, {"reason": reason, "exit_status": status})
-            reporter.end(job.title, f"failed: {reason}")
+            display.end(job.title, f"failed: {reason}")
 
 
 def run_process(command: Sequence[str], log: Path, line: Callable[[str], None], lock: int) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qaa_serve import __version__
 from qaa_serve.training.compare import paired
+from qaa_serve.training.compare.display import Display
 from qaa_serve.training.compare.evaluate import EVALUATION_FORMAT
 from qaa_serve.training.compare.files import model_digest, owned, write_bytes, write_json
 from qaa_serve.training.compare.plan import BASE, Variant, check_options, differing, digest_of, options_text
@@ -26,7 +27,7 @@ from qaa_serve.training.compare.results import (
     take_steps_to_loss,
     variant_entry,
 )
-from qaa_serve.training.compare.runner import Evaluation, Reporter, Run, execute, make_evaluation, make_run
+from qaa_serve.training.compare.runner import Evaluation, Run, execute, make_evaluation, make_run
 from qaa_serve.training.compare.settings import Settings
 from qaa_serve.training.data import Usable
 from qaa_serve.training.errors import TrainingError
@@ -110,6 +111,11 @@ def prepare(settings: Settings) -> Material:
             f"{unseen} of the {len(asked)} test prompts have references without any letter a-z or digit, "
             "which is all that ROUGE sees"
         )
+    test_set = as_test_set(test.rows)
+    limit = getattr(config, "max_position_embeddings", None)
+    check_positions(test_set["prompts"], limit, settings.max_new_tokens, settings.eval_data, "--max-new-tokens")
+    for row in test_set["rows"]:
+        row["input_ids"], row["labels"] = row["input_ids"][:limit], row["labels"][:limit]
     directory = Path(settings.model)
     base = model_digest(directory) if directory.is_dir() else f"{settings.model}@{config._commit_hash}"
     return Material(
@@ -117,18 +123,9 @@ def prepare(settings: Settings) -> Material:
         validation=held,
         test=test,
         digests={"model": base, **digests},
-        test_set=_fitting(as_test_set(test.rows), config, settings),
+        test_set=test_set,
         notes=notes,
     )
-
-
-def _fitting(test_set: dict[str, Any], config: Any, settings: Settings) -> dict[str, Any]:
-    """The test set, its rows cut to the positions that the base has."""
-    limit = getattr(config, "max_position_embeddings", None)
-    check_positions(test_set["prompts"], limit, settings.max_new_tokens, settings.eval_data, "--max-new-tokens")
-    for row in test_set["rows"]:
-        row["input_ids"], row["labels"] = row["input_ids"][:limit], row["labels"][:limit]
-    return test_set
 
 
 def planned_parameters(model: str, variant: Variant, options: Mapping[str, Any]) -> int | None:
@@ -188,7 +185,7 @@ class Study:
         label = f"{variant.name} ({options_text(own)})" if own else variant.name
         return make_run(self.settings.output / "runs", variant.name, label, options, seed, self.material.digests)
 
-    def execute(self, reporter: Reporter) -> dict[str, Any]:
+    def execute(self, display: Display) -> dict[str, Any]:
         """Train, choose, evaluate and score whatever is missing.
 
         Returns:
@@ -205,7 +202,7 @@ class Study:
         with owned(settings.output) as lock:
 
             def do(jobs: Sequence[Run] | Sequence[Evaluation]) -> None:
-                execute(jobs, reporter, lock=lock, retry_failed=settings.retry_failed, tried=tried)
+                execute(jobs, display, lock=lock, retry_failed=settings.retry_failed, tried=tried)
 
             self._write_data()
             chosen: dict[str, Mapping[str, Any] | None] = {}
