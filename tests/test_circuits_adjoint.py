@@ -408,6 +408,23 @@ def test_x_changed_in_place_before_the_backward_pass_is_noticed(generator: torch
         z.sum().backward()
 
 
+def test_torch_sums_up_nothing_for_frozen_angles(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adjoint, "training_backend", lambda *_: torch_adjoint)
+    ansatz = Ansatz("ryrz_ring_ry", 4, 2)
+    x = random_x(generator, 5, 13, SINGLE).requires_grad_()
+    theta = random_theta(generator, 2, ansatz, SINGLE)
+    (expected,) = torch.autograd.grad(expectation_values(x, theta.clone().requires_grad_(), ansatz).sum(), x)
+
+    def add(*_: object) -> None:
+        raise AssertionError("overlaps are for dL/dtheta alone")
+
+    monkeypatch.setattr(torch_adjoint._Overlaps, "add", add)
+    (found,) = torch.autograd.grad(expectation_values(x, theta, ansatz).sum(), x)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ANSATZ_NAMES)
 @pytest.mark.parametrize("qubits", [1, 2, 5, 9, 12])

@@ -40,7 +40,7 @@ def forward(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> torch.Tenso
 def backward(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, dz: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``backends.Training``."""
+    """See ``backends.Training``; dL/dtheta is zero where theta is frozen."""
     dx, dtheta = torch.zeros_like(x), torch.zeros_like(theta, dtype=dz.dtype)
     with torch.autocast(x.device.type, enabled=False):
         circuits, (_, signs) = fuse(theta.to(dz.dtype), ansatz), plan_layers(ansatz, x.device)
@@ -49,7 +49,10 @@ def backward(
             dz = dz * lengths(x)[:, None, None]
         for tokens in blocks(len(x), ansatz, x.device):
             psi = columns_of(x[tokens], ansatz)
-            lams = [_back(sums, psi, signs.to(dz.dtype), dz[tokens, k]) for k, sums in enumerate(overlaps)]
+            weights = signs.to(dz.dtype)
+            lams = [
+                _back(sums, psi, weights, dz[tokens, k], theta.requires_grad) for k, sums in enumerate(overlaps)
+            ]
             if lams:
                 dx[tokens] = embed_backward(x[tokens], psi, sum(lams[1:], lams[0]), ansatz).to(x.dtype)
         for angles, sums in zip(dtheta, overlaps, strict=True):
@@ -58,14 +61,17 @@ def backward(
     return dx, dtheta.to(theta.dtype)
 
 
-def _back(circuit: list[_Overlaps], psi: torch.Tensor, signs: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
-    """lambda where the circuit begins, (2**n, tokens); overlaps are summed on the way.
+def _back(
+    circuit: list[_Overlaps], psi: torch.Tensor, signs: torch.Tensor, dz: torch.Tensor, sums_up: bool
+) -> torch.Tensor:
+    """lambda where the circuit begins, (2**n, tokens).
 
     Args:
         circuit: its layers.
         psi: (2**n, tokens), x embedded.
         signs: (2**n, columns) of the readout.
         dz: (tokens, columns), dL/dz.
+        sums_up: whether overlaps are summed on the way.
     """
     permuted = []
     for each in circuit:
@@ -76,7 +82,8 @@ def _back(circuit: list[_Overlaps], psi: torch.Tensor, signs: torch.Tensor, dz: 
     lam *= psi
     for each in reversed(circuit):
         lam = each.layer.unrotate(lam)
-        each.add(lam, permuted.pop())
+        if sums_up:
+            each.add(lam, permuted.pop())
         lam = each.layer.unpermute(lam)
     return lam
 
