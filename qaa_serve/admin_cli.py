@@ -231,7 +231,9 @@ def _move_state(args: argparse.Namespace) -> int:
 
 
 def _print_alias(alias: dict[str, Any]) -> None:
-    print(f"{alias['id']}  {'  '.join(f'{target}={share}' for target, share in alias['to'].items())}".rstrip())
+    names = ((*target.partition("@"), share) for target, share in alias["to"].items())
+    shown = "  ".join(f"{name}{at}{digest[:12]}={share}" for name, at, digest, share in names)
+    print(f"{alias['id']}  {shown}".rstrip())
 
 
 def _print_list(adapters: list[dict[str, Any]]) -> None:

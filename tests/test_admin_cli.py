@@ -87,7 +87,7 @@ class Stub:
         if raw_path == "/v1/aliases":
             return {"object": "list", "data": [alias("chat", support=95, other=5), alias("more", support=1)]}
         if raw_path.startswith("/v1/aliases/"):
-            return alias("chat", **{REVISION: 95, "other": 5})
+            return alias("chat", **{f"{REVISION}{'0' * 52}": 95, "other": 5})
         if request.method == "DELETE":
             return {"id": "one", "object": "adapter", "deleted": True}
         return {"object": "list", "data": [adapter()]} if raw_path == "/v1/adapters" else adapter()

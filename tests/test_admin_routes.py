@@ -92,6 +92,19 @@ async def test_a_change_may_be_made_only_if_what_is_there_is_what_one_saw(place:
 
 
 @in_a_loop
+async def test_a_name_that_nothing_can_have_is_refused_in_words(place: Place) -> None:
+    async with admin(place) as (client, _):
+        for path in ("adapters/a%20b", "adapters/.x", "adapters/other", "aliases/a@b", "adapters/-/rollback"):
+            method = "POST" if path.endswith("rollback") else "PUT"
+            answer = await client.request(method, f"/v1/{path}", json={"to": "a"})
+            assert answer.status_code == 400, path
+            message = answer.json()["error"]["message"]
+            assert "cannot be an adapter's name: " in message
+            assert "\n" not in message
+            assert message.endswith("Choose another")
+
+
+@in_a_loop
 async def test_a_full_directory_of_temporary_files_is_no_error_of_the_server(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

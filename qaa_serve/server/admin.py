@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -27,10 +27,12 @@ from qaa_serve.registry import (
     Entry,
     Fill,
     InUseError,
+    NameRefusedError,
     Revision,
     UnavailableError,
     UnknownAdapterError,
     Verdict,
+    check_name,
 )
 from qaa_serve.server.audit import AuditLog
 from qaa_serve.server.errors import RefusedError
@@ -169,7 +171,28 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-Name = Annotated[str, PathParameter(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's public name")]
+def checked_name(
+    name: Annotated[
+        str,
+        PathParameter(
+            description="the public name of an adapter or alias",
+            json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"},
+        ),
+    ],
+) -> str:
+    """The name, if something may be served under it.
+
+    Raises:
+        RefusedError: with 400 if not, in words rather than as a pattern.
+    """
+    try:
+        check_name(name)
+    except NameRefusedError as error:
+        raise RefusedError(400, str(error), param="name") from error
+    return name
+
+
+Name = Annotated[str, Depends(checked_name)]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request makes no sense."},
@@ -373,8 +396,7 @@ def make_router(
     @router.post("/v1/load_lora_adapter", responses=ERRORS_OF_CHANGES)
     async def load_lora_adapter(request: LoadLoRAAdapterRequest) -> Response:
         """vLLM's way to say PUT /v1/adapters/{lora_name} with a path; load_inplace replaces one that is there."""
-        if not NAME_PATTERN.fullmatch(request.lora_name):
-            raise RefusedError(400, f"{request.lora_name!r} cannot be an adapter's name: {NAME_PATTERN.pattern}")
+        checked_name(request.lora_name)
         entry = catalogue.entries.get(request.lora_name)
         if entry is not None and entry.state != "rejected" and not request.load_inplace:
             raise RefusedError(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
-from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaa_serve.registry import NAME_PATTERN, Alias, Catalogue
-from qaa_serve.server.admin import ERRORS_OF_CHANGES, make_change
+from qaa_serve.registry import Alias, Catalogue
+from qaa_serve.server.admin import ERRORS_OF_CHANGES, Name, make_change
 from qaa_serve.server.audit import AuditLog
 from qaa_serve.server.errors import RefusedError
 
@@ -47,9 +46,6 @@ class RemovedAlias(BaseModel):
     id: str
     object: Literal["alias"] = "alias"
     deleted: Literal[True] = True
-
-
-Name = Annotated[str, PathParameter(pattern=f"^{NAME_PATTERN.pattern}$", description="the alias")]
 
 
 def make_alias_router(catalogue: Catalogue, audit: AuditLog) -> APIRouter:
