@@ -280,7 +280,9 @@ def test_the_app_sees_what_was_asked_and_what_is_held(asked, held):
     run(test)
 
 
-@pytest.mark.parametrize("asked", ["one@cccccccccccc", "one@", "base@bbbbbbbbbbbb", "no-such", "\N{SNOWMAN}"])
+@pytest.mark.parametrize(
+    "asked", ["one@cccccccccccc", "one@", "one@bbb", "one@latest", "base@bbbbbbbbbbbb", "no-such", "\N{SNOWMAN}"]
+)
 def test_what_is_not_served_is_404_and_takes_no_turn(asked):
     async def test(world):
         world.turns._max_running = world.turns._max_waiting = 0  # whoever wants a turn is refused
@@ -288,6 +290,7 @@ def test_what_is_not_served_is_404_and_takes_no_turn(asked):
         assert (answer.status, answer.json["error"]["type"]) == (404, "NotFoundError")
         assert f"`{asked}` does not exist" in answer.error
         assert "GET /v1/models" in answer.error
+        assert ("12 to 64 hex digits" in answer.error) is (asked in ("one@", "one@bbb", "one@latest"))
         assert world.counted() == [("unknown", "chat", "client_error")]
 
     run(test)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -288,6 +289,8 @@ def _refusing(model: str | None) -> Iterator[None]:
 
 def _unknown(model: str | None, error: UnknownAdapterError | None = None) -> RefusedError:
     message = f"The model `{model}` does not exist. GET /v1/models lists those that you can use."
+    if "@" in (model or "") and not re.search("@[0-9a-f]{12,64}$", model or ""):
+        message += " A revision is 12 to 64 hex digits behind the @, as the header x-qaa-revision has them."
     return RefusedError(404, str(error) if isinstance(error, AmbiguousRevisionError) else message, param="model")
 
 
