@@ -53,6 +53,7 @@ class Traits:
         needs: a module without which it cannot run here.
         around: gives what must be in place while it runs.
         most_qubits: it takes.
+        most_tokens: with a circuit that it is tried with, where it is interpreted token by token.
     """
 
     device: str = "cuda"
@@ -62,6 +63,7 @@ class Traits:
     needs: str | None = None
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     most_qubits: int = MAX_QUBITS
+    most_tokens: int | None = None
 
 
 @lru_cache
@@ -77,7 +79,9 @@ TRAITS = {
     "reference": Traits(device="cpu", always_double=True, double=True, differentiable=True),
     "torch": Traits(device="cpu", double=True, differentiable=True),
     "cpu": Traits(device="cpu", around=compiled),
-    "triton": Traits(device="cuda" if torch.cuda.is_available() else "cpu", needs="triton", most_qubits=14),
+    "triton": Traits(needs="triton", most_qubits=14)
+    if torch.cuda.is_available()
+    else Traits(device="cpu", needs="triton", most_qubits=14, most_tokens=64),
     "cuquantum": Traits(needs="cuquantum.bindings.custatevec")
     if torch.cuda.is_available()
     else Traits(device="cpu", around=interpreted),
@@ -97,6 +101,9 @@ class Backend:
     ) -> torch.Tensor:
         if ansatz.qubits > self.traits.most_qubits:
             pytest.skip(f"backend {self.name!r} takes at most {self.traits.most_qubits} qubits")
+        tokens = len(x) if index is None else int((index >= 0).any(-1).sum())
+        if self.traits.most_tokens is not None and tokens > self.traits.most_tokens:
+            pytest.skip(f"backend {self.name!r} runs every token by itself, and is interpreted")
         device = self.traits.device
         moved = None if index is None else index.to(device)
         with self.traits.around():

@@ -123,6 +123,16 @@ def test_any_number_of_tokens(backend: Backend, tokens: int, indexed: bool, gene
         assert_close(z, judge(x, theta, ansatz, index), backend.tolerance(x))
 
 
+def test_few_rows_of_many_have_a_circuit(backend: Backend, generator: torch.Generator) -> None:
+    ansatz = Ansatz("ryrz_ring_ry", 3, 1)
+    x = random_x(generator, 300, 6, torch.float32)
+    theta = random_theta(generator, 2, ansatz, torch.float32)
+    index = torch.full((300, 1), -1)
+    index[[0, 140, 270, 299], 0] = torch.tensor([1, 0, 1, 0])
+    z = backend(x, theta, ansatz, index)
+    assert_close(z, judge(x, theta, ansatz, index), backend.tolerance(x))
+
+
 # ---------------------------------------------------------------------------------- sizes of x, dtypes
 
 

@@ -46,8 +46,7 @@ def ansatz(request: pytest.FixtureRequest, options: dict[str, Any]) -> Ansatz:
     return Ansatz(request.param, QUBITS, 2, **options)
 
 
-@pytest.mark.parametrize("width", [9, 15])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("width", "dtype"), [(9, torch.float64), (15, torch.bfloat16)])
 def test_agrees_with_pennylane(
     backend: Backend, ansatz: Ansatz, width: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
@@ -62,11 +61,11 @@ def test_agrees_with_pennylane(
     assert_close(found / size, expected / size, backend.tolerance(x))
 
 
-@pytest.mark.parametrize("pattern", ["distinct", "skewed"])
-def test_mixed_batch(backend: Backend, ansatz: Ansatz, pattern: str, generator: torch.Generator) -> None:
-    x = random_x(generator, 9, 13, torch.float32)
+def test_mixed_batch(backend: Backend, ansatz: Ansatz, generator: torch.Generator) -> None:
+    x = random_x(generator, 6, 13, torch.float32)
     theta = random_theta(generator, 4, ansatz, torch.float32)
-    index = popularity_index(pattern, 9, 4, generator, readouts=2)
+    index = popularity_index("distinct", 6, 4, generator, readouts=2)
+    index[1:3] = torch.tensor([[-1, 0], [-1, -1]])
     assert_close(backend(x, theta, ansatz, index), judge(x, theta, ansatz, index), 4 * backend.tolerance(x))
 
 
