@@ -321,12 +321,12 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers, "enable_fp_fusion": True}
 
 
-#: By qubits, 4 to 32 amplitudes a thread, and half of that for few programs: more warps exchange more, fewer run
-#: out of registers.
+#: By qubits, that for many programs first: 4 to 32 amplitudes a thread, and less for few programs. More warps
+#: exchange more, fewer run out of registers.
 _SHAPES = {
     8: (Shape(2, None, 830, 60, 32),),
     9: (Shape(2, None, 1283, 48, 25),),
-    10: (Shape(4, None, 1419, 60, 10), Shape(8, None, 903, 72, 6)),
+    10: (Shape(2, None, 2270, 70, 16), Shape(8, None, 903, 72, 6), Shape(4, None, 1419, 60, 10)),
     11: (Shape(4, 80, 2343, 58, 6), Shape(8, None, 1469, 72, 5)),
     12: (Shape(8, 80, 2451, 52, 3), Shape(16, None, 1473, 60, 2)),
     13: (Shape(8, 128, 4656, 78, 2), Shape(16, None, 2627, 106, 1)),

@@ -22,8 +22,8 @@ HEADER = tl.constexpr(12)
 STEP = tl.constexpr(4)
 
 
-# z_slice grows with the batch: compiled anew where it is no multiple of 16, a kernel would be made in a request.
-@triton.jit(do_not_specialize=["z_slice"])
+# By what differs from launch to launch Triton would compile anew, in a request: for 1, or a multiple of 16.
+@triton.jit(do_not_specialize=["slots_token", "slots_slice", "records_count", "z_slice"])
 def circuit_kernel(
     x,  # (tokens, width)
     x_token,  # strides of x
