@@ -7,7 +7,7 @@
 `make` prints the command for each piece and, with the last of them, that of the check. It runs on any machine with
 a package index and, for serving, uv; wheels are those for Linux on x86-64 with Python 3.12.
 
-circuits   cuStateVec and the part of its bindings that is used; for the parts 1 to 4, and 6
+circuits   cuStateVec and the part of its bindings that is used, PEFT and pydantic; for the parts 1 to 4, and 6
 serving    this project as a wheel, so that vLLM finds the plugin; vLLM 0.26.0, which takes the torch 2.11 of the
            machine met so far, without what a Llama in bfloat16 can do without; and of what they ask for all that
            FILE does not have. For part 5, on top of circuits. That vLLM runs so was never tried
@@ -30,6 +30,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+LOCK = ROOT / "requirements" / "cuda.txt"
 PIECE_BYTES = 60 << 20
 PYTHON, PLATFORM = "3.12", "x86_64-manylinux_2_31"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -41,7 +42,7 @@ class Bundle:
     """What is in one.
 
     Attributes:
-        wheels: requirements that are fetched without their dependencies.
+        wheels: what is fetched without its dependencies; where no version is named, that of requirements/cuda.txt.
         left_out: of the wheels' files.
         empty: packages of which an empty `__init__.py` is enough.
         resolved: whether the dependencies come along that the machine lacks.
@@ -57,7 +58,11 @@ class Bundle:
 
 BUNDLES = {
     "circuits": Bundle(
-        ("custatevec-cu13==1.15.0", "cuquantum-python-cu13==26.9.0", "cuda-pathfinder"),
+        # PEFT's tuner registers itself in tables of one version.
+        (
+            *("custatevec-cu13", "cuquantum-python-cu13", "cuda-pathfinder", "peft"),
+            *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+        ),
         (
             "cuquantum/*.py",  # imports every library of cuQuantum
             "cuquantum/include/*",
@@ -141,12 +146,19 @@ def missing(bundle: Bundle, have: Path) -> list[str]:
     ]
 
 
+def locked(wheels: tuple[str, ...]) -> list[str]:
+    """The same with a version each, of the lock where none is named."""
+    pins = (line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
+    versions = {canonical(name): version for name, version in pins}
+    return [wheel if "==" in wheel else f"{wheel}=={versions[wheel]}" for wheel in wheels]
+
+
 def gather(bundle: Bundle, have: Path | None, site: Path) -> None:
     """Unpack what a bundle holds, as it is to lie in site-packages."""
     with tempfile.TemporaryDirectory() as temporary:
         wheels = Path(temporary)
         extra = missing(bundle, have) if bundle.resolved and have is not None else []
-        fetch([*bundle.wheels, *extra], wheels)
+        fetch([*locked(bundle.wheels), *extra], wheels)
         if bundle.resolved:
             command = [*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)]
             subprocess.run(command, check=True)
@@ -209,11 +221,16 @@ def receive(piece: Path, into: Path) -> bool:
 
 
 def commands(name: str, pieces: list[Path]) -> list[str]:
-    """One command a piece, for the top of the repository on the GPU machine; the last one checks too."""
+    """One command a piece, for the top of the repository on the GPU machine; the last one checks too.
+
+    Results go to the folder OUT, where that is set.
+    """
     found = [f"python3 benchmarks/gpu_bundle.py receive {piece}" for piece in pieces]
     site = "build/gpu/site"
-    paths = f"PYTHONPATH=$PWD/{site}:$PWD:$PWD/plugins LD_LIBRARY_PATH=$PWD/{site}/cuquantum/lib"
-    check = f"python3 benchmarks/gpu_check.py --parts {BUNDLES[name].parts} --json {name}.json"
+    # What the machine has set stays: its driver may be found by it.
+    paths = f"PYTHONPATH=$PWD/{site}:$PWD:$PWD/plugins:$PYTHONPATH"
+    paths += f" LD_LIBRARY_PATH=$PWD/{site}/cuquantum/lib:$LD_LIBRARY_PATH"
+    check = f"python3 benchmarks/gpu_check.py --parts {BUNDLES[name].parts} --json ${{OUT:-.}}/{name}.json"
     return [*found[:-1], f"{found[-1]} && {paths} {check}"]
 
 

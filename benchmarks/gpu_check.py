@@ -16,10 +16,12 @@
 6 training     time of a step and peak memory for full, LoRA, SoRA, prefix and QAA: forward and backward in
                bfloat16, AdamW. It is done without the trainer, and so without SoRA's proximal step
 
-A part that fails is reported and the others go on. What is not installed is named, which is no failure. Each part
-starts nothing new once it has used its share of the minutes (SHARES); what a part leaves goes to those behind it.
-The plan is printed at the start. With --json the file is written with every row: what was found is there if the
-machine goes. Aims are told as met or missed; a missed one is no failure. The exit status is 1 if a check failed.
+Each of several parts has a process of its own: one that fails, ends or hangs costs the others nothing. What is not
+installed is named, which is no failure. A part starts nothing new once it has used its share of the minutes
+(SHARES), and is ended 30 s later; what it leaves goes to those behind it. The plan is printed at the start. With
+--json FILE.json each part writes FILE.NUMBER.json with every row, so that what was found is there if the machine
+goes, and FILE.json has all of them. Aims are told as met or missed; a missed one is no failure. Exits with 1
+if a check failed.
 
 The dry run is what happens where there is no CUDA device. Triton interprets its kernel, cuStateVec's calls are
 executed by numpy, in place of a graph's replay the function is called again, and vLLM runs a tiny model on the
@@ -33,6 +35,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,8 +44,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -70,7 +73,8 @@ from qaa_serve.circuits import ANSATZ_NAMES, Ansatz, Circuits, circuits_of, get_
 from qaa_serve.circuits.backends import missing
 
 ROOT = Path(__file__).parents[1]
-BACKENDS = ("triton", "torch", "cuquantum")
+BACKENDS = ("triton", "cuquantum", "torch")
+TRAINING_PACKAGES = ("peft", "transformers")
 METHODS = ("full", "lora", "sora", "prefix", "qaa")
 DISTRIBUTIONS = (
     "torch",
@@ -134,12 +138,12 @@ FULL = Sizes(
     batch=(8, 512),
 )
 TINY = Sizes(
-    checked=(2, 4),
-    timed=(4,),
-    tokens=(1, 3),
+    checked=(3,),
+    timed=(3,),
+    tokens=(1, 2),
     captured=(2,),
     runs=3,
-    gradients=(4,),
+    gradients=(3,),
     serving="--hidden 192 --layers 2 --prompt 24 --batches 1 2 --runs 1 --steps 2",
     logprobs="--hidden 192 --layers 2 --tokens 3",
     model={
@@ -218,6 +222,11 @@ class Findings:
         return {name: value for name, value in vars(self).items() if name != "save"}
 
 
+def missing_packages(*names: str) -> list[str]:
+    """Those of the packages that are not installed."""
+    return [name for name in names if find_spec(name) is None]
+
+
 def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -244,10 +253,6 @@ class InterpretedTriton:
     def nbytes(self) -> int:
         return self._theta.nbytes
 
-    @classmethod
-    def compile(cls, *_: object) -> None:
-        pass
-
 
 def interpreted_cuquantum() -> AbstractContextManager[object]:
     from custatevec_interpreter import interpreted
@@ -273,8 +278,13 @@ def find_backends(device: torch.device, dry: bool) -> tuple[dict[str, type[Circu
 
 # ----------------------------------------------------------------------------------------------- 1 compile
 
-#: x (tokens, width), readouts a token, dtype: what a backend compiles for.
+#: Ansatz, width of x, readouts a token, dtype: what a backend compiles for.
 Run: TypeAlias = tuple[Ansatz, int, int, torch.dtype]
+
+CIRCUITS = 4
+
+#: Tokens that fill a GPU.
+MANY = 1024
 
 
 def runs_to_come(sizes: Sizes) -> list[Run]:
@@ -289,7 +299,11 @@ def runs_to_come(sizes: Sizes) -> list[Run]:
 def compile_one(backend: str, run: Run, device: torch.device) -> float:
     """Seconds that it took, in a process of its own; the result is in Triton's cache on disk."""
     begun = time.perf_counter()
-    circuits_of(backend).compile(*run, device)
+    ansatz, width, readouts, dtype = run
+    circuits = circuits_of(backend)(ansatz, CIRCUITS, device)
+    for tokens in (2, MANY):  # launches of few and of many are of different shapes
+        index = torch.full((tokens, readouts), -1, dtype=torch.int32, device=device)
+        circuits.run(torch.zeros(tokens, width, dtype=dtype, device=device), index)
     return time.perf_counter() - begun
 
 
@@ -303,6 +317,13 @@ def compile_gradients(qubits: int, dtype: torch.dtype, device: torch.device) -> 
     return time.perf_counter() - begun
 
 
+def compile_step(sizes: Sizes, device: torch.device) -> float:
+    """Seconds that a step of training took with one layer of the model, whose kernels are those of all layers."""
+    begun = time.perf_counter()
+    training_step("qaa", replace(sizes, model=sizes.model | {"num_hidden_layers": 1}, runs=1), device)
+    return time.perf_counter() - begun
+
+
 def compiling(setting: Setting, findings: Findings) -> None:
     if "triton" not in setting.backends:
         findings.summary.append("not run: Triton is missing")
@@ -310,11 +331,12 @@ def compiling(setting: Setting, findings: Findings) -> None:
     backend = "torch" if setting.dry else "triton"  # Triton cannot compile for a device that is not there
     forward = runs_to_come(setting.sizes)
     backward = list(product(setting.sizes.gradients, (torch.float32, torch.bfloat16)))
-    wanted = len(forward) + len(backward)
     cores = len(os.sched_getaffinity(0))
     begun, done = time.perf_counter(), 0
-    with ProcessPoolExecutor(min(cores, wanted), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         waiting: dict[Future[float], dict[str, Any]] = {}
+        if not missing_packages(*TRAINING_PACKAGES):  # one after the other, so it is begun first
+            waiting[pool.submit(compile_step, setting.sizes, setting.device)] = {"training": "a step of QAA"}
         for n, dtype in backward:  # the largest kernels
             row = {"gradients of": n, "dtype": str(dtype)}
             waiting[pool.submit(compile_gradients, n, dtype, setting.device)] = row
@@ -322,6 +344,7 @@ def compiling(setting: Setting, findings: Findings) -> None:
             ansatz, width, readouts, dtype = run
             row = {"ansatz": str(ansatz), "width": width, "readouts": readouts, "dtype": str(dtype)}
             waiting[pool.submit(compile_one, backend, run, setting.device)] = row
+        wanted = len(waiting)
         try:
             for future in as_completed(waiting, timeout=max(1.0, setting.clock.left)):
                 row = waiting[future]
@@ -333,12 +356,10 @@ def compiling(setting: Setting, findings: Findings) -> None:
         except TimeoutError:
             pool.shutdown(wait=False, cancel_futures=True)
     taken = time.perf_counter() - begun
-    findings.summary.append(f"{done} of {wanted} forms in {taken:.0f} s, {min(cores, wanted)} processes")
+    findings.summary.append(f"{done} of {wanted} forms in {taken:.0f} s, {cores} processes")
 
 
 # ------------------------------------------------------------------------------------------- 2 correctness
-
-CIRCUITS = 4
 
 
 def forms(qubits: Sequence[int]) -> Iterator[tuple[Ansatz, torch.dtype]]:
@@ -374,25 +395,6 @@ def mixed_batch(
     return x.to(device), theta, index.to(device)
 
 
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What Triton compiles meanwhile, or finds in its cache, in this process."""
-    names: list[str] = []
-    if find_spec("triton") is None:
-        yield names
-        return
-    from triton import knobs
-
-    def listen(*, src: Any, **_: object) -> None:
-        names.append(getattr(src, "name", str(src)))
-
-    before, knobs.compilation.listener = knobs.compilation.listener, listen
-    try:
-        yield names
-    finally:
-        knobs.compilation.listener = before
-
-
 def correctness(setting: Setting, findings: Findings) -> None:
     worst = dict.fromkeys(setting.backends, 0.0)
     broken = dict.fromkeys(setting.backends, 0)
@@ -408,12 +410,7 @@ def correctness(setting: Setting, findings: Findings) -> None:
             try:
                 circuits = make(ansatz, CIRCUITS, setting.device)
                 circuits.put(0, theta)
-                make.compile(ansatz, x.shape[1], index.shape[1], dtype, setting.device)
-                with compilations() as compiled:
-                    z = circuits.run(x, index)
-                if compiled and name == "triton":
-                    raise ValueError(f"{compiled} compiled at the launch, though compiled ahead")
-                row["error"] = (z.cpu().double() - expected).abs().max().item()
+                row["error"] = (circuits.run(x, index).cpu().double() - expected).abs().max().item()
                 if not row["error"] <= TOLERANCE:
                     raise ValueError(f"off by {row['error']:.1e}")
                 worst[name] = max(worst[name], row["error"])
@@ -595,8 +592,7 @@ def capture_and_replay(setting: Setting, make: type[Circuits], qubits: int, toke
 
 
 def serving(setting: Setting, findings: Findings) -> None:
-    absent = [name for name in ("vllm", "peft", "transformers") if find_spec(name) is None]
-    if absent:
+    if absent := missing_packages("vllm", *TRAINING_PACKAGES):
         findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
         return
     backends = ["torch"] if setting.dry else [name for name in BACKENDS if name in setting.backends]
@@ -626,17 +622,30 @@ def run_script(setting: Setting, findings: Findings, name: str, *options: str) -
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "found.json"
         command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options, "--json", str(file)]
-        try:
-            subprocess.run(command, check=True, timeout=setting.clock.left, cwd=ROOT)
-        except subprocess.TimeoutExpired:
+        status = run_process(command, setting.clock.left)
+        if status is None:
             findings.summary.append(f"{told}: stopped, the time was up; give this part more --minutes")
             return None
-        except subprocess.CalledProcessError as error:
-            findings.fail(f"{told} ended with {error.returncode}")
-            return None
-        found: dict[str, Any] = json.loads(file.read_text())
-    findings.add({"script": name, **found})
+        # It writes what it has measured even where a check of it has failed.
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        if status:
+            findings.fail(f"{told} ended with {status}")
+    if found is not None:
+        findings.add({"script": name, **found})
     return found
+
+
+def run_process(command: Sequence[str], limit_s: float) -> int | None:
+    """Its exit status; None if it took too long. Nothing that it has started outlives it."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def tell_serving(findings: Findings, name: str, found: dict[str, Any]) -> None:
@@ -659,8 +668,7 @@ def serving_aims(findings: Findings, name: str, ours: dict[str, Any], stock: dic
 
 
 def training(setting: Setting, findings: Findings) -> None:
-    absent = [name for name in ("peft", "transformers") if find_spec(name) is None]
-    if absent:
+    if absent := missing_packages(*TRAINING_PACKAGES):
         findings.summary.append(f"not run: {', '.join(absent)} cannot be imported")
         return
     for name in METHODS:
@@ -669,7 +677,7 @@ def training(setting: Setting, findings: Findings) -> None:
             continue
         row: dict[str, Any] = {"method": name}
         try:
-            row |= training_step(name, setting)
+            row |= training_step(name, setting.sizes, setting.device)
             peak = "" if row["peak_bytes"] is None else f", at most {row['peak_bytes'] / 2**30:.2f} GiB"
             line = f"{1e3 * row['step_s']:.1f} ms a step{peak}, {row['trained']:,} parameters trained"
             findings.summary.append(f"{name:10} {line}")
@@ -685,7 +693,7 @@ def training(setting: Setting, findings: Findings) -> None:
             findings.aim("peak of QAA, times LoRA's", rows["qaa"]["peak_bytes"] / rows["lora"]["peak_bytes"], 1)
 
 
-def training_step(name: str, setting: Setting) -> dict[str, Any]:
+def training_step(name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """Seconds of a step and the bytes of CUDA's allocator at its peak, the model's included."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -694,13 +702,13 @@ def training_step(name: str, setting: Setting) -> dict[str, Any]:
     from qaa_serve.training.targets import resolve_targets
 
     register()
-    device, (rows, length) = setting.device, setting.sizes.batch
+    rows, length = sizes.batch
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     method = get_method(name)()
-    config = LlamaConfig(**setting.sizes.model, max_position_embeddings=2 * length, use_cache=False)
+    config = LlamaConfig(**sizes.model, max_position_embeddings=2 * length, use_cache=False)
     # A frozen base is kept in bfloat16, one that is trained in float32: as `qaa-serve train --bf16` has it.
     dtype = torch.float32 if method.trains_base else torch.bfloat16
     with device:
@@ -720,7 +728,7 @@ def training_step(name: str, setting: Setting) -> dict[str, Any]:
 
     if not step().isfinite():
         raise ValueError("the first loss is not finite")
-    times = [seconds_a_call(step, 1, device) for _ in range(setting.sizes.runs)]
+    times = [seconds_a_call(step, 1, device) for _ in range(sizes.runs)]
     return {
         "step_s": statistics.median(times),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
@@ -739,8 +747,13 @@ PARTS: dict[int, tuple[str, Callable[[Setting, Findings], None]]] = {
     6: ("training", training),
 }
 
-#: How the minutes are shared out; those for serving hold five starts of vLLM.
+#: How the minutes are shared out; those for serving hold six starts of vLLM.
 SHARES = {1: 2, 2: 2, 3: 1, 4: 3, 5: 8, 6: 2}
+
+#: Seconds behind its time after which a part is ended.
+_GRACE_S = 30.0
+
+SCRIPT = str(Path(__file__).resolve())
 
 
 def run_part(number: int, setting: Setting, report: dict[str, Any], save: Callable[[], None]) -> None:
@@ -756,6 +769,7 @@ def run_part(number: int, setting: Setting, report: dict[str, Any], save: Callab
         save()
 
     findings = Findings(save_part)
+    save_part()
     try:
         function(setting, findings)
     except Exception as error:  # the other parts go on
@@ -769,19 +783,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", type=int, nargs="+", choices=sorted(PARTS), default=sorted(PARTS))
     add("--minutes", type=float, default=9, help="after which nothing new is started (default 9)")
-    add("--json", type=Path, help="write everything there")
+    add("--json", type=Path, help="write everything there, and each of several parts beside it")
     add("--dry-run", action="store_true", help="the same code on a CPU with tiny sizes")
     return parser.parse_args(given)
 
 
-def main(given: Sequence[str] | None = None, tiny: Sizes = TINY) -> int:
-    """Run the parts; returns the exit status.
-
-    Args:
-        given: the command's arguments.
-        tiny: the sizes of a dry run.
-    """
-    args = arguments(given)
+def run_here(number: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one part in this process; what it found, and where."""
     dry = args.dry_run or not torch.cuda.is_available()
     if dry and not args.dry_run:
         print("torch sees no CUDA device: this is a dry run")
@@ -792,35 +800,75 @@ def main(given: Sequence[str] | None = None, tiny: Sizes = TINY) -> int:
             sys.path.append(str(ROOT / "tests"))
             stack.enter_context(interpreted_cuquantum())
         found, absent = find_backends(device, dry)
-        sizes = tiny if dry else FULL
-        setting = Setting(device, dry, sizes, Clock(args.minutes, args.parts), found)
-        report: dict[str, Any] = {
-            "about": {
-                "date": time.strftime("%Y-%m-%d"),
-                "dry_run": dry,
-                "hardware": hardware(device),
-                "cuda": torch.version.cuda,
-                "versions": versions(*DISTRIBUTIONS),
-                "command": shlex.join(["python", "benchmarks/gpu_check.py", *(given or sys.argv[1:])]),
-                "missing": absent,
-                "floor": H200.source,
-                "seconds_planned": {PARTS[part][0]: round(s) for part, s in setting.clock.plan().items()},
-            },
-            "parts": [],
+        setting = Setting(device, dry, TINY if dry else FULL, Clock(args.minutes, [number]), found)
+        setting.clock.next_part()
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "dry_run": dry,
+            "hardware": hardware(device),
+            "cuda": torch.version.cuda,
+            "versions": versions(*DISTRIBUTIONS),
+            "missing": absent,
+            "floor": H200.source,
         }
+        report: dict[str, Any] = {"about": about, "parts": []}
+        run_part(number, setting, report, lambda: write(report, args.json))
+    return report
 
-        def save() -> None:
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=2) + "\n")
 
-        print(json.dumps(report["about"], indent=2))
-        save()
+def run_apart(number: int, args: argparse.Namespace, limit_s: float, file: Path) -> dict[str, Any]:
+    """As ``run_here``, in a process of its own: a kernel that hangs, or ends a process, is of no other part."""
+    file.unlink(missing_ok=True)
+    command = [sys.executable, SCRIPT, "--parts", str(number), "--minutes", str(limit_s / 60), "--json", str(file)]
+    begun = time.monotonic()
+    status = run_process([*command, *["--dry-run"] * args.dry_run], limit_s + _GRACE_S)
+    if file.exists():
+        report: dict[str, Any] = json.loads(file.read_text())
+    else:
+        part = {
+            "part": f"{number} {PARTS[number][0]}",
+            "seconds": time.monotonic() - begun,
+            **Findings().as_json(),
+        }
+        report = {"about": {}, "parts": [part]}
+    (part,) = report["parts"]
+    if status is None:
+        part["failures"].append(f"it was ended after {limit_s + _GRACE_S:.0f} s: something hung")
+    elif status and not part["failures"]:
+        part["failures"].append(f"its process ended with {status}")
+    return report
+
+
+def write(report: dict[str, Any], file: Path | None) -> None:
+    """Write the file at once: who is ended meanwhile leaves the one from before."""
+    if file is not None:
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        unfinished.replace(file)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the parts; returns the exit status."""
+    args = arguments(given)
+    clock = Clock(args.minutes, args.parts)
+    about = {
+        "command": shlex.join(["python", "benchmarks/gpu_check.py", *(sys.argv[1:] if given is None else given)]),
+        "seconds_planned": {PARTS[part][0]: round(s) for part, s in clock.plan().items()},
+    }
+    report: dict[str, Any] = {"about": about, "parts": []}
+    print(json.dumps(about, indent=2), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
         for number in args.parts:
-            setting.clock.next_part()
-            run_part(number, setting, report, save)
+            clock.next_part()
+            if len(args.parts) == 1:
+                found = run_here(number, args)
+            else:
+                file = Path(temporary) / "gpu.json" if args.json is None else args.json.resolve()
+                found = run_apart(number, args, clock.left, file.with_suffix(f".{number}.json"))
+            report = {"about": found["about"] | report["about"], "parts": report["parts"] + found["parts"]}
+            write(report, args.json)
     print("\n" + "=" * 100)
-    for name, reason in absent.items():
-        print(f"{name} is missing: {reason}")
+    print(json.dumps(report["about"], indent=2))
     for part in report["parts"]:
         outcome = f"{len(part['failures'])} FAILED" if part["failures"] else "ok"
         print(f"{part['part']}: {outcome}, {part['seconds']:.0f} s")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving import make_adapters, make_base
+from serving import attention, make_adapters, make_base
 
 NAMES: tuple[str | None, ...] = (None, "qaa0", "qaa1", "qaa0", "lora0")
 
@@ -49,7 +49,7 @@ def run_engine(directory: Path, mode: str, args: argparse.Namespace) -> None:
     llm = LLM(
         str(directory / "base"), dtype="bfloat16", enable_lora=True, max_loras=4, max_lora_rank=16, max_num_seqs=8,
         max_model_len=512, enable_prefix_caching=False, skip_tokenizer_init=True, kv_cache_memory_bytes=256 << 20,
-        enforce_eager=mode == "eager", seed=0, additional_config={"qaa_backend": args.backend},
+        enforce_eager=mode == "eager", seed=0, additional_config={"qaa_backend": args.backend}, **attention(),
     )  # fmt: skip
     file = directory / "sequences.json"
     told = json.loads(file.read_text())

@@ -70,7 +70,7 @@ class Traits:
 def compiled() -> AbstractContextManager[object]:
     """Have the compiled backend compiled, by one of pytest's workers and not by two at once."""
     for dtype in (torch.float32, torch.bfloat16):
-        CompiledCircuits.compile(Ansatz("ry_ring", 1, 1), 2, 1, dtype, torch.device("cpu"))
+        CompiledCircuits.compile(dtype)
     return nullcontext()
 
 

@@ -68,4 +68,12 @@ def test_which_files_come_along(bundle: str, name: str, comes: bool) -> None:
 def test_the_last_command_checks(tmp_path: Path) -> None:
     first, last = gpu_bundle.commands("circuits", [Path("a.zip.1-of-2"), Path("a.zip.2-of-2")])
     assert first == "python3 benchmarks/gpu_bundle.py receive a.zip.1-of-2"
-    assert last.endswith("gpu_check.py --parts 1 2 3 4 6 --json circuits.json")
+    assert last.endswith("gpu_check.py --parts 1 2 3 4 6 --json ${OUT:-.}/circuits.json")
+
+
+def test_wheels_have_the_locks_versions() -> None:
+    pins = gpu_bundle.LOCK.read_text().splitlines()
+    circuits = gpu_bundle.locked(gpu_bundle.BUNDLES["circuits"].wheels)
+    assert {name.partition("==")[0] for name in circuits} == {*gpu_bundle.BUNDLES["circuits"].wheels}
+    assert all(wheel in pins for wheel in circuits)
+    assert gpu_bundle.locked(("vllm==0.26.0",)) == ["vllm==0.26.0"]

@@ -1,4 +1,4 @@
-"""How much memory is free and used, with files of control groups made up here and a stand-in for NVML."""
+"""How much memory is free and used, with files of control groups made up here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import vllm_qaa.memory
-from vllm.third_party.pynvml import NVMLError, NVMLError_LibraryNotFound, NVMLError_NotFound
-from vllm_qaa.memory import cgroup_free, device_memory, host_free
+from vllm_qaa.memory import cgroup_free, host_free
 from vllm_qaa.worker import QAAWorkerManager
 
 GiB = 1 << 30
@@ -94,73 +93,8 @@ def test_the_smaller_of_machine_and_container_is_free(monkeypatch, machine, cont
     assert host_free() == free
 
 
-class FakeNVML:
-    """Two GPUs by UUID, in whatever order."""
-
-    NVMLError = NVMLError
-
-    def __init__(self, missing: bool = False):
-        self._missing = missing
-        self.open = 0
-        self._memory = {
-            "GPU-aaaa": SimpleNamespace(total=80 * GiB, used=70 * GiB, free=10 * GiB),
-            "GPU-bbbb": SimpleNamespace(total=80 * GiB, used=30 * GiB, free=50 * GiB),
-        }
-
-    def nvmlInit(self):  # noqa: N802
-        if self._missing:
-            raise NVMLError_LibraryNotFound
-        self.open += 1
-
-    def nvmlShutdown(self):  # noqa: N802
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
-        if uuid not in self._memory:
-            raise NVMLError_NotFound
-        return uuid
-
-    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
-        assert self.open
-        return self._memory[handle]
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """gpus(nvml, *UUIDs): the GPUs that this process sees, as CUDA names them, and what NVML there is."""
-
-    def gpus(nvml: FakeNVML, *uuids: str) -> FakeNVML:
-        monkeypatch.setattr(vllm_qaa.memory, "nvml", nvml)
-        monkeypatch.setattr(
-            "torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index])
-        )
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4 * GiB, 10 * GiB))
-        return nvml
-
-    return gpus
-
-
-def test_nvml_counts_the_gpu_that_this_process_sees(gpus):
-    """As under CUDA_VISIBLE_DEVICES=1,0: the first one here is NVML's second."""
-    nvml = gpus(FakeNVML(), "bbbb", "aaaa")
-    assert device_memory(torch.device("cuda:0")) == (50 * GiB, 30 * GiB)
-    assert device_memory(torch.device("cuda:1")) == (10 * GiB, 70 * GiB)
-    assert nvml.open == 0
-
-
-def test_a_slice_of_a_gpu_is_counted_by_cuda(gpus):
-    nvml = gpus(FakeNVML(), "cccc")
-    assert device_memory(torch.device("cuda:0")) == (4 * GiB, 6 * GiB)
-    assert nvml.open == 0
-
-
-def test_without_nvml_cuda_counts(gpus):
-    gpus(FakeNVML(missing=True), "bbbb")
-    assert device_memory(torch.device("cuda:0")) == (4 * GiB, 6 * GiB)
-
-
-def test_the_kinds_of_a_gpu_s_memory_make_up_the_whole(gpus):
-    gpus(FakeNVML(), "bbbb")
+def test_the_kinds_of_a_gpu_s_memory_make_up_the_whole(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (50 * GiB, 80 * GiB))
     manager = QAAWorkerManager.__new__(QAAWorkerManager)
     manager.device = torch.device("cuda:0")
     manager._adapter_manager = SimpleNamespace(modules={}, circuit_bytes=lambda: 0)

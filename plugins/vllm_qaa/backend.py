@@ -12,7 +12,7 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
-from qaa_serve.circuits import Ansatz, Choice, choose_backend, circuits_of
+from qaa_serve.circuits import Choice, choose_backend, circuits_of
 from qaa_serve.circuits.cpu.serving import CompiledCircuits
 from vllm_qaa.layers import DELTA_OP, QAALayerMixin, break_graphs_at_delta
 from vllm_qaa.timing import TIMER
@@ -73,8 +73,7 @@ def choose_circuits(vllm_config: VllmConfig, device: torch.device, layers: Seque
     if circuits_of(choice.name) is CompiledCircuits:
         logger.info("Compiling the circuits for this CPU, unless that was done before: up to a minute")
         begun = time.perf_counter()
-        any_form = Ansatz("ryrz_ring_ry", 1, 1)  # one code serves all
-        CompiledCircuits.compile(any_form, 2, 1, vllm_config.model_config.dtype, device)
+        CompiledCircuits.compile(vllm_config.model_config.dtype)
         logger.info("Compiled for this CPU, or found compiled, in %.1f s", time.perf_counter() - begun)
     return choice
 

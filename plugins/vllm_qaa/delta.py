@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +10,13 @@ from qaa_serve.adapters import AdapterError, ModuleWeights
 from vllm_qaa.plan import CircuitForm
 
 
-class Delta(Protocol):
-    """A layer's updates, for all slots."""
+class Delta:
+    """A layer's updates, for all slots. One that keeps nothing beside vLLM's stacked tensors only adds."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of what it keeps beside vLLM's stacked tensors."""
+        return 0
 
     def put(self, slot: int, form: CircuitForm, angles: dict[int, torch.Tensor], standard: Standard) -> None:
         """Give a slot the circuits, angles (heads, rows, n), of some of its slices; B is stacked already."""
@@ -28,6 +29,7 @@ class Delta(Protocol):
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Add to ``output`` (tokens, columns), in place, what each row's adapter makes of x (tokens, width)."""
+        raise NotImplementedError
 
 
 class Standard(NamedTuple):

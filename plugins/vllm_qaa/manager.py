@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAMo
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from qaa_serve.adapters import AdapterError
-from qaa_serve.circuits import Ansatz, circuits_of
+from qaa_serve.circuits import circuits_of
 from vllm_qaa.backend import MOST_LAYERS, MOST_LAYERS_KEY, check_gpu, choose_circuits, split_graphs_at_delta
 from vllm_qaa.delta import Delta, Standard
 from vllm_qaa.layers import QAALayerMixin
@@ -87,7 +87,6 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         self._bound: list[QAALayerMixin] = []
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._forms: list[CircuitForm | None] = [None] * self.lora_slots
-        self._compiled: set[tuple[Ansatz, int, int]] = set()
         self.takes_slots = True
         self._give_deltas(vllm_config)
 
@@ -180,18 +179,6 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
         block = 0 if self.block is None else self.block.rows.nbytes
         return block + sum(layer.delta.nbytes for layer in self._bound if layer.delta is not None)
-
-    def compile_circuits(self, form: CircuitForm, runs: Iterable[tuple[int, int, int]]) -> None:
-        """Compile what circuits of a form would be compiled for in their first step.
-
-        Args:
-            form: the circuits'.
-            runs: (qubits, width of x, readouts of a token) of the layers that have such circuits.
-        """
-        for qubits, width, readouts in runs:
-            if (run := (form.ansatz(qubits), width, readouts)) not in self._compiled:
-                self._plans.circuits.compile(*run, self._dtype, torch.device(self.device))
-                self._compiled.add(run)
 
     def remove_all_adapters(self) -> None:
         """As vLLM's; no step may use a plan made for slots that are gone."""

@@ -1,4 +1,4 @@
-"""How much memory there is: of a GPU as NVML counts it, of this machine or the container the process is in."""
+"""How much memory there is for this process: of this machine, or of the container that it is in."""
 
 from __future__ import annotations
 
@@ -6,29 +6,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import psutil
-import torch
-from vllm.third_party import pynvml as nvml
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, used) bytes of a GPU, over all processes on it.
-
-    NVML numbers GPUs in an order of its own and knows nothing of CUDA_VISIBLE_DEVICES, so it is asked for the GPU
-    with this UUID. Where it knows none (a slice of a GPU, a driver without NVML) CUDA's own count is taken. Tested
-    with stand-ins for both; it has not been run on a GPU.
-    """
-    with suppress(nvml.NVMLError):
-        nvml.nvmlInit()
-        try:
-            uuid = torch.cuda.get_device_properties(device).uuid
-            memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
-            return int(memory.free), int(memory.used)
-        finally:
-            nvml.nvmlShutdown()
-    free, total = torch.cuda.mem_get_info(device)
-    return free, total - free
 
 
 def host_free() -> int:

@@ -17,7 +17,7 @@ import torch
 from qaa_serve.adapters import standardised
 from qaa_serve.circuits import Circuits
 from qaa_serve.circuits.cpu.serving import CompiledCircuits
-from vllm_qaa.delta import Standard
+from vllm_qaa.delta import Delta, Standard
 from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
 from vllm_qaa.timing import TIMER
 
@@ -116,7 +116,7 @@ class LoRAMatrices:
         return self.a.nbytes + sum(b.nbytes for b in self.b)
 
 
-class PlannedDelta:
+class PlannedDelta(Delta):
     """On a GPU, with a backend that cannot run within CUDA graphs; z goes through vLLM's expand kernel."""
 
     def __init__(self, layer: Any, plans: PlanHolder):
@@ -152,9 +152,6 @@ class PlannedDelta:
             return SlotCircuits(
                 self._plans.circuits, form, qubits, len(self._forms), d_in, layer.output_slices, device
             )
-
-    def put_lora(self, slot: int, rank: int) -> None:
-        """See ``Delta``: vLLM's own kernels take the stacked matrices."""
 
     def clear(self, slot: int) -> None:
         """See ``Delta``; the tables of a form that no slot has any more are let go."""

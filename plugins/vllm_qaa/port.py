@@ -62,20 +62,16 @@ def _qaa_layers(classes: tuple[type, ...]) -> tuple[type, ...]:
     return tuple(map(qaa_subclass, classes))
 
 
-def _qaa_worker_manager(original: type) -> type:
-    from vllm_qaa.worker import QAAWorkerManager
+def _subclass(module: str, name: str) -> Callable[[type], type]:
+    """What replaces a class by one of ours, which must be a subclass of it."""
 
-    if not issubclass(QAAWorkerManager, original):
-        raise UnsupportedVLLMError(f"{original} is not the adapter manager that vLLM's lora package defines")
-    return QAAWorkerManager
+    def replace(original: type) -> type:
+        ours: type = getattr(import_module(module), name)
+        if not issubclass(ours, original):
+            raise UnsupportedVLLMError(f"{original} is not the class that {module}.{name} extends")
+        return ours
 
-
-def _seeded_cpu_runner(original: type) -> type:
-    from vllm_qaa.cpu_runner import SeededCPUModelRunner
-
-    if not issubclass(SeededCPUModelRunner, original):
-        raise UnsupportedVLLMError(f"{original} is not the model runner that vLLM's worker for CPUs defines")
-    return SeededCPUModelRunner
+    return replace
 
 
 def _as_written(compiled: Any) -> Any:
@@ -109,7 +105,7 @@ SEAMS = (
     Seam(
         module="vllm.v1.worker.lora_model_runner_mixin",
         attribute="LRUCacheWorkerLoRAManager",
-        replace=_qaa_worker_manager,
+        replace=_subclass("vllm_qaa.worker", "QAAWorkerManager"),
         methods={
             "LRUCacheWorkerLoRAManager._load_adapter": ("self", "lora_request"),
             "LRUCacheWorkerLoRAManager.create_lora_manager": ("self", "model", "vllm_config"),
@@ -130,7 +126,7 @@ SEAMS = (
     Seam(
         module="vllm.v1.worker.cpu_worker",
         attribute="CPUModelRunner",
-        replace=_seeded_cpu_runner,
+        replace=_subclass("vllm_qaa.cpu_runner", "SeededCPUModelRunner"),
         methods={"CPUModelRunner.sample_tokens": ("self", "grammar_output")},
         why="on a CPU a request with a seed whose prompt runs in parts ends the engine: a CPU's generator cannot "
         "be set back by what was drawn for a part; the subclass draws nothing for it",

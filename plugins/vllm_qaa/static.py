@@ -29,7 +29,7 @@ from qaa_serve.circuits.triton.host import (
     pack,
     permutations,
 )
-from vllm_qaa.delta import Standard
+from vllm_qaa.delta import Delta, Standard
 from vllm_qaa.plan import CircuitForm
 
 
@@ -118,25 +118,14 @@ class Block:
             self.rows[slot].copy_(row, non_blocking=True)
 
 
-class StaticDelta:
-    """One layer's updates from the block; see ``delta.Delta``."""
-
-    nbytes = 0  # the block is counted once, with the model
+class StaticDelta(Delta):
+    """One layer's updates from the block, which is filled, cleared and counted as a whole."""
 
     def __init__(self, layer: Any, block: Block):
         from qaa_serve.circuits.triton.kernel import circuit_kernel
 
         self._layer, self._kernel = layer, circuit_kernel
         self._records, self._layout = block.part(layer)
-
-    def put(self, slot: int, form: CircuitForm, angles: Mapping[int, torch.Tensor], standard: Standard) -> None:
-        """The block is given an adapter's circuits as a whole."""
-
-    def put_lora(self, slot: int, rank: int) -> None:
-        """vLLM's kernels take the stacked matrices."""
-
-    def clear(self, slot: int) -> None:
-        """The block is cleared as a whole."""
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """See ``Delta``. What is launched depends on shapes alone; where x is cut over ranks it is gathered."""

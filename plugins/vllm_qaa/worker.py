@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +31,11 @@ from qaa_serve.adapters import (
     misfit,
     read_config,
 )
-from qaa_serve.circuits import MAX_QUBITS, Choice
+from qaa_serve.circuits import MAX_QUBITS
 from vllm_qaa.delta import Standard
 from vllm_qaa.layers import QAALayerMixin
 from vllm_qaa.manager import OUTPUT_HEAD, Place, QAAModel, QAAModelManager
-from vllm_qaa.memory import device_memory, host_free
+from vllm_qaa.memory import host_free
 from vllm_qaa.plan import CircuitForm
 from vllm_qaa.timing import TIMER
 
@@ -115,8 +115,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     def adapter_bytes(self) -> list[tuple[int, int, int]]:
         """(id, bytes in host memory, bytes in its slot or 0) of every adapter here."""
         manager = self._adapter_manager
-        slot_bytes = sum(tensor[0].nbytes for tensor in self._slot_tensors())
-        slot_bytes += self._own_bytes() // manager.lora_slots
+        slot_bytes = self._slots_bytes() // manager.lora_slots
         return [
             (lora_id, _host_bytes(adapter), slot_bytes if lora_id in manager.lora_index_to_id else 0)
             for lora_id, adapter in manager.list_adapters().items()
@@ -127,27 +126,22 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         sizes = {
             "weights": _distinct_bytes([*runner.model.parameters(), *runner.model.buffers()]),
             "kv_cache": _distinct_bytes(runner.kv_caches),
-            "adapters": sum(tensor.nbytes for tensor in self._slot_tensors()) + self._own_bytes(),
+            "adapters": self._slots_bytes(),
         }
         device = torch.device(self.device)
         if device.type == "cuda":
-            free, used = device_memory(device)
+            free, total = torch.cuda.mem_get_info(device)  # over all processes on it
+            used = total - free
         else:
             free, used = host_free(), psutil.Process().memory_info().rss
         # Pages that were never written are not resident yet, so the parts may sum to more.
         return {**sizes, "other": max(used - sum(sizes.values()), 0), "free": free}
 
-    def circuits_backend(self) -> Choice:
-        """What circuits run on, as it was chosen when the model was loaded."""
-        return self._adapter_manager.backend
-
-    def _own_bytes(self) -> int:
-        return self._adapter_manager.circuit_bytes()
-
-    def _slot_tensors(self) -> Iterator[torch.Tensor]:
-        for layer in self._adapter_manager.modules.values():
-            if isinstance(layer, QAALayerMixin):
-                yield from (*layer.lora_a_stacked, *layer.lora_b_stacked)
+    def _slots_bytes(self) -> int:
+        """Of all slots: vLLM's stacked tensors, and what circuits take beside them."""
+        layers = (layer for layer in self._adapter_manager.modules.values() if isinstance(layer, QAALayerMixin))
+        stacked = sum(t.nbytes for layer in layers for t in (*layer.lora_a_stacked, *layer.lora_b_stacked))
+        return stacked + self._adapter_manager.circuit_bytes()
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """As vLLM's, ahead of any request."""
@@ -212,13 +206,11 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         loras = {}
         standards: dict[QAALayerMixin, Standard] = {}
         angles: dict[QAALayerMixin, dict[int, torch.Tensor]] = {}
-        runs: set[tuple[int, int, int]] = set()  # qubits, width of x, readouts of a token
         for name, weights in adapter.modules.items():
             module = self._adapter_manager.full_name(self._served_name(name))
             # Modules of other pipeline stages are kept too; vLLM takes what is here.
             if (place := self._adapter_manager.find(module)) is not None:
                 _check_qaa(name, config, weights, place)
-                runs.add((weights.qubits, place.widths()[0], place.layer.n_slices * form.heads))
                 standard = standards.get(place.layer, Standard())
                 standards[place.layer] = standard.with_module(name, weights, place.part, place.layer.n_slices)
                 slices = range(place.layer.n_slices) if place.part is None else [place.part]
@@ -233,7 +225,6 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
                 scaling=1.0,
             )
         if (block := self._adapter_manager.block) is None:
-            self._adapter_manager.compile_circuits(form, runs)
             return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
         row = block.pack(form, {layer: (of_layer, standards[layer]) for layer, of_layer in angles.items()})
         return QAAModel(request.lora_int_id, adapter.rank, loras, form, {}, row)
@@ -342,7 +333,7 @@ class AdapterRPC:
 
     def qaa_circuits_backend(self) -> tuple[str, dict[str, float]]:
         """The backend that circuits run on, and the seconds of each that was timed for the choice."""
-        choice = self.model_runner.lora_manager.circuits_backend()
+        choice = self.model_runner.lora_manager._adapter_manager.backend
         return choice.name, choice.seconds
 
     def qaa_circuit_times(self) -> tuple[str, list[float], list[int], float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qaa_serve.circuits.ansatz import Ansatz, check_inputs
+from qaa_serve.circuits.ansatz import Ansatz, check_theta, check_width
 from qaa_serve.circuits.backends import training_backend
 
 
@@ -27,7 +27,8 @@ def expectation_values(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> 
     Raises:
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
     """
-    check_inputs(x, theta, ansatz)
+    check_width(x, ansatz)
+    check_theta(theta, ansatz)
     z: torch.Tensor = _ExpectationValues.apply(x, theta, ansatz)  # type: ignore[no-untyped-call]
     return z
 

@@ -141,16 +141,6 @@ def check_theta(theta: torch.Tensor, ansatz: Ansatz) -> None:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
 
 
-def check_inputs(x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz) -> None:
-    """Refuse an x, (tokens, width), that the state cannot hold, and a theta that is not (circuits, rows, n).
-
-    Raises:
-        ValueError: names both sizes.
-    """
-    check_width(x, ansatz)
-    check_theta(theta, ansatz)
-
-
 def checked_index(
     x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
 ) -> torch.Tensor:
@@ -160,7 +150,8 @@ def checked_index(
         ValueError: if x is wider than the state, or theta's shape is not the ansatz's.
         IndexError: if index names a circuit that is not there.
     """
-    check_inputs(x, theta, ansatz)
+    check_width(x, ansatz)
+    check_theta(theta, ansatz)
     count = theta.shape[0]
     if index is None:
         return torch.arange(count, device=x.device).expand(x.shape[0], -1)

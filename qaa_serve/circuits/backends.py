@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -42,13 +42,6 @@ class Circuits(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the circuits' tables."""
-
-    @classmethod
-    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compile what a run on x (tokens, width) of that dtype would compile, so that no request waits for it.
-
-        From any thread, beside runs in another one.
-        """
 
 
 class Training(Protocol):
@@ -110,14 +103,7 @@ def get_backend(name: str) -> ExpectationValues:
     if hasattr(module, "expectation_values"):
         function: ExpectationValues = module.expectation_values
         return function
-    make = circuits_of(name)
-
-    def expectation_values(
-        x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return evaluate(make, x, theta, ansatz, index)
-
-    return expectation_values
+    return partial(_evaluate, circuits_of(name))
 
 
 def circuits_of(name: str) -> type[Circuits]:
@@ -151,8 +137,8 @@ def training_backend(device: torch.device, dtype: torch.dtype, qubits: int) -> T
     return training
 
 
-def evaluate(
-    make: type[Circuits], x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None
+def _evaluate(
+    make: type[Circuits], x: torch.Tensor, theta: torch.Tensor, ansatz: Ansatz, index: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``reference``'s function by way of circuits that are made for this call.
 

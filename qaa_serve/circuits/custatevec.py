@@ -383,10 +383,6 @@ class CuStateVecCircuits:
         """Bytes of the circuits' tables."""
         return sum(matrices.nbytes for layer in self._matrices for matrices in layer)
 
-    @classmethod
-    def compile(cls, *_: object) -> None:
-        """Nothing is compiled."""
-
 
 def _rotation(axis: str, angle: torch.Tensor) -> torch.Tensor:
     """RY or RZ: (circuits, n) float64 -> (circuits, n, 2, 2) complex128."""

@@ -239,10 +239,6 @@ class TorchCircuits:
         """Bytes of the circuits' tables."""
         return sum(layer.nbytes for circuit in self._circuits for layer in circuit or ())
 
-    @classmethod
-    def compile(cls, *_: object) -> None:
-        """Nothing is compiled."""
-
 
 def missing(device: torch.device) -> str | None:
     """Why it cannot run on such a device: it always can."""

@@ -115,16 +115,15 @@ class CompiledCircuits:
         return self._workspaces[key]
 
     @classmethod
-    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Compile everything for a dtype, or read what was compiled before: one code serves all circuits."""
-        circuits = cls(ansatz, 1, device)
-        x, one = torch.zeros(1, width, dtype=dtype), np.zeros(1, np.int64)
-        table, weights = np.full((1, readouts), -1, np.int32), np.zeros((1, ansatz.columns, 1), np.float32)
-        standards = np.zeros((0, 2, width), np.float32), np.zeros((0, 2, readouts, ansatz.columns), np.float32)
-        output, ends = torch.zeros(1, 1, dtype=dtype), np.ones(readouts, np.int64)
+    def compile(cls, dtype: torch.dtype) -> None:
+        """Compile all for an x of that dtype, or read what was compiled before: one code serves all circuits."""
+        circuits = cls(Ansatz("ry_ring", 1, 1), 1, torch.device("cpu"))
+        x, one, ends = torch.zeros(1, 2, dtype=dtype), np.zeros(1, np.int64), np.ones(1, np.int64)
+        table, weights = np.full((1, 1), -1, np.int32), np.zeros((1, 1, 1), np.float32)
+        standards = np.zeros((0, 2, 2), np.float32), np.zeros((0, 2, 1, 1), np.float32)
         with one_compiler(circuits._kernel.run.stats.cache_path):
             circuits.run(x, torch.from_numpy(table))
-            circuits.add_to(output, x, one, one, table, *standards, weights, ends)
+            circuits.add_to(x[:, :1].clone(), x, one, one, table, *standards, weights, ends)
 
     @property
     def nbytes(self) -> int:

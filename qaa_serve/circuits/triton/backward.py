@@ -193,8 +193,8 @@ def gradient_kernel(
             tangents = tl.load(step + 2)
             if tangents >= 0:
                 turn -= 1
-                psi, psi_im, lam, lam_im = _turn_back_complex(
-                    psi, psi_im, lam, lam_im, table + tangents, sums + turn * DIM, QUBITS
+                psi, psi_im, lam, lam_im = _turn_back(
+                    psi, psi_im, lam, lam_im, table + tangents, sums + turn * DIM, True, QUBITS
                 )
             if permutation >= 0:
                 source = tl.load(inverses + permutation * DIM + j).to(tl.int32)
@@ -210,7 +210,7 @@ def gradient_kernel(
                 lam, lam_im = multiply_phases(lam, lam_im, table + phases, -1, QUBITS)
         # The state was real before the steps: only the real part of lambda matters.
         if first >= 0:
-            psi, lam = _turn_back(psi, lam, table + first, sums, QUBITS)
+            psi, psi_im, lam, lam_im = _turn_back(psi, psi_im, lam, lam_im, table + first, sums, False, QUBITS)
 
         # dL/dx, as ``embedding.embed_backward`` has it
         total = tl.sum(psi * psi, axis=0)
@@ -228,27 +228,19 @@ def gradient_kernel(
 
 
 @triton.jit
-def _turn_back(psi, lam, tangents, sums, QUBITS: tl.constexpr):
-    """The inverse of ``kernel``'s RY on real states, up to a factor; adds overlaps to sums, see ``_collect``."""
+def _turn_back(psi, psi_im, lam, lam_im, tangents, sums, COMPLEX: tl.constexpr, QUBITS: tl.constexpr):
+    """The inverse of ``kernel``'s RY, up to a factor; adds overlaps to sums, see ``_collect``.
+
+    If not COMPLEX, the imaginary parts stay as they are, and are not looked at.
+    """
     found = tl.zeros((2**QUBITS,), tl.float32)
     for k in tl.static_range(QUBITS):
         tangent = tl.load(tangents + k)
         psi, lam, overlaps = _turn_qubit_back(psi, lam, tangent, QUBITS)
+        if COMPLEX:
+            psi_im, lam_im, of_im = _turn_qubit_back(psi_im, lam_im, tangent, QUBITS)
+            overlaps += of_im
         found = _collect(found, overlaps, QUBITS)
-    to = sums + tl.arange(0, 2**QUBITS)
-    tl.store(to, tl.load(to) + found)
-    return psi, lam
-
-
-@triton.jit
-def _turn_back_complex(psi, psi_im, lam, lam_im, tangents, sums, QUBITS: tl.constexpr):
-    """``_turn_back`` of complex states."""
-    found = tl.zeros((2**QUBITS,), tl.float32)
-    for k in tl.static_range(QUBITS):
-        tangent = tl.load(tangents + k)
-        psi, lam, overlaps = _turn_qubit_back(psi, lam, tangent, QUBITS)
-        psi_im, lam_im, of_im = _turn_qubit_back(psi_im, lam_im, tangent, QUBITS)
-        found = _collect(found, overlaps + of_im, QUBITS)
     to = sums + tl.arange(0, 2**QUBITS)
     tl.store(to, tl.load(to) + found)
     return psi, psi_im, lam, lam_im

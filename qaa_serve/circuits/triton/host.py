@@ -28,14 +28,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-from qaa_serve.circuits.ansatz import ANSATZ_NAMES, Ansatz, Cnots, check_width
+from qaa_serve.circuits.ansatz import ANSATZ_NAMES, Ansatz, Cnots, check_theta, check_width
 from qaa_serve.circuits.schedule import Schedule, schedule, sources
 
 #: 16 warps hold the state of 14 qubits in their registers, of more they do not.
@@ -126,8 +125,7 @@ def _up(words: int) -> int:
     return -(-words // _ALIGNED) * _ALIGNED
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What lies where in a layer's records of one slot, in words of 32 bits.
 
     A record for each slice, one behind the other: header, steps, masks of the readouts, their offsets and scales,
@@ -136,53 +134,39 @@ class Layout:
     Attributes:
         qubits: of the circuits.
         width: of the input; 0 for a layer whose input is never standardised.
-        slices: of the layer.
         rank: readouts of all heads that there is room for.
         steps: that there is room for.
         floats: in the tables of all heads that there is room for.
+        padded: a power of two above the readouts of any circuit.
+        masks_at, readouts_at, tables_at: where these begin in a record.
+        record: words of one slice's.
+        inputs_at: where offsets and scales of the input begin.
+        words: of all that a slot has.
     """
 
     qubits: int
     width: int
-    slices: int
     rank: int
     steps: int
     floats: int
+    padded: int
+    masks_at: int
+    readouts_at: int
+    tables_at: int
+    record: int
+    inputs_at: int
+    words: int
 
-    @cached_property
-    def padded(self) -> int:
-        """A power of two above the readouts of any circuit."""
-        return 1 << min(self.rank, self.qubits * (self.qubits + 1) // 2).bit_length()
 
-    @cached_property
-    def masks_at(self) -> int:
-        """Where a record's masks begin."""
-        return _up(_HEADER + _STEP * self.steps)
-
-    @cached_property
-    def readouts_at(self) -> int:
-        """Where a record's offsets and scales of the readouts begin."""
-        return self.masks_at + _up(self.padded)
-
-    @cached_property
-    def tables_at(self) -> int:
-        """Where a record's tables begin."""
-        return self.readouts_at + _up(2 * self.rank)
-
-    @cached_property
-    def record(self) -> int:
-        """Words of one slice's record."""
-        return self.tables_at + _up(self.floats)
-
-    @cached_property
-    def inputs_at(self) -> int:
-        """Where offsets and scales of the input begin."""
-        return self.slices * self.record
-
-    @cached_property
-    def words(self) -> int:
-        """Of all that a slot has."""
-        return self.inputs_at + _up(2 * self.width)
+def make_layout(qubits: int, width: int, slices: int, rank: int, steps: int, floats: int) -> Layout:
+    """The layout of a layer of so many slices, see ``Layout``."""
+    padded = 1 << min(rank, qubits * (qubits + 1) // 2).bit_length()
+    masks_at = _up(_HEADER + _STEP * steps)
+    readouts_at = masks_at + _up(padded)
+    tables_at = readouts_at + _up(2 * rank)
+    record = tables_at + _up(floats)
+    sections = masks_at, readouts_at, tables_at, record, slices * record
+    return Layout(qubits, width, rank, steps, floats, padded, *sections, slices * record + _up(2 * width))
 
 
 def layout_for(qubits: int, width: int, slices: int, rank: int, layers: int) -> Layout:
@@ -190,7 +174,7 @@ def layout_for(qubits: int, width: int, slices: int, rank: int, layers: int) -> 
     most = min(rank, qubits * (qubits + 1) // 2)
     forms = [Ansatz(name, qubits, layers, most) for name in ANSATZ_NAMES]
     steps = max(len(schedule(form).steps) for form in forms)
-    return Layout(qubits, width, slices, rank, steps, max(plan_table(form).floats for form in forms))
+    return make_layout(qubits, width, slices, rank, steps, max(plan_table(form).floats for form in forms))
 
 
 def pack(
@@ -210,8 +194,7 @@ def pack(
     Raises:
         ValueError: if theta's shape is not the ansatz's, or there is no room for such circuits.
     """
-    if theta.shape[1:] != ansatz.theta_shape:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (circuits, *{ansatz.theta_shape}) is needed")
+    check_theta(theta, ansatz)
     heads, plan = len(theta), plan_table(ansatz)
     if len(plan.steps) > layout.steps or heads * plan.floats > layout.floats:
         raise ValueError(
@@ -400,12 +383,7 @@ def launch(
         layout: of the records.
         z: (slices, tokens, at least the readouts) float32; only where there are circuits it is written to.
         shape: of the launch; None for the quickest one.
-
-    Raises:
-        ValueError: if x is wider than the state.
     """
-    if x.shape[1] > 2**layout.qubits:
-        raise ValueError(f"x is {x.shape[1]} wide; {layout.qubits} qubits hold at most {2**layout.qubits} numbers")
     grid = x.shape[0], z.shape[0]
     shape = shape or choose_shape(layout.qubits, grid[0] * grid[1], multiprocessors(x.device))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -467,7 +445,7 @@ class TritonCircuits:
         self._kernel = circuit_kernel
         self._ansatz = ansatz
         steps = len(schedule(ansatz).steps)
-        self._layout = Layout(ansatz.qubits, 0, 1, ansatz.columns, steps, plan_table(ansatz).floats)
+        self._layout = make_layout(ansatz.qubits, 0, 1, ansatz.columns, steps, plan_table(ansatz).floats)
         self._records = torch.zeros(count, self._layout.words, dtype=torch.int32, device=device)
 
     def put(self, first: int, theta: torch.Tensor) -> None:
@@ -489,13 +467,3 @@ class TritonCircuits:
     def nbytes(self) -> int:
         """Bytes of the circuits' records."""
         return self._records.nbytes
-
-    @classmethod
-    def compile(cls, ansatz: Ansatz, width: int, readouts: int, dtype: torch.dtype, device: torch.device) -> None:
-        """See ``compile_kernels``.
-
-        Raises:
-            ValueError: for more qubits than ``MOST_QUBITS``.
-        """
-        circuits = cls(ansatz, 1, device)
-        compile_kernels(circuits._kernel, circuits._layout, width, dtype, device)
