@@ -378,3 +378,4 @@ def test_sigterm_ends_every_process(server):
     server.process.send_signal(signal.SIGTERM)
     assert server.wait_exit() == 0
     assert gone(family) == []
+    assert "leaked" not in server.text()  # as Triton's bindings and Python's resource tracker call what was there

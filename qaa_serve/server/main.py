@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         contents.close()
         if admin_sock is not None:
             admin_sock.close()
+        gc.unfreeze()  # Triton's bindings would tell of everything that is never collected
 
 
 def _log_as_vllm_does() -> None:

@@ -62,6 +62,9 @@ def prepare_environment(arguments: Sequence[str]) -> None:
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if _names_no_hub(arguments):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # vLLM's processes are ended without ceremony, and what Python then frees for them is no fault.
+    filters = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     # Engine and workers end with the server, however it ends (vllm_qaa.register).
     os.environ["QAA_SERVE"] = "1"
 
