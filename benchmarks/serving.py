@@ -4,10 +4,11 @@
     python benchmarks/serving.py --backend torch           another circuit backend
     python benchmarks/serving.py --stock                   vLLM's own LoRA, without the QAA plugin
 
-A random Llama (hidden 768, 12 layers, bf16) with adapters on q, k, v and o; QAA with 10 qubits and 2 layers. Times
-are of engine steps: the first step of a batch is its prefill, the others decode. Each run times every kind once,
-in turn, so that a slow spell falls on all of them; printed are the medians over the runs of each kind's ratio to
-the base in the same run. A single request has four times as many runs: its steps are short, and the most uneven.
+A random Llama (hidden 768, 12 layers, bf16) with adapters on q, k, v and o; QAA with 10 qubits, 2 layers, inputs
+and readouts standardised as in trained ones. Times are of engine steps: the first step of a batch is its prefill,
+the others decode. Each run times every kind once, in turn, so that a slow spell falls on all of them; printed are
+the medians over the runs of each kind's ratio to the base in the same run. A single request has four times as many
+runs: its steps are short, and the most uneven.
 Before that, what every layer adds for a QAA adapter is compared with the reference.
 """
 
@@ -63,6 +64,15 @@ def make_base(directory: Path, args: argparse.Namespace) -> Path:
     return directory
 
 
+def _offset_and_scale(channels: int, generator: Any) -> Any:
+    """What channels are standardised by, (2, channels)."""
+    import torch
+
+    return torch.stack(
+        [0.1 * torch.randn(channels, generator=generator), 0.5 + torch.rand(channels, generator=generator)]
+    )
+
+
 def make_adapters(directory: Path, base: Path) -> None:
     """Save random adapters qaa0, qaa1, ... and lora0, lora1, ..."""
     import torch
@@ -72,14 +82,21 @@ def make_adapters(directory: Path, base: Path) -> None:
     from qaa_serve.adapters import AdapterConfig, ModuleWeights, linear_widths, matches, save_adapter
 
     generator = torch.Generator().manual_seed(1)
-    config = AdapterConfig(base_model_name_or_path=str(base), target_modules=TARGETS)
+    # Standardised, as `qaa-serve train` has them by default. q, k and v read the same x, and o one as wide.
+    config = AdapterConfig(
+        base_model_name_or_path=str(base), target_modules=TARGETS, inputs="centred-rms", whitened=True
+    )
     for number in range(ADAPTERS):
         modules = {}
+        inputs: Any = None
         for name, (d_in, d_out) in linear_widths(base).items():
             if matches(name, config.target_modules):
+                inputs = _offset_and_scale(d_in, generator) if inputs is None else inputs
                 n = config.qubits(d_in)
                 theta = torch.randn(config.heads, *config.circuit(n).theta_shape, generator=generator)
-                modules[name] = ModuleWeights(theta, 0.1 * torch.randn(d_out, config.rank(n), generator=generator))
+                b = 0.1 * torch.randn(d_out, config.rank(n), generator=generator)
+                readouts = _offset_and_scale(config.rank(n), generator)
+                modules[name] = ModuleWeights(theta, b, inputs, readouts)
         save_adapter(directory / f"qaa{number}", config, modules)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
@@ -143,7 +160,7 @@ class Engine:
         """Compare what every layer adds for an adapter with the reference, and both with nothing."""
         import torch
 
-        from qaa_serve.adapters import load_adapter
+        from qaa_serve.adapters import load_adapter, standardised
         from qaa_serve.circuits import get_backend
 
         self.times(["qaa0"], 8, 1)  # the last step is one row of this adapter, and what the layers know
@@ -156,7 +173,9 @@ class Engine:
                 expected[layer] = torch.zeros(1, sum(layer.output_slices), dtype=torch.float64)
                 inputs[layer] = torch.randn(1, layer.full_widths()[0]).to(layer.lora_b_stacked[0].dtype)
             ansatz = adapter.config.circuit(weights.qubits)
-            z = get_backend("reference")(inputs[layer], weights.theta, ansatz, None).flatten(1)
+            x = standardised(inputs[layer].double(), weights.inputs)
+            z = get_backend("reference")(x, weights.theta, ansatz, None).flatten(1)
+            z = standardised(z, weights.readouts)
             b = weights.weight.double() * adapter.config.scale(weights.qubits)
             expected[layer][:, layer.columns()[part or 0]] = z @ b.T
         for layer, right in expected.items():
