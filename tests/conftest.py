@@ -68,6 +68,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's bindings tell of all that is left at the end
+
+
 _SET_NUM_THREADS = torch.set_num_threads
 
 if "PYTEST_XDIST_WORKER" in os.environ:
