@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from qaa_serve.adapters import AdapterConfig, AdapterError, load_adapter, signs
-from qaa_serve.circuits import ANSATZ_NAMES
+from qaa_serve.circuits import ANSATZ_NAMES, torch_batched
 from qaa_serve.circuits.reference import expectation_values
 from qaa_serve.training import QAAConfig, QAALinear, TrainingError, register
+from qaa_serve.training.layer import Moments
 from qaa_serve.training.model import standardise
 from qaa_serve.training.targets import resolve_targets
 
@@ -214,6 +215,42 @@ class TestStandardised:
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
         layer.train()(outliers(4, 5, 12) * 7)  # nor is it measured again
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_are_those_of_the_definition_and_layers_keep_the_one_x_they_read(
+        self, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        x = outliers(9, 12).to(dtype).requires_grad_()
+        layers = [QAALinear(torch.nn.Linear(12, 5), "default", config(inputs="centred-rms")) for _ in range(2)]
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            z = [layer.eval().seen("default", "readouts", x) for layer in layers]
+        assert {tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel()} == {x.data_ptr()}
+        for layer in layers:
+            moments = Moments()
+            moments.add(x)
+            layer.standardise("default", "inputs", moments)
+        z = [layer.seen("default", "readouts", x) for layer in layers]
+        weights = torch.randn_like(z[0])
+        found = torch.autograd.grad(sum((each * weights).sum() for each in z), [x, layers[1].qaa_theta["default"]])
+        exact = x.detach().double().requires_grad_()
+        thetas = [layer.qaa_theta["default"].detach().double().requires_grad_() for layer in layers]
+        total = torch.zeros(())
+        for layer, theta in zip(layers, thetas, strict=True):
+            by, ansatz = layer.qaa_inputs["default"].double(), layer.qaa_form["default"].ansatz
+            right = torch_batched.expectation_values((exact - by[0]) * by[1], theta[None], ansatz)
+            total = total + (right.flatten(1) * weights.double()).sum()
+        expected = torch.autograd.grad(total, [exact, thetas[1]])
+        rtol = 1e-4 if dtype == torch.float32 else 2e-2
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=rtol * theirs.abs().max().item())
+        assert found[0].dtype == dtype
 
     def test_all_layers_are_measured_beforehand_on_the_base_alone(self) -> None:
         model = get_peft_model(llama(), QAAConfig(target_modules="all-linear"))

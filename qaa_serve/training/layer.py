@@ -210,10 +210,10 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Readouts of all heads, (..., d_in) -> (..., heads * readouts) float32, not standardised themselves."""
         form = self.qaa_form[adapter_name]
         theta = self.qaa_theta[adapter_name].float().reshape(form.heads, *form.ansatz.theta_shape)
-        if adapter_name in self.qaa_inputs:
-            x = standardised(x.float(), self.qaa_inputs[adapter_name])
+        inputs = dict(self.qaa_inputs.items()).get(adapter_name)
         with torch.autocast(x.device.type, enabled=False):
-            z = expectation_values(x.reshape(-1, self.in_features), theta, form.ansatz)  # (tokens, heads, columns)
+            # (tokens, heads, columns)
+            z = expectation_values(x.reshape(-1, self.in_features), theta, form.ansatz, inputs)
         return z.reshape(*x.shape[:-1], form.heads * form.ansatz.columns)
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
