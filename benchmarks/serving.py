@@ -160,8 +160,8 @@ class Engine:
         """Compare what every layer adds for an adapter with the reference, and both with nothing."""
         import torch
 
-        from qaa_serve.adapters import load_adapter, standardised
-        from qaa_serve.circuits import get_backend
+        from qaa_serve.adapters import load_adapter
+        from qaa_serve.circuits import get_backend, standardised
 
         self.times(["qaa0"], 8, 1)  # the last step is one row of this adapter, and what the layers know
         adapter, manager = load_adapter(self._adapters / "qaa0"), self._manager()

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qaa_serve.adapters import standardised
-from qaa_serve.circuits import Circuits
+from qaa_serve.circuits import Circuits, standardised
 from qaa_serve.circuits.cpu.serving import CompiledCircuits
 from vllm_qaa.delta import Delta, Standard
 from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from qaa_serve.adapters import (
     CONFIG_FILE,
+    DIGEST_PATTERN,
     AdapterConfig,
     AdapterError,
     ModuleWeights,
@@ -38,8 +38,6 @@ from vllm_qaa.manager import OUTPUT_HEAD, Place, QAAModel, QAAModelManager
 from vllm_qaa.memory import host_free
 from vllm_qaa.plan import CircuitForm
 from vllm_qaa.timing import TIMER
-
-_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 #: How long adapters are taken over between two steps; the one that is begun is ended.
 _TAKE_OVER_S = 0.02
@@ -194,7 +192,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         self._refuse_settings(request)
         adapter = load_adapter(directory)
         _, at, digest = request.lora_name.rpartition("@")
-        if at and _DIGEST.fullmatch(digest) and not adapter.digest.startswith(digest):
+        if at and DIGEST_PATTERN.fullmatch(digest) and not adapter.digest.startswith(digest):
             raise AdapterError(f"its files are not those of {request.lora_name}: they were changed or damaged")
         if adapter.rank > self.lora_config.max_lora_rank:
             raise AdapterError(

@@ -5,6 +5,7 @@ from qaa_serve.adapters.config import QAA_FORMAT, AdapterConfig, Inputs
 from qaa_serve.adapters.errors import AdapterError, Kind, only_refusals, shown
 from qaa_serve.adapters.files import (
     CONFIG_FILE,
+    DIGEST_PATTERN,
     WEIGHTS_FILE,
     Adapter,
     ModuleWeights,
@@ -19,7 +20,6 @@ from qaa_serve.adapters.files import (
     read_header,
     resolve_base,
     save_adapter,
-    standardised,
 )
 from qaa_serve.adapters.lora import MAX_RANK, SERVED_RANK, Lora, LoraConfig, LoraPair, check_lora
 from qaa_serve.adapters.staging import staged
@@ -28,6 +28,7 @@ from qaa_serve.adapters.verdict import MAX_ADAPTER_BYTES, Sound, judge
 
 __all__ = [
     "CONFIG_FILE",
+    "DIGEST_PATTERN",
     "MAX_ADAPTER_BYTES",
     "MAX_RANK",
     "QAA_FORMAT",
@@ -63,5 +64,4 @@ __all__ = [
     "signs",
     "signs_between",
     "staged",
-    "standardised",
 ]

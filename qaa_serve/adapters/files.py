@@ -33,6 +33,9 @@ from qaa_serve.circuits import Ansatz
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+#: As much of a digest as names a revision.
+DIGEST_PATTERN = re.compile("[0-9a-f]{12,64}")
+
 _MAX_CONFIG_BYTES = 1 << 20
 #: Of safetensors files; names and shapes of some hundred thousand tensors.
 _MAX_HEADER_BYTES = 1 << 26
@@ -109,11 +112,6 @@ class ModuleWeights:
         b = {"weight": self.b} if isinstance(self.b, torch.Tensor) else dict(zip(_VECTORS, self.b, strict=True))
         found = {"theta": self.theta, **b, "inputs": self.inputs, "readouts": self.readouts}
         return {kind: tensor for kind, tensor in found.items() if tensor is not None}
-
-
-def standardised(values: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
-    """(values - offset) * scale, of each channel: values (..., channels), by (2, channels), None for neither."""
-    return values if by is None else (values - by[0].to(values.dtype)) * by[1].to(values.dtype)
 
 
 @dataclass(frozen=True)

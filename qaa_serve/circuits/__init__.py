@@ -5,6 +5,7 @@
 
 from qaa_serve.circuits.ansatz import ALL_READOUTS, ANSATZ_NAMES, MAX_QUBITS, Ansatz, qubits_for
 from qaa_serve.circuits.backends import BACKENDS, Choice, Circuits, choose_backend, circuits_of, get_backend
+from qaa_serve.circuits.embedding import standardised
 
 __all__ = [
     "ALL_READOUTS",
@@ -18,4 +19,5 @@ __all__ = [
     "circuits_of",
     "get_backend",
     "qubits_for",
+    "standardised",
 ]

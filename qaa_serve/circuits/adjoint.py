@@ -8,6 +8,7 @@ import torch
 
 from qaa_serve.circuits.ansatz import Ansatz, check_theta, check_width
 from qaa_serve.circuits.backends import training_backend
+from qaa_serve.circuits.embedding import standardised
 
 
 def expectation_values(
@@ -49,7 +50,7 @@ class _ExpectationValues(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, theta, standard)
         ctx.ansatz = ansatz
-        x = _standardised(x, standard)
+        x = _embedded(x, standard)
         return training_backend(x.device, x.dtype, ansatz.qubits).forward(x, theta, ansatz)
 
     @staticmethod
@@ -60,14 +61,15 @@ class _ExpectationValues(torch.autograd.Function):
                 "those of qaa_serve.circuits.torch_batched can"
             )
         given, theta, standard = ctx.saved_tensors
-        x = _standardised(given, standard)
+        x = _embedded(given, standard)
         backend = training_backend(x.device, x.dtype, ctx.ansatz.qubits)
         dx, dtheta = backend.backward(x, theta, ctx.ansatz, dz)
         if standard is not None:
-            dx = (dx * standard[1]).to(given.dtype)
+            dx = (dx * standard[1].to(dx.dtype)).to(given.dtype)
         needs_dx, needs_dtheta, *_ = ctx.needs_input_grad
         return dx if needs_dx else None, dtheta if needs_dtheta else None, None, None
 
 
-def _standardised(x: torch.Tensor, standard: torch.Tensor | None) -> torch.Tensor:
-    return x if standard is None else (x.float() - standard[0]) * standard[1]
+def _embedded(x: torch.Tensor, standard: torch.Tensor | None) -> torch.Tensor:
+    """What of x is embedded; 16 bits are too few for a difference."""
+    return x if standard is None else standardised(x if x.dtype == torch.float64 else x.float(), standard)

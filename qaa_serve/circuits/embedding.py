@@ -13,6 +13,11 @@ from torch.nn.functional import pad
 from qaa_serve.circuits.ansatz import Ansatz, check_width
 
 
+def standardised(values: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    """(values - offset) * scale, of each channel: values (..., channels), by (2, channels), None for neither."""
+    return values if by is None else (values - by[0].to(values.dtype)) * by[1].to(values.dtype)
+
+
 def embed(x: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
     """Amplitude embedding: (tokens, width) -> (tokens, 2**n) of norm 1; without a constant a zero row stays zero.
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qaa_serve.adapters import Adapter, ModuleWeights, standardised
+from qaa_serve.adapters import Adapter, ModuleWeights
 from qaa_serve.circuits import Ansatz, get_backend
-from qaa_serve.circuits.embedding import embed, lengths
+from qaa_serve.circuits.embedding import embed, lengths, standardised
 from qaa_serve.inspection.circuit import apply_gates, readouts
 from qaa_serve.inspection.errors import InspectionError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qaa_serve.adapters import (
+    DIGEST_PATTERN,
     MAX_ADAPTER_BYTES,
     WEIGHTS_FILE,
     AdapterError,
@@ -23,7 +24,7 @@ from qaa_serve.adapters import (
 #: Names that adapters may be served under. "@" separates a name from a revision's digest.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-_REFERENCE = re.compile(rf"{NAME_PATTERN.pattern}(@[0-9a-f]{{12,64}})?")
+_REFERENCE = re.compile(rf"{NAME_PATTERN.pattern}(@{DIGEST_PATTERN.pattern})?")
 
 #: Names that the metrics have a meaning of their own for: of what has no series of its own, and of no model.
 RESERVED_NAMES = frozenset({"other", "unknown"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
-from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from qaa_serve.adapters import CONFIG_FILE, DIGEST_PATTERN, WEIGHTS_FILE, AdapterError
 from qaa_serve.registry import (
     NAME_PATTERN,
     Catalogue,
@@ -171,15 +170,7 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
-def checked_name(
-    name: Annotated[
-        str,
-        PathParameter(
-            description="the public name of an adapter or alias",
-            json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"},
-        ),
-    ],
-) -> str:
+def checked_name(name: str) -> str:
     """The name, if something may be served under it.
 
     Raises:
@@ -192,7 +183,14 @@ def checked_name(
     return name
 
 
-Name = Annotated[str, Depends(checked_name)]
+Name = Annotated[
+    str,
+    PathParameter(
+        description="the public name of an adapter or alias",
+        json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"},
+    ),
+    AfterValidator(checked_name),
+]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request makes no sense."},
@@ -432,7 +430,7 @@ def condition_of(request: Request) -> Condition:
     if match.strip() == "*":
         return Condition(exists=True)
     digests = [tag.strip().removeprefix("W/").strip('"').rpartition("@")[2] for tag in match.split(",")]
-    if not all(re.fullmatch("[0-9a-f]{12,64}", digest) for digest in digests):
+    if not all(DIGEST_PATTERN.fullmatch(digest) for digest in digests):
         raise RefusedError(400, f"If-Match takes revisions (12 to 64 hex digits) or *, not {match[:100]!r}")
     return Condition(frozenset(digests))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 
+from qaa_serve.adapters import DIGEST_PATTERN
 from qaa_serve.registry import AmbiguousRevisionError, Catalogue, UnavailableError, UnknownAdapterError
 from qaa_serve.server.asgi import App, ClientGoneError, Message, Receive, Scope, Send
 from qaa_serve.server.bodies import MULTIPART, Asked, Bodies, asked_by, media_type
@@ -289,7 +289,8 @@ def _refusing(model: str | None) -> Iterator[None]:
 
 def _unknown(model: str | None, error: UnknownAdapterError | None = None) -> RefusedError:
     message = f"The model `{model}` does not exist. GET /v1/models lists those that you can use."
-    if "@" in (model or "") and not re.search("@[0-9a-f]{12,64}$", model or ""):
+    _, at, digest = (model or "").rpartition("@")
+    if at and not DIGEST_PATTERN.fullmatch(digest):
         message += " A revision is 12 to 64 hex digits behind the @, as the header x-qaa-revision has them."
     return RefusedError(404, str(error) if isinstance(error, AmbiguousRevisionError) else message, param="model")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qaa_serve.training.errors import Interrupted, TrainingError, WorseError
 from qaa_serve.training.fields import add_fields, parse_values, read_config
 from qaa_serve.training.methods import METHODS, configured, get_method
-from qaa_serve.training.options import ADAPTER, WHAT, TrainOptions
+from qaa_serve.training.options import ADAPTER, METRIC_PACKAGES, WHAT, TrainOptions
 
 if TYPE_CHECKING:
     from qaa_serve.training.result import TrainResult
@@ -38,9 +38,6 @@ example:
 
 #: Packages that only the extra `train` brings.
 _EXTRA = ("accelerate", "datasets", "peft", "transformers", "yaml")
-
-#: And those of the extra `compare` that --eval-metrics needs.
-_EXTRA_OF_METRICS = ("rouge_score", "sacrebleu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         options = options_of(given)
         return _run(options, args.dry_run)
     except ModuleNotFoundError as error:
-        if error.name not in (*_EXTRA, *_EXTRA_OF_METRICS):
+        if error.name not in (*_EXTRA, *METRIC_PACKAGES):
             raise
         print(f"qaa-serve train: {_missing(error)}", file=sys.stderr)
         return 2
@@ -160,7 +157,7 @@ def _run(options: TrainOptions, dry: bool) -> int:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    if error.name in _EXTRA_OF_METRICS:
+    if error.name in METRIC_PACKAGES:
         return f'{error.name} is not installed; --eval-metrics needs the extra: pip install "qaa-serve[compare]"'
     return f'{error.name} is not installed; training needs the extra: pip install "qaa-serve[train]"'
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from qaa_serve.adapters import AdapterConfig, Inputs, ModuleWeights, standardised
-from qaa_serve.circuits import Ansatz
+from qaa_serve.adapters import AdapterConfig, Inputs, ModuleWeights
+from qaa_serve.circuits import Ansatz, standardised
 from qaa_serve.circuits.adjoint import expectation_values
 
 #: What lambda_d begins as. VeRA begins with 0.1 behind features of its scale; ours are alpha times as large.
@@ -210,10 +210,11 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Readouts of all heads, (..., d_in) -> (..., heads * readouts) float32, not standardised themselves."""
         form = self.qaa_form[adapter_name]
         theta = self.qaa_theta[adapter_name].float().reshape(form.heads, *form.ansatz.theta_shape)
-        inputs = dict(self.qaa_inputs.items()).get(adapter_name)
         with torch.autocast(x.device.type, enabled=False):
             # (tokens, heads, columns)
-            z = expectation_values(x.reshape(-1, self.in_features), theta, form.ansatz, inputs)
+            z = expectation_values(
+                x.reshape(-1, self.in_features), theta, form.ansatz, _find(self.qaa_inputs, adapter_name)
+            )
         return z.reshape(*x.shape[:-1], form.heads * form.ansatz.columns)
 
     def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -228,12 +229,12 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def weights(self, adapter_name: str) -> ModuleWeights:
         """What is stored of one adapter."""
         form = self.qaa_form[adapter_name]
-        b: Any = dict(self.qaa_weight.items()).get(adapter_name)
+        b = _find(self.qaa_weight, adapter_name)
         return ModuleWeights(
             self.qaa_theta[adapter_name].view(form.heads, *form.ansatz.theta_shape),
             (self.qaa_lambda_b[adapter_name], self.qaa_lambda_d[adapter_name]) if b is None else b,
-            dict(self.qaa_inputs.items()).get(adapter_name),
-            dict(self.qaa_readouts.items()).get(adapter_name),
+            _find(self.qaa_inputs, adapter_name),
+            _find(self.qaa_readouts, adapter_name),
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
@@ -246,3 +247,8 @@ class QAALinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"qaa.{super().__repr__()}"
+
+
+def _find(tensors: Any, adapter_name: str) -> torch.Tensor | None:
+    """An adapter's one of them, where it has one."""
+    return dict(tensors.items()).get(adapter_name)

@@ -19,6 +19,9 @@ Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 #: A score of answers, in percent.
 Metric: TypeAlias = Literal["bleu", "rouge1", "rouge2", "rouge_l", "exact_match"]
 
+#: Packages, of the extra `compare`, that scores need.
+METRIC_PACKAGES = ("rouge_score", "sacrebleu")
+
 WHAT, ADAPTER, COURSE = "what to train, on what", "the adapter", "the course of training"
 ROWS, MACHINE, SHOWN = "the rows", "the machine", "what is told, and to whom"
 

@@ -29,7 +29,7 @@ from qaa_serve.adapters import CONFIG_FILE
 from qaa_serve.training.data import Examples, read_examples
 from qaa_serve.training.errors import TrainingError
 from qaa_serve.training.methods import Method, Setting, check_shared, configured, get_method
-from qaa_serve.training.options import TrainOptions
+from qaa_serve.training.options import METRIC_PACKAGES, TrainOptions
 from qaa_serve.training.result import RECORD_FILE
 from qaa_serve.training.rows import as_test_set, check_positions, read_rows
 from qaa_serve.training.targets import resolve_targets
@@ -158,7 +158,7 @@ def _eval_prompts(
     """What is to be answered for ``--eval-metrics``, evenly over the evaluation data."""
     if not options.eval_metrics:
         return []
-    for package in ("rouge_score", "sacrebleu"):  # not to be missed first after hours
+    for package in METRIC_PACKAGES:  # not to be missed first after hours
         import_module(package)
     source = str(options.eval_data)
     read = read_rows(source, tokenizer, answers=options.answers, skip_bad_rows=options.skip_bad_rows)
