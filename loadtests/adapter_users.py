@@ -322,11 +322,9 @@ class Load:
         """All figures."""
         options, kinds = self.options, list(self.kinds.values())
         ended = self.now if self.ended is None else self.ended
-        command = shlex.join(["locust", *sys.argv[1:]])
-        for key in filter(None, (options.api_key, options.admin_key)):
-            command = command.replace(key, "...")
+        keys = [key for key in (options.api_key, options.admin_key) if key]
         return {
-            "command": command,
+            "command": shlex.join(["locust", *(without(keys, argument) for argument in sys.argv[1:])]),
             "host": self.host,
             "began_at": self.began_at,
             "locust": locust.__version__,
@@ -339,6 +337,12 @@ class Load:
                 objective=objective_of(options), every=options.turn,
             ),
         }  # fmt: skip
+
+
+def without(keys: list[str], argument: str) -> str:
+    """An argument of the command line that can be shown."""
+    key = next((key for key in keys if argument == key or argument.endswith(f"={key}")), "")
+    return f"{argument.removesuffix(key)}..." if key else argument
 
 
 load: Load | None = None  # the test that is running, or ran last, in this process

@@ -21,6 +21,7 @@ from qaa_serve.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
+    LinearWidths,
     ModuleWeights,
     linear_widths,
     matches,
@@ -72,33 +73,49 @@ def make_adapters(
     output.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         directory, generator = output / f"{kind}-{i:05}", torch.Generator().manual_seed(seed + i)
-        if (directory / CONFIG_FILE).exists():
-            pass
-        elif kind == "qaa":
-            config = AdapterConfig(base_model_name_or_path=base, target_modules=names, heads=heads)
-            modules = {}
-            for module, (d_in, d_out) in chosen.items():
-                n = config.qubits(d_in)
-                theta = torch.randn(heads, *config.circuit(n).theta_shape, generator=generator)
-                b = torch.randn(d_out, config.rank(n), generator=generator) * size
-                modules[module] = ModuleWeights(theta, b)
-            save_adapter(directory, config, modules)
-        else:  # in the layout of PEFT
-            tensors = {}
-            for module, (d_in, d_out) in chosen.items():
-                a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-                tensors[f"base_model.model.{module}.lora_A.weight"] = a
-                b = torch.randn(d_out, rank, generator=generator) * size
-                tensors[f"base_model.model.{module}.lora_B.weight"] = b
-            peft = {
-                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-                "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-                "target_modules": sorted(names), "inference_mode": True,
-            }  # fmt: skip
-            with staged(directory) as staging:
-                save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-                (staging / CONFIG_FILE).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+        if not (directory / CONFIG_FILE).exists():
+            if kind == "qaa":
+                config = AdapterConfig(base_model_name_or_path=base, target_modules=names, heads=heads)
+                _write_qaa(directory, config, chosen, size, generator)
+            else:
+                _write_lora(directory, base, names, chosen, rank, size, generator)
         yield directory
+
+
+def _write_qaa(
+    directory: Path, config: AdapterConfig, widths: LinearWidths, size: float, generator: torch.Generator
+) -> None:
+    modules = {}
+    for module, (d_in, d_out) in widths.items():
+        n = config.qubits(d_in)
+        theta = torch.randn(config.heads, *config.circuit(n).theta_shape, generator=generator)
+        modules[module] = ModuleWeights(theta, torch.randn(d_out, config.rank(n), generator=generator) * size)
+    save_adapter(directory, config, modules)
+
+
+def _write_lora(
+    directory: Path,
+    base: str,
+    names: tuple[str, ...],
+    widths: LinearWidths,
+    rank: int,
+    size: float,
+    generator: torch.Generator,
+) -> None:
+    """In the layout of PEFT."""
+    tensors = {}
+    for module, (d_in, d_out) in widths.items():
+        prefix = f"base_model.model.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": sorted(names), "inference_mode": True,
+    }  # fmt: skip
+    with staged(directory) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

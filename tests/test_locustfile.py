@@ -206,7 +206,7 @@ def run_locust(stub: Stub, directory: Path, *options: str, seconds: int = 3, fil
 def test_cold_adapters_are_told_from_warm_ones_and_throughput_from_their_share(stub, tmp_path):
     done = run_locust(
         stub, tmp_path, "-u", "4", "-r", "100", "--warm-up", "2", "--cold-share", "0,1", "--turn", "3",
-        "--hot", "2", "--base-share", "0.2", "--api-key", "secret", "--admin-key", "top",
+        "--hot", "2", "--base-share", "0.2", "--api-key", "it's secret", "--admin-key=top'secret",
         "--slo-ttft-ms", "300", "--slo-share", "0.2",
         seconds=12,  # 8 and what a busy machine needs to begin
     )  # fmt: skip
