@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from circuits_support import random_theta
-from vllm_qaa.delta import Standard
+from vllm_qaa.delta import LayerCircuits, Standard
 from vllm_qaa.plan import CircuitForm
 from vllm_qaa.static import Block, StaticDelta
 
@@ -61,7 +61,7 @@ def run_static(layer: Layer, x: torch.Tensor, slots: list[int], adapters: Any, a
     """The outputs of two steps; the second one behind a step without adapters, and with slot 0 emptied."""
     block = Block([layer], SLOTS, RANK, 8, CPU)
     for slot, (form, angles, standard) in adapters.items():
-        block.put(slot, block.pack(form, {layer: (angles, standard)}))
+        block.put(slot, block.pack(form, {layer: LayerCircuits(angles, standard)}))
     layer.punica_wrapper = gpu_punica(len(x))
     delta = StaticDelta(layer, block)
     outputs = []

@@ -119,20 +119,21 @@ def test_circuits_of_all_forms_fit_the_room_made_for_their_number_of_layers(gene
     for name in ANSATZ_NAMES:
         for heads, layers in ((1, 4), (2, 2), (4, 1)):
             ansatz = Ansatz(name, 6, layers, 4)
-            assert pack(random_theta(generator, heads, ansatz), ansatz, layout).shape == (layout.record,)
+            theta = random_theta(generator, 3 * heads, ansatz).unflatten(0, (3, heads))
+            assert pack(theta, ansatz, layout).shape == (3, layout.record)
     deep = Ansatz("strongly_entangling", 6, 5)
     with pytest.raises(ValueError, match=r"1 x 5 layers of strongly_entangling take \d+ numbers in \d+ steps"):
-        pack(random_theta(generator, 1, deep), deep, layout)
+        pack(random_theta(generator, 1, deep)[None], deep, layout)
     many = Ansatz("ryrz_ring_ry", 6, 4)
     with pytest.raises(ValueError, match=r"9 x 4 layers of ryrz_ring_ry"):
-        pack(random_theta(generator, 9, many), many, layout)
+        pack(random_theta(generator, 9, many)[None], many, layout)
 
 
 def test_no_part_of_a_record_reaches_into_the_next_one(generator: torch.Generator) -> None:
     """Filled to the brim, whatever the kernel may write to or read is its own."""
     layout = layout_for(3, 8, 2, rank=6, layers=2)
     ansatz = Ansatz("strongly_entangling", 3, 2, readouts=6)
-    record = pack(random_theta(generator, 1, ansatz), ansatz, layout, torch.ones(2, 6))
+    (record,) = pack(random_theta(generator, 1, ansatz)[None], ansatz, layout, torch.ones(1, 2, 6))
     ends = [layout.masks_at, layout.readouts_at, layout.tables_at, layout.record, layout.inputs_at]
     assert ends == sorted(ends)
     assert layout.masks_at + layout.padded <= layout.readouts_at

@@ -12,9 +12,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from delta_support import CPU, SLICES, SLOTS, WIDTH, Layer, adapters, filled, updates
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm_qaa.delta import LayerCircuits
 from vllm_qaa.manager import QAAModelManager
 from vllm_qaa.plan import NOTHING, make_plan
-from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedDelta
+from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedCircuits, PlannedDelta
 
 from qaa_serve.circuits import circuits_of
 
@@ -51,10 +52,11 @@ def _compiled() -> None:
 
 def delta_of(kind: str, layer: Layer, of_slot: Any) -> tuple[Any, PlanHolder]:
     """A layer's delta on one of the backends, with all adapters put in."""
-    plans = PlanHolder(circuits_of("cpu" if kind == "compiled" else "torch"))
-    delta = (PlannedDelta if kind == "planned" else CpuDelta)(layer, plans)
+    circuits = circuits_of("cpu" if kind == "compiled" else "torch")
+    plans, store = PlanHolder(circuits), PlannedCircuits(circuits)
+    layer.delta = delta = (PlannedDelta if kind == "planned" else CpuDelta)(layer, plans)
     for slot, (form, angles, standard) in of_slot.items():
-        delta.put(slot, form, angles, standard)
+        store.put(slot, store.pack(form, {layer: LayerCircuits(angles, standard)}))
     delta.put_lora(1, 4)
     return delta, plans
 

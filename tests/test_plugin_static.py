@@ -16,9 +16,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("triton", reason="the triton backend needs triton")
 
 from vllm.config import CompilationMode, CUDAGraphMode
-from vllm_qaa.delta import Standard
+from vllm_qaa.delta import LayerCircuits, Standard
 from vllm_qaa.manager import QAAModelManager
 from vllm_qaa.plan import CircuitForm
+from vllm_qaa.planned import PlannedCircuits
 from vllm_qaa.static import Block, StaticDelta
 
 from qaa_serve.adapters import AdapterError
@@ -107,11 +108,11 @@ def test_what_there_is_no_room_for_is_refused_with_the_remedy() -> None:
     block = Block([layer], SLOTS, RANK, 2, CPU)
     form = CircuitForm(Ansatz("ryrz_ring_ry", 16, 9), 1)
     with pytest.raises(AdapterError, match=r"9 layers.*there is room for.*--qaa-max-layers 2, start it with more"):
-        block.pack(form, {layer: ({0: random_theta(generator, 1, form.ansatz(5))}, Standard())})
+        block.pack(form, {layer: LayerCircuits({0: random_theta(generator, 1, form.ansatz(5))}, Standard())})
     wide = CircuitForm(Ansatz("ry_ring", 16, 1, constant=True), 1)
     remedies = r"24 of the layer's input, so 6 qubits.*for 5 qubits.*--qaa-backend cuquantum or torch, or train"
     with pytest.raises(AdapterError, match=remedies):
-        block.pack(wide, {layer: ({0: random_theta(generator, 1, wide.ansatz(6))}, Standard())})
+        block.pack(wide, {layer: LayerCircuits({0: random_theta(generator, 1, wide.ansatz(6))}, Standard())})
 
 
 @pytest.fixture
@@ -147,9 +148,9 @@ def test_with_triton_graphs_stay_whole_and_room_is_made_at_once() -> None:
     assert isinstance(made._bound[0].delta, StaticDelta)
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
     assert compilation.splitting_ops == ["vllm::unified_attention"]
-    assert made.circuit_bytes() == made.block.rows.nbytes > 0
-    assert made.block.rows.shape[0] == SLOTS
-    assert not made.block.rows.is_inference()
+    assert made.circuit_bytes() == made.circuits.rows.nbytes > 0
+    assert made.circuits.rows.shape[0] == SLOTS
+    assert not made.circuits.rows.is_inference()
 
 
 @pytest.mark.usefixtures("triton_on_a_cpu")
@@ -158,11 +159,11 @@ def test_all_ranks_take_the_first_ones_backend(monkeypatch: pytest.MonkeyPatch) 
     first = SimpleNamespace(broadcast_object=lambda mine: mine._replace(name="torch"))
     monkeypatch.setattr("vllm_qaa.backend.get_world_group", lambda: first)
     made, _ = manager("triton", ranks=2)
-    assert made.block is None
+    assert isinstance(made.circuits, PlannedCircuits)
 
 
 def test_other_backends_have_no_block() -> None:
     made, compilation = manager("torch")
-    assert made.block is None
+    assert isinstance(made.circuits, PlannedCircuits)
     assert not isinstance(made._bound[0].delta, StaticDelta)
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE  # of a CPU nothing is split

@@ -7,7 +7,6 @@ own over one x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -27,8 +26,7 @@ from vllm.lora.layers import (
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from vllm_qaa.delta import Delta, Standard
-from vllm_qaa.plan import CircuitForm
+from vllm_qaa.delta import Delta
 
 #: One tensor, or one per slice of a packed layer (None: slice not adapted); vLLM's own convention.
 PerSlice: TypeAlias = torch.Tensor | list[torch.Tensor | None]
@@ -48,39 +46,27 @@ class QAALayerMixin(BaseLayerWithLoRA):
     delta: Delta | None = None
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        """As vLLM's, and room for the angles that a slot is being filled with."""
+        """As vLLM's."""
         super().create_lora_weights(max_loras, lora_config, model_config)
-        self._angles: dict[int, dict[int, torch.Tensor]] = {}
+        self._filled: set[int] = set()
 
     def reset_lora(self, index: int) -> None:
-        """Empty a slot."""
-        super().reset_lora(index)
-        self._angles.pop(index, None)
-        if self.delta is not None:
-            self.delta.clear(index)
+        """Empty a slot; there is nothing to do for one that is empty, as most are in layers without adapters."""
+        if index in self._filled:
+            super().reset_lora(index)
+            self._filled.remove(index)
+            if self.delta is not None:
+                self.delta.clear(index)
 
     def set_lora(self, index: int, lora_a: PerSlice, lora_b: PerSlice) -> None:
-        """Fill a slot.
-
-        A 3-D lora_a, (heads, rows, n), is the angles of a QAA adapter and lora_b its B, scale folded in; the
-        circuits are made by `prepare_circuits`. Anything else goes to vLLM's own method.
-        """
-        parts = lora_a if isinstance(lora_a, list) else [lora_a]
-        angles = angles_by_slice(parts, self.n_slices)
-        if not angles:
-            super().set_lora(index, lora_a, lora_b)
-            if self.delta is not None:
-                self.delta.put_lora(index, max(len(part) for part in parts if part is not None))
-            return
-        # vLLM copies a lora_a of shape (r, w) to the corner of its stacked A: of an empty one nothing, A stays 0.
-        empty = [None if part is None else part.new_empty(0, 0) for part in parts]
-        super().set_lora(index, empty if isinstance(lora_a, list) else empty[0], lora_b)
-        self._angles[index] = angles
-
-    def prepare_circuits(self, index: int, form: CircuitForm, standard: Standard) -> None:
-        """Make the circuits of a slot from the angles that `set_lora` was given."""
-        if (angles := self._angles.pop(index, None)) is not None and self.delta is not None:
-            self.delta.put(index, form, angles, standard)
+        """Fill a slot. That of a QAA adapter has B, scale folded in, and an A of no rows, which stays zero."""
+        try:
+            super().set_lora(index, lora_a, lora_b)  # which resets it first
+        finally:
+            self._filled.add(index)  # if only in part
+        ranks = [len(part) for part in (lora_a if isinstance(lora_a, list) else [lora_a]) if part is not None]
+        if self.delta is not None and max(ranks):
+            self.delta.put_lora(index, max(ranks))
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
@@ -121,12 +107,6 @@ class QAALayerMixin(BaseLayerWithLoRA):
         else:
             self.delta.add(x, output)
         return output
-
-
-def angles_by_slice(parts: Sequence[torch.Tensor | None], slices: int) -> dict[int, torch.Tensor]:
-    """The angles, 3-D, among a layer's lora_a; one for a layer of several slices is that of all of them."""
-    angles = {i: part for i, part in enumerate(parts) if part is not None and part.ndim == 3}
-    return dict.fromkeys(range(slices), angles[0]) if angles and len(parts) == 1 else angles
 
 
 def _add_delta(x: torch.Tensor, output: torch.Tensor, layer: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from qaa_serve.adapters import AdapterError
 from qaa_serve.circuits import circuits_of
 from vllm_qaa.backend import MOST_LAYERS, MOST_LAYERS_KEY, check_gpu, choose_circuits, split_graphs_at_delta
-from vllm_qaa.delta import Delta, Standard
+from vllm_qaa.delta import CircuitStore
 from vllm_qaa.layers import QAALayerMixin
 from vllm_qaa.plan import NOTHING, CircuitForm, make_plan
-from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedDelta
+from vllm_qaa.planned import CpuDelta, PlanHolder, PlannedCircuits, PlannedDelta
 from vllm_qaa.static import Block, StaticDelta
 
 #: In the names of output heads; vLLM knows them by it too.
@@ -30,25 +30,18 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM's handlers hang on the name "vl
 
 
 class QAAModel(LoRAModel):
-    """A loaded QAA adapter: angles as 3-D lora_a and B, scale folded in, as lora_b.
+    """A loaded QAA adapter: B, scale folded in, as lora_b, lora_a of no rows, and the circuits beside them.
 
     Attributes:
         form: of its circuits.
-        standards: what a layer's inputs and readouts are standardised by.
-        row: of the block of all circuits, where there is one; its standards are in there.
+        packed: its circuits, as the store packs them.
     """
 
     def __init__(
-        self,
-        adapter_id: int,
-        rank: int,
-        loras: dict[str, LoRALayerWeights],
-        form: CircuitForm,
-        standards: Mapping[QAALayerMixin, Standard],
-        row: torch.Tensor | None = None,
+        self, adapter_id: int, rank: int, loras: dict[str, LoRALayerWeights], form: CircuitForm, packed: Any
     ):
         super().__init__(adapter_id, rank, loras)
-        self.form, self.standards, self.row = form, standards, row
+        self.form, self.packed = form, packed
 
 
 class Place(NamedTuple):
@@ -94,44 +87,65 @@ class QAAModelManager(LRUCacheLoRAModelManager):
         """Choose the circuits' backend, and with it what adds the updates in each layer."""
         device = torch.device(self.device)
         self.backend = choose_circuits(vllm_config, device, self._bound)
-        self._plans = PlanHolder(circuits_of(self.backend.name))
-        self.block: Block | None = None
+        circuits = circuits_of(self.backend.name)
+        self._plans = PlanHolder(circuits)
+        self.circuits: CircuitStore
         if self.backend.name == "triton":
             most = int(vllm_config.additional_config.get(MOST_LAYERS_KEY, MOST_LAYERS))
             # Now, before vLLM measures what is left for its KV cache.
-            self.block = Block(self._bound, self.lora_slots, self.lora_config.max_lora_rank, most, device)
-            logger.info("Room for circuits in %d slots: %.0f MiB", self.lora_slots, self.block.rows.nbytes / 2**20)
+            block = Block(self._bound, self.lora_slots, self.lora_config.max_lora_rank, most, device)
+            logger.info("Room for circuits in %d slots: %.0f MiB", self.lora_slots, block.nbytes / 2**20)
             if device.type == "cuda":
                 from qaa_serve.circuits.triton.kernel import circuit_kernel
 
-                self.block.compile(circuit_kernel, self._dtype)
-        elif device.type != "cpu":
+                block.compile(circuit_kernel, self._dtype)
+            self.circuits = block
+            for layer in self._bound:
+                layer.delta = StaticDelta(layer, block)
+            return
+        if device.type != "cpu":
             split_graphs_at_delta(vllm_config)
+        self.circuits = PlannedCircuits(circuits)
         kind = CpuDelta if device.type == "cpu" else PlannedDelta
         for layer in self._bound:
-            delta: Delta = kind(layer, self._plans) if self.block is None else StaticDelta(layer, self.block)
-            layer.delta = delta
+            layer.delta = kind(layer, self._plans)
 
     def _create_lora_modules(self) -> None:
-        """As vLLM's, but the output head stays as it is: logits are the base's product, for whichever rows.
+        """As vLLM's, but what no adapter may change stays as it is: the output head, and on a CPU embeddings.
 
-        vLLM's layer for it knows the adapters of the rows that are sampled, one each. A prompt's log-probabilities
-        are computed from other rows, with the same layer: on a CPU that ends the engine, on a GPU a row gets the
-        adapter of another request.
+        vLLM's layer for the head knows the adapters of the rows that are sampled, one each. A prompt's
+        log-probabilities are computed from other rows, with the same layer: on a CPU that ends the engine, on a
+        GPU a row gets the adapter of another request. Its layer for embeddings takes the last slot's adapter on a
+        CPU, for tokens that have none.
 
         Raises:
-            ValueError: if --lora-target-modules names the head.
+            ValueError: if --lora-target-modules names one of them.
         """
-        if heads := [name for name in self.lora_config.target_modules or () if OUTPUT_HEAD in name]:
-            raise ValueError(
-                f"--lora-target-modules has {', '.join(heads)}: LoRA on the output head cannot be served, since "
-                "vLLM mixes up requests when one asks for its prompt's log-probabilities. Leave it out"
-            )
-        others = [name for name in self.supported_lora_modules if OUTPUT_HEAD not in name]
-        self.supported_lora_modules = others
+        for name in self.lora_config.target_modules or ():
+            if reason := self.refusal(name):
+                raise ValueError(f"--lora-target-modules has {name}: {reason}. Leave it out")
+        all_modules = self.supported_lora_modules
+        self.supported_lora_modules = [name for name in all_modules if not self.refusal(name)]
         super()._create_lora_modules()
-        # vLLM's loader lets a head's weights pass, so that our check can say why they are refused.
-        self.supported_lora_modules = [*others, OUTPUT_HEAD]
+        # vLLM's loader lets their weights pass, so that our check can say why they are refused.
+        self.supported_lora_modules = sorted({*all_modules, OUTPUT_HEAD})
+
+    @cached_property
+    def _embeddings(self) -> frozenset[str]:
+        """Last parts of the names that vLLM has for the model's embeddings."""
+        modules = self.model.modules()
+        return frozenset(name for module in modules for name in getattr(module, "embedding_modules", None) or ())
+
+    def refusal(self, module: str) -> str | None:
+        """Why no LoRA adapter may change a module of that name; None if one may."""
+        if OUTPUT_HEAD in module:
+            return (
+                f"LoRA on the output head {module!r} cannot be served, since vLLM mixes up requests when one asks "
+                "for its prompt's log-probabilities"
+            )
+        if torch.device(self.device).type == "cpu" and module.rpartition(".")[2] in self._embeddings:
+            return f"LoRA on {module!r} cannot be served on a CPU, where vLLM would apply it to the base model too"
+        return None
 
     def register_module(self, module_name: str, module: Any) -> None:
         """As vLLM's, and gives a layer of the language model its name and the plan.
@@ -147,7 +161,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             self._bound.append(module)
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """As vLLM's: fills a slot. For a QAA adapter the circuits are built here, once.
+        """As vLLM's: fills a slot.
 
         An adapter that is loaded ahead of its requests takes no slot that another one is in. (A LoRA adapter
         does, as in vLLM: what is wrong with one may show only here, and must not show in a step.)
@@ -159,7 +173,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             activated = super().activate_adapter(lora_id)
             if activated:
                 self._last_mapping = None  # a slot has changed: the next step makes a new plan
-                self._prepare_circuits(self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id])
+                self._put_circuits(self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id])
         except BaseException:
             # In its slot it would pass for active, and its requests be answered by what was filled in so far.
             if lora_id in self.lora_index_to_id:
@@ -167,18 +181,14 @@ class QAAModelManager(LRUCacheLoRAModelManager):
             raise
         return activated
 
-    def _prepare_circuits(self, slot: int, adapter: LoRAModel) -> None:
+    def _put_circuits(self, slot: int, adapter: LoRAModel) -> None:
         is_qaa = isinstance(adapter, QAAModel)
         self._forms[slot] = adapter.form if is_qaa else None
-        if self.block is not None:
-            self.block.put(slot, adapter.row if is_qaa else None)
-        for layer in self._bound if is_qaa else ():
-            layer.prepare_circuits(slot, adapter.form, adapter.standards.get(layer, Standard()))
+        self.circuits.put(slot, adapter.packed if is_qaa else None)
 
     def circuit_bytes(self) -> int:
         """Bytes of all slots' circuits, and of what else is kept beside vLLM's stacked tensors."""
-        block = 0 if self.block is None else self.block.rows.nbytes
-        return block + sum(layer.delta.nbytes for layer in self._bound if layer.delta is not None)
+        return self.circuits.nbytes + sum(layer.delta.nbytes for layer in self._bound if layer.delta is not None)
 
     def remove_all_adapters(self) -> None:
         """As vLLM's; no step may use a plan made for slots that are gone."""
@@ -187,7 +197,7 @@ class QAAModelManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         super()._set_adapter_mapping(mapping)
-        if mapping.type == LoRAMappingType.LANGUAGE and self.block is None:
+        if mapping.type == LoRAMappingType.LANGUAGE and not isinstance(self.circuits, Block):
             self._plans.plan = make_plan(
                 mapping.index_mapping, self.lora_index_to_id, self._forms, torch.device(self.device)
             )

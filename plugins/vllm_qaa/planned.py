@@ -6,17 +6,19 @@ Which rows are whose is decided in Python, so on a GPU this runs between CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from qaa_serve.circuits import Circuits, standardised
+from qaa_serve.circuits import Ansatz, Circuits, standardised
+from qaa_serve.circuits.cpu.host import make_tables
 from qaa_serve.circuits.cpu.serving import CompiledCircuits
-from vllm_qaa.delta import Delta, Standard
+from vllm_qaa.delta import Delta, LayerCircuits, Standard
 from vllm_qaa.plan import NOTHING, CircuitForm, CircuitTokens, LoRATokens, StepPlan
 from vllm_qaa.timing import TIMER
 
@@ -27,6 +29,78 @@ class PlanHolder:
     def __init__(self, circuits: type[Circuits]) -> None:
         self.plan: StepPlan = NOTHING
         self.circuits = circuits
+
+
+class PackedLayer(NamedTuple):
+    """A layer's circuits of one adapter, ready to be copied to a slot.
+
+    Attributes:
+        qubits: of each.
+        numbers: (slices * heads,) int32, which of them each readout has, slice by slice; -1 for none.
+        circuits: for each its angles; or what the compiled backend makes of them, turns and phases.
+        standard: what x and z are standardised by.
+    """
+
+    qubits: int
+    numbers: np.ndarray
+    circuits: tuple[Any, ...]
+    standard: Standard
+
+
+@dataclass(frozen=True)
+class PackedCircuits:
+    """An adapter's circuits, of one form, by layer."""
+
+    form: CircuitForm
+    layers: Mapping[Any, PackedLayer]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        parts = (part for layer in self.layers.values() for part in (*layer.circuits, *layer.standard))
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+class PlannedCircuits:
+    """The circuits of all layers, each layer's in its delta; see ``CircuitStore``."""
+
+    def __init__(self, circuits: type[Circuits]):
+        self._circuits = circuits
+
+    def pack(self, form: CircuitForm, circuits: Mapping[Any, LayerCircuits]) -> PackedCircuits:
+        """See ``CircuitStore``."""
+        alike: dict[int, list[torch.Tensor]] = {}
+        for angles, _ in circuits.values():
+            for theta in angles.values():
+                alike.setdefault(theta.shape[-1], []).append(theta)
+        made = {qubits: self._make(torch.cat(thetas), form.ansatz(qubits)) for qubits, thetas in alike.items()}
+        taken = dict.fromkeys(made, 0)
+        layers = {}
+        for layer, (angles, standard) in circuits.items():
+            qubits = next(iter(angles.values())).shape[-1]
+            begin, count = taken[qubits], form.heads * len(angles)
+            taken[qubits] += count
+            numbers = np.full((layer.n_slices, form.heads), -1, np.int32)
+            numbers[list(angles)] = np.arange(count, dtype=np.int32).reshape(-1, form.heads)
+            part = tuple(rows[begin : begin + count] for rows in made[qubits])
+            layers[layer] = PackedLayer(qubits, numbers.reshape(-1), part, standard)
+        return PackedCircuits(form, layers)
+
+    def _make(self, theta: torch.Tensor, ansatz: Ansatz) -> tuple[Any, ...]:
+        if issubclass(self._circuits, CompiledCircuits):
+            return make_tables(theta, ansatz)
+        return (theta,)  # what else there is on a device, between two steps
+
+    def put(self, slot: int, packed: PackedCircuits | None) -> None:
+        """See ``CircuitStore``; what a slot had was cleared with its layers."""
+        if packed is not None:
+            for layer, part in packed.layers.items():
+                layer.delta.put(slot, packed.form, part)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are in no delta: none."""
+        return 0
 
 
 class SlotCircuits:
@@ -70,16 +144,19 @@ class SlotCircuits:
         own = (self.table, self.inputs, self.readouts, self.weights)
         return self.circuits.nbytes + sum(tensor.nbytes for tensor in own)
 
-    def put(self, slot: int, angles: dict[int, torch.Tensor]) -> None:
-        """Give a slot the circuits (heads, rows, n) of some slices."""
-        readouts = self.table.shape[1]
-        numbers = [-1] * readouts
-        for i, theta in angles.items():
-            here = range(i * len(theta), (i + 1) * len(theta))
-            numbers[here.start : here.stop] = [slot * readouts + readout for readout in here]
-            self.circuits.put(slot * readouts + here.start, theta)
-        self.table[slot] = torch.tensor(numbers, dtype=torch.int32)
+    def put(self, slot: int, part: PackedLayer) -> None:
+        """Give a slot its circuits, and what they standardise by."""
+        first = slot * self.table.shape[1]
+        numbers = torch.from_numpy(np.where(part.numbers < 0, -1, part.numbers + np.int32(first)))
+        self.table[slot] = numbers
         self.key = self.table.cpu().numpy().tobytes()
+        if isinstance(self.circuits, CompiledCircuits):
+            self.circuits.put_tables(first, part.circuits)
+        else:
+            self.circuits.put(first, *part.circuits)
+        for target, source in zip((self.inputs, self.readouts), part.standard, strict=True):
+            if source is not None:
+                target[slot] = source
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -129,18 +206,16 @@ class PlannedDelta(Delta):
         """Bytes of all slots' circuits."""
         return sum(here.nbytes for here in self._circuits.values())
 
-    def put(self, slot: int, form: CircuitForm, angles: dict[int, torch.Tensor], standard: Standard) -> None:
-        """See ``Delta``."""
+    def put(self, slot: int, form: CircuitForm, part: PackedLayer) -> None:
+        """Give a slot its circuits; its B is stacked already."""
         if form not in self._circuits:
-            self._circuits[form] = self._make_circuits(form, next(iter(angles.values())).shape[-1])
+            self._circuits[form] = self._make_circuits(form, part.qubits)
         here = self._circuits[form]
         self._forms[slot] = form
-        here.put(slot, {i: theta.to(here.table.device, torch.float32) for i, theta in angles.items()})
-        for target, source in zip((here.inputs, here.readouts), standard, strict=True):
-            if source is not None:
-                target[slot] = source
+        here.put(slot, part)
         if here.weights.numel():
-            for i in angles:
+            adapted = part.numbers.reshape(self._layer.n_slices, -1)[:, 0] >= 0
+            for i in np.flatnonzero(adapted).tolist():
                 b = self._layer.lora_b_stacked[i][slot, 0, :, : here.weights.shape[1]]
                 here.weights[slot, :, self._layer.columns()[i]] = b.T
 

@@ -19,7 +19,6 @@ import torch
 from qaa_serve.adapters import AdapterError
 from qaa_serve.circuits.ansatz import qubits_for
 from qaa_serve.circuits.triton.host import (
-    INPUTS,
     Layout,
     check_qubits,
     compile_kernels,
@@ -29,7 +28,7 @@ from qaa_serve.circuits.triton.host import (
     pack,
     permutations,
 )
-from vllm_qaa.delta import Delta, Standard
+from vllm_qaa.delta import Delta, LayerCircuits
 from vllm_qaa.plan import CircuitForm
 
 
@@ -72,50 +71,50 @@ class Block:
         begin, layout = self._parts[layer]
         return self.rows[:, begin : begin + layout.words], layout
 
-    def pack(
-        self, form: CircuitForm, circuits: Mapping[Any, tuple[Mapping[int, torch.Tensor], Standard]]
-    ) -> torch.Tensor:
-        """An adapter's row, (words,) int32 in host memory, pinned for a GPU.
-
-        Args:
-            form: of all its circuits.
-            circuits: for each layer angles (heads, rows, n) by slice, and what it standardises by.
-
-        Raises:
-            AdapterError: if there is no room for such circuits.
-        """
+    def pack(self, form: CircuitForm, circuits: Mapping[Any, LayerCircuits]) -> torch.Tensor:
+        """An adapter's row, (words,) int32, pinned for a GPU; see ``CircuitStore``."""
         row = torch.zeros(self.rows.shape[1], dtype=torch.int32, pin_memory=self.rows.is_cuda)
+        alike: dict[int, list[tuple[int, torch.Tensor, torch.Tensor | None]]] = {}  # by qubits
+        layouts: dict[int, Layout] = {}
         for layer, (angles, standard) in circuits.items():
             begin, layout = self._parts[layer]
+            layouts[layout.qubits] = layout
             for i, theta in angles.items():
-                qubits = theta.shape[-1]
-                if qubits != layout.qubits:
+                if (qubits := theta.shape[-1]) != layout.qubits:
                     raise AdapterError(
                         f"`constant` takes an amplitude beside the {layout.width} of the layer's input, so "
                         f"{qubits} qubits; triton has one kernel a layer, here for {layout.qubits} qubits: start "
                         "the server with --qaa-backend cuquantum or torch, or train the adapter without `constant`"
                     )
                 readouts = None if standard.readouts is None else standard.readouts[:, i]
-                try:
-                    record = pack(theta, form.ansatz(qubits), layout, readouts)
-                except ValueError as error:
-                    raise AdapterError(
-                        f"{error}: the server was started with --qaa-max-layers {self._most_layers}, start it "
-                        "with more"
-                    ) from error
-                if standard.inputs is not None:
-                    record[INPUTS] = 1
-                row[begin + i * layout.record :][: layout.record] = record
+                alike.setdefault(qubits, []).append((begin + i * layout.record, theta, readouts))
             if standard.inputs is not None:
                 row.view(torch.float32)[begin + layout.inputs_at :][: 2 * layout.width] = standard.inputs.flatten()
+        for qubits, slices in alike.items():
+            places, thetas, standards = zip(*slices, strict=True)
+            readouts = torch.stack(standards) if form.whitened else None
+            layout = layouts[qubits]  # records of as many qubits are laid out alike
+            try:
+                records = pack(torch.stack(thetas), form.ansatz(qubits), layout, readouts, form.inputs)
+            except ValueError as error:
+                raise AdapterError(
+                    f"{error}: the server was started with --qaa-max-layers {self._most_layers}, start it "
+                    "with more"
+                ) from error
+            row[torch.tensor(places)[:, None] + torch.arange(layout.record)] = records
         return row
 
-    def put(self, slot: int, row: torch.Tensor | None) -> None:
-        """Give a slot an adapter's row; None: it has no circuits."""
-        if row is None:
+    def put(self, slot: int, packed: torch.Tensor | None) -> None:
+        """See ``CircuitStore``."""
+        if packed is None:
             self.rows[slot].zero_()
         else:
-            self.rows[slot].copy_(row, non_blocking=True)
+            self.rows[slot].copy_(packed, non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots' circuits."""
+        return self.rows.nbytes
 
 
 class StaticDelta(Delta):

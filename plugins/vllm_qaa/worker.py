@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from qaa_serve.adapters import (
     CONFIG_FILE,
     DIGEST_PATTERN,
+    Adapter,
     AdapterConfig,
     AdapterError,
     ModuleWeights,
@@ -32,9 +33,9 @@ from qaa_serve.adapters import (
     read_config,
 )
 from qaa_serve.circuits import MAX_QUBITS
-from vllm_qaa.delta import Standard
+from vllm_qaa.delta import LayerCircuits, Standard
 from vllm_qaa.layers import QAALayerMixin
-from vllm_qaa.manager import OUTPUT_HEAD, Place, QAAModel, QAAModelManager
+from vllm_qaa.manager import Place, QAAModel, QAAModelManager
 from vllm_qaa.memory import host_free
 from vllm_qaa.plan import CircuitForm
 from vllm_qaa.timing import TIMER
@@ -202,30 +203,32 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         config = adapter.config
         form = CircuitForm(config.circuit(MAX_QUBITS), config.heads, config.inputs != "raw", config.whitened)
         loras = {}
-        standards: dict[QAALayerMixin, Standard] = {}
-        angles: dict[QAALayerMixin, dict[int, torch.Tensor]] = {}
-        for name, weights in adapter.modules.items():
+        circuits: dict[QAALayerMixin, LayerCircuits] = {}
+        no_a = torch.empty(0, 0, dtype=self.lora_config.lora_dtype)
+        for (name, weights), b in zip(adapter.modules.items(), self._scaled(adapter), strict=True):
             module = self._adapter_manager.full_name(self._served_name(name))
             # Modules of other pipeline stages are kept too; vLLM takes what is here.
             if (place := self._adapter_manager.find(module)) is not None:
                 _check_qaa(name, config, weights, place)
-                standard = standards.get(place.layer, Standard())
-                standards[place.layer] = standard.with_module(name, weights, place.part, place.layer.n_slices)
                 slices = range(place.layer.n_slices) if place.part is None else [place.part]
-                angles.setdefault(place.layer, {}).update(dict.fromkeys(slices, weights.theta))
-            b = weights.weight.float() * config.scale(weights.qubits)
-            loras[module] = LoRALayerWeights(
-                module,
-                rank=weights.rank,
-                lora_alpha=1,
-                lora_a=weights.theta,
-                lora_b=b.to(self.lora_config.lora_dtype),
-                scaling=1.0,
-            )
-        if (block := self._adapter_manager.block) is None:
-            return QAAModel(request.lora_int_id, adapter.rank, loras, form, standards)
-        row = block.pack(form, {layer: (of_layer, standards[layer]) for layer, of_layer in angles.items()})
-        return QAAModel(request.lora_int_id, adapter.rank, loras, form, {}, row)
+                angles, standard = circuits.get(place.layer, LayerCircuits({}, Standard()))
+                angles |= dict.fromkeys(slices, weights.theta)
+                standard = standard.with_module(name, weights, place.part, place.layer.n_slices)
+                circuits[place.layer] = LayerCircuits(angles, standard)
+            loras[module] = LoRALayerWeights(module, weights.rank, 1, no_a, b, scaling=1.0)
+        packed = self._adapter_manager.circuits.pack(form, circuits)
+        return QAAModel(request.lora_int_id, adapter.rank, loras, form, packed)
+
+    def _scaled(self, adapter: Adapter) -> Iterator[torch.Tensor]:
+        """B of each module times its scale, (d_out, rank) in the slots' dtype; all in one piece of host memory."""
+        modules = adapter.modules.values()
+        sizes = [weights.d_out * weights.rank for weights in modules]
+        # Pinned for a GPU: vLLM would do it when the adapter is taken over, between two steps.
+        pinned = torch.device(self.device).type == "cuda"
+        whole = torch.empty(sum(sizes), dtype=self.lora_config.lora_dtype, pin_memory=pinned)
+        for weights, part in zip(modules, whole.split(sizes), strict=True):
+            scale = adapter.config.scale(weights.qubits)
+            yield part.view(weights.d_out, -1).copy_(weights.weight.float() * scale)
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""
@@ -263,11 +266,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         """Refuse LoRA weights whose shapes do not fit: vLLM copies what is there and says nothing."""
         on_cpu = torch.device(self.device).type == "cpu"
         for name, weights in lora.loras.items():
-            if OUTPUT_HEAD in name:
-                raise AdapterError(
-                    f"LoRA on the output head {name!r} cannot be served: vLLM mixes up requests when one asks for "
-                    f"its prompt's log-probabilities. Leave {OUTPUT_HEAD!r} out of target_modules and train again"
-                )
+            if reason := self._adapter_manager.refusal(name):
+                raise AdapterError(f"{reason}. Leave it out of target_modules and train again")
             if ".experts" in name or not isinstance(weights.lora_a, torch.Tensor):
                 continue
             # vLLM finds a text model's shorter names since 0.33; before, it would leave such weights out.
@@ -294,9 +294,8 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _host_bytes(adapter: LoRAModel) -> int:
     parts = [part for weights in adapter.loras.values() for part in (weights.lora_a, weights.lora_b)]
-    if isinstance(adapter, QAAModel):
-        parts += [part for standard in adapter.standards.values() for part in standard] + [adapter.row]
-    return _distinct_bytes(tensor for part in parts for tensor in (part if isinstance(part, list) else [part]))
+    nbytes = _distinct_bytes(tensor for part in parts for tensor in (part if isinstance(part, list) else [part]))
+    return nbytes + (adapter.packed.nbytes if isinstance(adapter, QAAModel) else 0)
 
 
 def _distinct_bytes(tensors: Iterable[Any]) -> int:

@@ -96,10 +96,11 @@ def _cos_and_sin(angles: np.ndarray, target: np.ndarray) -> None:
     np.sin(angles, out=target[..., 1], casting="same_kind")
 
 
-def write_tables(theta: torch.Tensor, ansatz: Ansatz, turns: np.ndarray, phases: np.ndarray) -> None:
-    """Write circuits' gates, (circuits, ``numbers(ansatz)``) each, for their angles, (circuits, rows, n)."""
+def make_tables(theta: torch.Tensor, ansatz: Ansatz) -> tuple[np.ndarray, np.ndarray]:
+    """What circuits' gates take, (circuits, ``numbers(ansatz)``) float32 each, for angles (circuits, rows, n)."""
     _, ry_rows, rz_rows = read_ansatz(ansatz)
     n, count = ansatz.qubits, len(theta)
+    turns, phases = (np.zeros((count, each), np.float32) for each in numbers(ansatz))
     half = theta.detach().double().cpu().numpy()[:, :, ::-1] / 2  # by bit
     _cos_and_sin(half[:, ry_rows], turns.reshape(count, len(ry_rows), n, 2))
     # RZ(t) = diag(exp(-i t / 2), exp(i t / 2)) on each qubit.
@@ -109,6 +110,7 @@ def write_tables(theta: torch.Tensor, ansatz: Ansatz, turns: np.ndarray, phases:
         angles = half[:, rz_rows]
         _cos_and_sin(angles[..., lower:] @ _signs(upper), tables[:, :, :size])
         _cos_and_sin(angles[..., :lower] @ _signs(lower), tables[:, :, size:])
+    return turns, phases
 
 
 # ------------------------------------------------------------------------------------ arrays

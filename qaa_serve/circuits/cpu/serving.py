@@ -6,6 +6,7 @@ numba is loaded, and compiles, when the first circuits are made.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from qaa_serve.circuits.ansatz import Ansatz
 from qaa_serve.circuits.cpu.host import (
     as_array,
+    make_tables,
     missing,
     numbers,
     one_compiler,
     over_threads,
     read_ansatz,
     workspaces,
-    write_tables,
 )
 
 __all__ = ["CompiledCircuits", "missing"]
@@ -48,10 +49,12 @@ class CompiledCircuits:
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
-        if not len(theta):
-            return
-        part = slice(first, first + len(theta))
-        write_tables(theta, self._ansatz, *(table[part] for table in self.tables))
+        self.put_tables(first, make_tables(theta, self._ansatz))
+
+    def put_tables(self, first: int, tables: Sequence[np.ndarray]) -> None:
+        """As `put`, of circuits whose tables `make_tables` has made."""
+        for target, rows in zip(self.tables, tables, strict=True):
+            target[first : first + len(rows)] = rows
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """See ``backends.Circuits``. Many tokens are shared over torch's number of threads."""

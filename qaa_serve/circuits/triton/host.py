@@ -47,9 +47,6 @@ _MOST_GROWTH = 80
 #: Words of a header and of a step, and what a section begins at a multiple of; see ``kernel``.
 _HEADER, _STEP, _ALIGNED = 12, 4, 16
 
-#: The word of a record that says whether the input is standardised.
-INPUTS = 6
-
 
 def missing(device: torch.device) -> str | None:
     """Why it cannot run on such a device, and what to do about it."""
@@ -178,42 +175,46 @@ def layout_for(qubits: int, width: int, slices: int, rank: int, layers: int) -> 
 
 
 def pack(
-    theta: torch.Tensor, ansatz: Ansatz, layout: Layout, readouts: torch.Tensor | None = None
+    theta: torch.Tensor, ansatz: Ansatz, layout: Layout, readouts: torch.Tensor | None = None, inputs: bool = False
 ) -> torch.Tensor:
-    """The record of one slice; computed in float64.
+    """The records of slices whose circuits are alike; computed in float64.
 
     Args:
-        theta: (heads, rows, n) angles, on any device.
+        theta: (slices, heads, rows, n) angles, on any device.
         ansatz: the form that the heads share.
-        layout: where it goes.
-        readouts: (2, heads * columns) offsets and scales of z; None to take it as it is.
+        layout: where they go.
+        readouts: (slices, 2, heads * columns) offsets and scales of z; None to take it as it is.
+        inputs: whether x is standardised by what is behind the layer's records.
 
     Returns:
-        (layout.record,) int32 on the CPU.
+        (slices, layout.record) int32 on the CPU.
 
     Raises:
         ValueError: if theta's shape is not the ansatz's, or there is no room for such circuits.
     """
-    check_theta(theta, ansatz)
-    heads, plan = len(theta), plan_table(ansatz)
+    circuits = theta.flatten(0, 1)
+    check_theta(circuits, ansatz)
+    slices, heads, plan = *theta.shape[:2], plan_table(ansatz)
     if len(plan.steps) > layout.steps or heads * plan.floats > layout.floats:
         raise ValueError(
             f"{heads} x {ansatz.layers} layers of {ansatz.name} take {heads * plan.floats} numbers in "
             f"{len(plan.steps)} steps; there is room for {layout.floats} in {layout.steps}"
         )
-    record = torch.zeros(layout.record, dtype=torch.int32)
-    numbers = record.view(torch.float32)
+    records = torch.zeros(slices, layout.record, dtype=torch.int32)
+    numbers = records.view(torch.float32)
     whitened = readouts is not None
-    header = [heads, ansatz.columns, len(plan.steps), plan.first, ansatz.constant, ansatz.length, 0, whitened]
+    header = [heads, ansatz.columns, len(plan.steps), plan.first, ansatz.constant, ansatz.length, inputs, whitened]
     header.append(plan.floats)
     words = [word for places in plan.steps for word in (*places, 0)]
-    record[: len(header)] = torch.tensor(header, dtype=torch.int32)
-    record[_HEADER : _HEADER + len(words)] = torch.tensor(words, dtype=torch.int32)
-    record[layout.masks_at :][: ansatz.columns] = torch.tensor(schedule(ansatz).masks, dtype=torch.int32)
+    records[:, : len(header)] = torch.tensor(header, dtype=torch.int32)
+    records[:, _HEADER : _HEADER + len(words)] = torch.tensor(words, dtype=torch.int32)
+    records[:, layout.masks_at :][:, : ansatz.columns] = torch.tensor(schedule(ansatz).masks, dtype=torch.int32)
     if readouts is not None:
-        numbers[layout.readouts_at :][: 2 * layout.rank].view(2, -1)[:, : readouts.shape[1]] = readouts
-    numbers[layout.tables_at :][: heads * plan.floats] = make_tables(theta, ansatz).flatten()
-    return record
+        of_z = numbers[:, layout.readouts_at :][:, : 2 * layout.rank].view(slices, 2, -1)
+        of_z[..., : readouts.shape[-1]] = readouts
+    tables = make_tables(circuits, ansatz).reshape(slices, -1)
+    numbers[:, layout.tables_at :][:, : tables.shape[1]] = tables
+    return records
 
 
 def make_tables(theta: torch.Tensor, ansatz: Ansatz) -> torch.Tensor:
@@ -450,8 +451,8 @@ class TritonCircuits:
 
     def put(self, first: int, theta: torch.Tensor) -> None:
         """Set the angles (c, rows, n) of some circuits."""
-        for number, angles in enumerate(theta, first):
-            self._records[number] = pack(angles[None], self._ansatz, self._layout).to(self._records.device)
+        records = pack(theta[:, None], self._ansatz, self._layout)
+        self._records[first : first + len(theta)] = records.to(self._records.device)
 
     def run(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """See ``backends.Circuits``."""

@@ -185,7 +185,7 @@ def form_for(ansatz: Ansatz, heads: int, device: torch.device) -> Form:
     """What such circuits share."""
     n, steps, plan = ansatz.qubits, schedule(ansatz), host.plan_table(ansatz)
     layout = host.make_layout(n, 0, 1, heads * ansatz.columns, len(steps.steps), heads * plan.floats)
-    record = host.pack(torch.zeros(heads, *ansatz.theta_shape), ansatz, layout)
+    (record,) = host.pack(torch.zeros(1, heads, *ansatz.theta_shape), ansatz, layout)
     program: list[tuple[int, ...]] = []
     turn_rows: list[int] = []
     phase_rows: list[int | None] = []
