@@ -36,7 +36,7 @@ def adapter(tmp_path):
 
 def manager(**settings):
     manager = QAAWorkerManager.__new__(QAAWorkerManager)
-    manager._staged = {}
+    manager._staged, manager._preparing = {}, threading.Lock()
     defaults = {"fully_sharded_loras": False, "enable_tower_connector_lora": False, "max_lora_rank": 16}
     manager.lora_config = SimpleNamespace(**(defaults | settings))
     return manager
@@ -65,7 +65,8 @@ def test_a_rank_above_the_servers_is_refused(adapter):
 
 
 def test_a_reading_that_hangs_keeps_no_other_one_waiting(monkeypatch):
-    """Nor the process's end: its thread is a daemon."""
+    """Nor the process's end: its thread is a daemon. And none takes the steps' cores."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # as vLLM's CPU worker does
     reading, go = [], threading.Event()
 
     class Reader(QAAWorkerManager):
@@ -102,6 +103,38 @@ def test_a_reading_that_hangs_keeps_no_other_one_waiting(monkeypatch):
     wait([reader._staged[1][1]], timeout=30)
     assert reader.take_over([1, 4]) == ([24, "it was removed while it was loaded"], False)
     assert reader._staged == {}
+
+
+def test_adapters_are_prepared_one_at_a_time_but_none_waits_for_one_that_hangs(adapter, monkeypatch):
+    """Else the readers would take turns with each other, and the engine's steps get the smallest share."""
+    monkeypatch.setattr("vllm_qaa.worker._TURN_S", 30)
+    preparing, most, hangs, go = 0, 0, threading.Event(), threading.Event()
+
+    def prepare(self, request, parsed):
+        nonlocal preparing, most
+        preparing += 1
+        most = max(most, preparing)
+        if request.lora_int_id == 9:
+            hangs.set()
+            go.wait(30)
+        preparing -= 1
+
+    monkeypatch.setattr(QAAWorkerManager, "_make_qaa", prepare)
+    reader = manager()
+
+    def read(numbers):
+        for number in numbers:
+            reader.stage(LoRARequest(f"a{number}", number, str(adapter)))
+        return [reader._staged[number][1] for number in numbers]
+
+    assert wait(read(range(1, 9)), timeout=30).not_done == set()
+    assert most == 1
+    (stuck,) = read([9])
+    hangs.wait(30)
+    monkeypatch.setattr("vllm_qaa.worker._TURN_S", 0.01)
+    assert wait(read([10, 11]), timeout=30).not_done == set()
+    go.set()
+    stuck.result(30)
 
 
 def test_modules_that_read_one_input_embed_the_same(adapter):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import psutil
@@ -24,13 +25,15 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from qaa_serve.adapters import (
     CONFIG_FILE,
     DIGEST_PATTERN,
+    WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
     AdapterError,
     ModuleWeights,
-    load_adapter,
     misfit,
-    read_config,
+    parse_adapter,
+    parse_config,
+    read_file,
 )
 from qaa_serve.circuits import MAX_QUBITS
 from vllm_qaa.delta import LayerCircuits, Standard
@@ -42,6 +45,9 @@ from vllm_qaa.timing import TIMER
 
 #: How long adapters are taken over between two steps; the one that is begun is ended.
 _TAKE_OVER_S = 0.02
+
+#: How long an adapter waits for its turn to be prepared.
+_TURN_S = 1.0
 
 #: What vLLM's manager has where it finds the names of an adapter of the text model alone.
 _FINDS_TEXT_NAMES = "_get_text_lora_names"
@@ -58,6 +64,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._staged: dict[int, tuple[LoRARequest, Future[LoRAModel]]] = {}  # of the worker's own thread alone
+        self._preparing = Lock()
 
     def stage(self, request: LoRARequest) -> None:
         """Start to read an adapter beside the engine's steps; `take_over` takes what was read.
@@ -105,7 +112,9 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         return nbytes
 
     def _read_into(self, reading: Future[LoRAModel], request: LoRARequest) -> None:
-        torch.set_num_threads(1)  # it would bring OpenMP threads of its own, which take the steps' cores
+        # Or it would bring OpenMP threads of its own, which take the steps' cores. (What torch.set_num_threads is;
+        # vLLM's CPU worker puts there what only complains.)
+        torch._C.set_num_threads(1)
         try:
             reading.set_result(self._read_adapter(request))
         except BaseException as error:
@@ -178,10 +187,31 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
     def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         directory = Path(get_adapter_absolute_path(lora_request.lora_path))
         # A missing config is left to vLLM, whose error its API server knows how to report.
-        if (directory / CONFIG_FILE).is_file() and read_config(directory).get("peft_type") == "QAA":
-            return self._load_qaa(lora_request, directory)
+        config = read_file(directory, CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else b"{}"
+        if parse_config(config).get("peft_type") == "QAA":
+            self._refuse_settings(lora_request)
+            weights = read_file(directory, WEIGHTS_FILE)
+            with self._turn():
+                return self._make_qaa(lora_request, parse_adapter(config, weights))
+        with self._turn():
+            return self._load_lora(lora_request)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Prepare one adapter at a time: it is Python's work, and many at once would leave the steps no time.
+
+        One that reads and does not come to an end keeps the others waiting for a second each, no longer.
+        """
+        taken = self._preparing.acquire(timeout=_TURN_S)
         try:
-            lora = super()._load_adapter(lora_request)
+            yield
+        finally:
+            if taken:
+                self._preparing.release()
+
+    def _load_lora(self, request: LoRARequest) -> LoRAModel:
+        try:
+            lora = super()._load_adapter(request)
         except ValueError as error:
             if "max_lora_rank" not in str(error):
                 raise
@@ -189,9 +219,7 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         self._check_lora(lora)
         return lora
 
-    def _load_qaa(self, request: LoRARequest, directory: Path) -> QAAModel:
-        self._refuse_settings(request)
-        adapter = load_adapter(directory)
+    def _make_qaa(self, request: LoRARequest, adapter: Adapter) -> QAAModel:
         _, at, digest = request.lora_name.rpartition("@")
         if at and DIGEST_PATTERN.fullmatch(digest) and not adapter.digest.startswith(digest):
             raise AdapterError(f"its files are not those of {request.lora_name}: they were changed or damaged")
@@ -219,16 +247,19 @@ class QAAWorkerManager(LRUCacheWorkerLoRAManager):
         packed = self._adapter_manager.circuits.pack(form, circuits)
         return QAAModel(request.lora_int_id, adapter.rank, loras, form, packed)
 
-    def _scaled(self, adapter: Adapter) -> Iterator[torch.Tensor]:
+    def _scaled(self, adapter: Adapter) -> list[torch.Tensor]:
         """B of each module times its scale, (d_out, rank) in the slots' dtype; all in one piece of host memory."""
-        modules = adapter.modules.values()
-        sizes = [weights.d_out * weights.rank for weights in modules]
+        matrices = [module.weight for module in adapter.modules.values()]
+        sizes = [matrix.numel() for matrix in matrices]
+        scale = cache(adapter.config.scale)
+        scales = torch.tensor([scale(module.qubits) for module in adapter.modules.values()])
+        factors = scales.repeat_interleave(torch.tensor(sizes))
         # Pinned for a GPU: vLLM would do it when the adapter is taken over, between two steps.
         pinned = torch.device(self.device).type == "cuda"
         whole = torch.empty(sum(sizes), dtype=self.lora_config.lora_dtype, pin_memory=pinned)
-        for weights, part in zip(modules, whole.split(sizes), strict=True):
-            scale = adapter.config.scale(weights.qubits)
-            yield part.view(weights.d_out, -1).copy_(weights.weight.float() * scale)
+        whole.copy_(torch.cat([matrix.flatten() for matrix in matrices]).float() * factors)
+        parts = whole.split(sizes)
+        return [part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True)]
 
     def _refuse_settings(self, request: LoRARequest) -> None:
         """Refuse what would lead round the layers' output hook, or change weights under running requests."""

@@ -11,10 +11,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from io import BufferedIOBase, BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from qaa_serve.adapters.config import AdapterConfig
 from qaa_serve.adapters.errors import AdapterError, shown
 from qaa_serve.adapters.staging import staged
 from qaa_serve.adapters.vectors import signs_between
-from qaa_serve.circuits import Ansatz
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -199,8 +198,13 @@ def load_adapter(
     """
     directory = Path(directory)
     config_bytes = read_file(directory, CONFIG_FILE)
+    AdapterConfig.parse(parse_config(config_bytes))  # before the larger file is read
+    return parse_adapter(config_bytes, read_file(directory, WEIGHTS_FILE, max_bytes), base)
+
+
+def parse_adapter(config_bytes: bytes, weight_bytes: bytes, base: LinearWidths | None = None) -> Adapter:
+    """As `load_adapter`, of what ``read_file`` gave."""
     config = AdapterConfig.parse(parse_config(config_bytes))
-    weight_bytes = read_file(directory, WEIGHTS_FILE, max_bytes)
     modules = _modules(config, parse_weights(weight_bytes))
     if base is not None:
         check_fit(config, modules, base)
@@ -502,7 +506,7 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
         "inputs": config.inputs != "raw", "readouts": config.whitened,
     }  # fmt: skip
     modules = {}
-    circuit = cache(config.circuit)
+    problem_of = cache(partial(_problem, config))  # most layers are like another one
     for module, pair in pairs.items():
         if not matches(module, config.target_modules):
             raise AdapterError(
@@ -523,56 +527,54 @@ def _modules(config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> dict
                     f"adapter with inputs {shown(config.inputs)}, whitened {shown(config.whitened)} and vectors "
                     f"{shown(config.vectors)}"
                 )
-        modules[module] = _module(config, circuit, module, pair)
+        if (
+            problem := problem_of(tuple((kind, each.dtype, each.shape) for kind, each in pair.items()))
+        ) is not None:
+            raise AdapterError(f"{WEIGHTS_FILE}: {module:.200}.qaa_{problem}")
+        theta = pair["theta"] if config.heads > 1 else pair["theta"][None]
+        b = (pair["lambda_b"], pair["lambda_d"]) if config.vectors else pair["weight"]
+        modules[module] = ModuleWeights(theta, b, pair.get("inputs"), pair.get("readouts"))
     check_finite(tensors)
     return modules
 
 
-def _module(
-    config: AdapterConfig, circuit: Callable[[int], Ansatz], module: str, tensors: Mapping[str, torch.Tensor]
-) -> ModuleWeights:
-    names = {kind: f"{WEIGHTS_FILE}: {module:.200}.qaa_{kind}" for kind in tensors}
-    for kind, tensor in tensors.items():
+def _problem(config: AdapterConfig, tensors: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> str | None:
+    """The first of a module's tensors, (kind, dtype, shape), that is none of such an adapter's, and why."""
+    for kind, dtype, _ in tensors:
         dtypes = _WEIGHT_DTYPES if kind == "weight" else (torch.float32,)
-        if tensor.dtype not in dtypes:
+        if dtype not in dtypes:
             needed = f"one of {dtypes}" if len(dtypes) > 1 else str(dtypes[0])
-            raise AdapterError(f"{names[kind]} has dtype {tensor.dtype}; {needed} is needed")
-    theta = tensors["theta"]
-    qubits = theta.shape[-1] if theta.ndim else 0
+            return f"{kind} has dtype {dtype}; {needed} is needed"
+    shapes = {kind: tuple(shape) for kind, _, shape in tensors}
+    theta = shapes["theta"]
+    qubits = theta[-1] if theta else 0
     try:
-        shape = circuit(qubits).theta_shape
+        circuit = config.circuit(qubits).theta_shape
     except ValueError as error:
-        raise AdapterError(f"{names['theta']} has shape {tuple(theta.shape)}: {error}") from error
-    expected = shape if config.heads == 1 else (config.heads, *shape)
-    if tuple(theta.shape) != expected:
-        raise AdapterError(
-            f"{names['theta']} has shape {tuple(theta.shape)}; {expected} is needed for ansatz "
-            f"{config.ansatz!r} with {config.layers} layers, {config.heads} heads and {qubits} qubits"
+        return f"theta has shape {theta}: {error}"
+    expected = circuit if config.heads == 1 else (config.heads, *circuit)
+    if theta != expected:
+        return (
+            f"theta has shape {theta}; {expected} is needed for ansatz {config.ansatz!r} with {config.layers} "
+            f"layers, {config.heads} heads and {qubits} qubits"
         )
     rank = config.rank(qubits)
     all_widths: dict[str, tuple[int | str, ...]] = {
         "weight": ("d_out", rank), "lambda_b": ("d_out",), "lambda_d": (rank,), "readouts": (2, rank)
     }  # fmt: skip
     for kind, widths in all_widths.items():
-        if kind in tensors and not _is_shaped(tensors[kind], widths):
-            raise AdapterError(
-                f"{names[kind]} has shape {tuple(tensors[kind].shape)}; {_written(widths)} is needed"
-            )
-    inputs = tensors.get("inputs")
-    if inputs is not None and not (inputs.ndim == 2 and len(inputs) == 2 and _embeds(config, inputs) == qubits):
-        raise AdapterError(
-            f"{names['inputs']} has shape {tuple(inputs.shape)}; (2, d_in) is needed, with a d_in that {qubits} "
-            "qubits are for"
-        )
-    b = (tensors["lambda_b"], tensors["lambda_d"]) if config.vectors else tensors["weight"]
-    return ModuleWeights(theta.reshape(config.heads, *shape), b, inputs, tensors.get("readouts"))
+        if kind in shapes and not _is_shaped(shapes[kind], widths):
+            return f"{kind} has shape {shapes[kind]}; {_written(widths)} is needed"
+    inputs = shapes.get("inputs")
+    if inputs is not None and not (len(inputs) == 2 and inputs[0] == 2 and _embeds(config, inputs[1]) == qubits):
+        return f"inputs has shape {inputs}; (2, d_in) is needed, with a d_in that {qubits} qubits are for"
+    return None
 
 
-def _is_shaped(tensor: torch.Tensor, widths: tuple[int | str, ...]) -> bool:
-    """Whether a tensor has these widths; one with a name is any but 0."""
-    return tensor.ndim == len(widths) and all(
-        found > 0 if isinstance(width, str) else found == width
-        for found, width in zip(tensor.shape, widths, strict=True)
+def _is_shaped(shape: tuple[int, ...], widths: tuple[int | str, ...]) -> bool:
+    """Whether a shape has these widths; one with a name is any but 0."""
+    return len(shape) == len(widths) and all(
+        found > 0 if isinstance(width, str) else found == width for found, width in zip(shape, widths, strict=True)
     )
 
 
@@ -580,10 +582,10 @@ def _written(widths: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, widths))}{',' * (len(widths) == 1)})"
 
 
-def _embeds(config: AdapterConfig, inputs: torch.Tensor) -> int:
-    """The qubits for as many channels as there are; 0 if none do."""
+def _embeds(config: AdapterConfig, channels: int) -> int:
+    """The qubits for so many channels; 0 if none do."""
     try:
-        return config.qubits(inputs.shape[1])
+        return config.qubits(channels)
     except ValueError:
         return 0
 

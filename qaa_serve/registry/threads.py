@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from types import BuiltinFunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -63,8 +62,9 @@ class Threads:
                     result.set_exception(error)
 
             def work() -> None:
-                if isinstance(torch.set_num_threads, BuiltinFunctionType):  # and not vLLM's, which only complains
-                    torch.set_num_threads(1)  # more would take the engine's cores
+                # More would take the engine's cores. (Where an engine is in this process, torch.set_num_threads is
+                # vLLM's, which only complains.)
+                torch._C.set_num_threads(1)
                 try:
                     outcome: tuple[Any, BaseException | None] = (function(*args, **options), None)
                 except BaseException as error:
