@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import random
+import weakref
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from qaa_serve.registry import (
     LoadTimeoutError,
     Observer,
     Revision,
+    UnavailableError,
 )
+from qaa_serve.registry.contents import RefusedContentError
 from qaa_serve.registry.failures import MAX_REMEMBERED, Failures
 
 
@@ -660,6 +664,36 @@ def test_so_many_failures_are_remembered() -> None:
     for failed in many:
         failures.note(failed, EngineRefusedError("x"))
     assert [failures.pause_s(r) > 0 for r in many] == [False] * 10 + [True] * MAX_REMEMBERED
+
+
+def test_a_remembered_failure_keeps_nothing_of_what_was_being_read() -> None:
+    class Content:
+        """What is being read."""
+
+    failures = Failures(Clock())
+
+    def fail() -> weakref.ref[Content]:
+        content = Content()
+        try:
+            raise EngineRefusedError("x")
+        except EngineRefusedError as error:
+            failures.note(A, error)
+        return weakref.ref(content)
+
+    content = fail()
+    gc.collect()
+    assert content() is None
+    with pytest.raises(EngineRefusedError, match="x"):
+        failures.check(A)
+
+
+@pytest.mark.parametrize("error", [RefusedContentError("x", "memory"), UnavailableError("x", 7.0)])
+def test_any_error_is_remembered_as_it_was(error: AdapterError) -> None:
+    failures = Failures(Clock())
+    failures.note(A, error)
+    with pytest.raises(type(error), match="x") as caught:
+        failures.check(A)
+    assert vars(caught.value) == vars(error)
 
 
 # ------------------------------------------------------------------------------------------- in any order

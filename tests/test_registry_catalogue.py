@@ -487,6 +487,19 @@ async def test_many_requests_for_a_former_revision_that_cannot_be_read_ask_once(
         assert odd.calls[method] == 1
 
 
+@in_a_loop
+async def test_a_former_revision_that_cannot_be_served_is_refused_for_the_same_reason_each_time(
+    place: Place,
+) -> None:
+    async with place.server() as catalogue:
+        old = await catalogue.publish("a", place.version(1))
+        await catalogue.publish("a", place.version(2))
+    async with place.replica("two").server(base={"another.layer": (16, 16)}) as catalogue:
+        for _ in range(3):
+            with pytest.raises(UnknownAdapterError, match=r"cannot be served: .*made for another base"):
+                await use(catalogue, old.revision)
+
+
 # ------------------------------------------------------------------------------------------------- conditions
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 _MAX_MESSAGE = 1000
 
@@ -32,6 +32,12 @@ class AdapterError(ValueError):
         if len(text) > _MAX_MESSAGE:  # what to do is said at the end
             text = f"{text[: _MAX_MESSAGE - 305]} ... {text[-300:]}"
         super().__init__(text)
+
+    def __copy__(self) -> Self:
+        """The same error, whatever its class takes to be made, without its traceback."""
+        twin = type(self).__new__(type(self), *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
 
 def shown(value: object) -> str:

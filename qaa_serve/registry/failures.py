@@ -38,7 +38,8 @@ class Failures(Generic[K]):
         """A load has failed; each time in turn the pause is twice as long, up to a minute."""
         before = self._failures.pop(key, None)
         pause_s = 1.0 if before is None else min(2 * before.pause_s, MAX_PAUSE_S)
-        self._failures[key] = _Failure(error, pause_s, self._clock() + pause_s)
+        # A copy has no traceback, whose frames would be kept as long, with all that was being read in them.
+        self._failures[key] = _Failure(copy.copy(error), pause_s, self._clock() + pause_s)
         if len(self._failures) > MAX_REMEMBERED:
             self._failures.popitem(last=False)
 
@@ -54,4 +55,4 @@ class Failures(Generic[K]):
     def check(self, key: K) -> None:
         """Raise the remembered error if it is not to be tried now."""
         if self.pause_s(key):
-            raise copy.copy(self._failures[key].error)  # tracebacks are hung on what is raised
+            raise copy.copy(self._failures[key].error)  # or each raise would hang another traceback on it
