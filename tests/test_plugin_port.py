@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import subprocess
@@ -18,10 +19,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm.lora.utils as lora_utils
 import vllm.v1.sample.sampler as sampler
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from safetensors.torch import save_file
 from server_process import gone
 from vllm.lora.layers import ColumnParallelLinearWithLoRA, FusedMoEWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm_qaa import port, register
 from vllm_qaa.layers import QAALayerMixin, qaa_subclass
+from vllm_qaa.weights_file import WeightsFile
 from vllm_qaa.worker import QAAWorkerManager
 
 
@@ -39,6 +44,51 @@ def test_register_twice_patches_once():
     assert lora_utils._all_lora_classes is first
     assert runner_mixin.LRUCacheWorkerLoRAManager is QAAWorkerManager
     assert sum(issubclass(cls, QAALayerMixin) for cls in first) == 7
+
+
+def test_loading_a_lora_again_and_again_leaves_nothing_behind(tmp_path):
+    """By safetensors' own reader two objects stay of each tensor."""
+    names = [
+        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{side}.weight"
+        for i in range(16)
+        for side in "AB"
+    ]
+    save_file(
+        {name: torch.full((4, 4), i / 4) for i, name in enumerate(names)}, tmp_path / "adapter_model.safetensors"
+    )
+    helper = PEFTHelper(r=4, lora_alpha=4, target_modules=["q_proj"])
+
+    def load():
+        return LoRAModel.from_local_checkpoint(str(tmp_path), {"q_proj"}, helper, lora_model_id=1, device="cpu")
+
+    register()
+    for _ in range(5):
+        loaded = load()
+    assert loaded.loras["model.layers.15.self_attn.q_proj"].lora_a.unique().tolist() == [30 / 4]
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(20):
+        load()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 20 * len(names)
+
+
+def test_a_file_is_read_as_safetensors_reads_it(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5, dtype=torch.float64),
+        "a": torch.randn(7).to(torch.bfloat16),
+        "ä": torch.arange(6, dtype=torch.uint8).reshape(2, 3),
+        "none": torch.zeros(0, 4),
+        "one": torch.tensor(2.5),
+        "float8": torch.ones(9).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "file", {"format": "pt"})
+    with WeightsFile(str(tmp_path / "file"), framework="pt") as file:
+        assert {*file.keys()} == {*tensors}
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found.float(), tensor.float())
 
 
 def test_a_forked_engine_ends_with_its_server():

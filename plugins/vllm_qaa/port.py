@@ -194,6 +194,7 @@ def apply() -> None:
     for seam, replacement in replacements:
         _set(seam.module, seam.attribute, replacement)
     _let_llvmlite_be_looked_at()
+    _read_loras_without_remains()
 
 
 def check_server() -> None:
@@ -265,6 +266,14 @@ def _let_llvmlite_be_looked_at() -> None:
     table = getattr(ffi.lib, "_fntab", None)
     if isinstance(table, dict):
         table["__dict__"] = {}
+
+
+def _read_loras_without_remains() -> None:
+    """Have vLLM's loader of LoRA adapters read by our `weights_file`: safetensors leaves objects behind."""
+    from vllm_qaa.weights_file import SAFETENSORS
+
+    if hasattr(import_module("vllm.lora.lora_model"), "safetensors"):
+        _set("vllm.lora.lora_model", "safetensors", SAFETENSORS)
 
 
 def undo() -> None:
