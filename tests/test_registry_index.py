@@ -165,6 +165,20 @@ def test_verdicts_of_what_is_not_listed_are_bounded(index: Index, monkeypatch: p
     assert left == [0, *range(20, 30)]
 
 
+def test_verdicts_are_bounded_though_no_listing_comes(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where contents are replaced by the API alone."""
+    monkeypatch.setattr(index_module, "MAX_UNLISTED", 10)
+    monkeypatch.setattr(index_module, "_AT_ONCE", 50)
+    index.note_listing(listing())
+    index.note("a000001", listing().adapters["a000001"], "d0")
+    for i in range(200):
+        index.note_verdict(replace(VALID, digest=f"d{i}"))
+    left = [i for i in range(200) if index.verdict(f"d{i}")]
+    assert left[0] == 0
+    assert left[-1] == 199
+    assert len(left) <= 61
+
+
 def test_a_name_that_is_no_text_is_left_out(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     """As a directory may have it; it is no adapter's name."""
     strange = "\udcff"

@@ -46,7 +46,7 @@ _NOTE = """
     digest = ifnull(excluded.digest, iif(version = excluded.version, digest, NULL))
 """
 _VERDICT = "verdicts.digest, kind, rank, verdicts.nbytes, base, details, reason, error"
-_AT_ONCE = 1000  # rows that are read with the lock held
+_AT_ONCE = 1000  # rows that are read with the lock held; new verdicts after which old ones are deleted
 #: Errors that are the file's own fault; others, such as a full disk, may pass.
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
 _T = TypeVar("_T")
@@ -134,11 +134,7 @@ class Index:
             gone = ((name,) for name in names - listing.adapters.keys())
             connection.executemany("DELETE FROM listed WHERE name = ?", gone)
             _set_meta(connection, "identity", listing.identity)
-            connection.execute(
-                "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ? "
-                "AND digest NOT IN (SELECT digest FROM listed WHERE digest IS NOT NULL)",
-                (MAX_UNLISTED,),
-            )
+            _forget_old_verdicts(connection)
 
         self._try(write, None)
 
@@ -189,7 +185,13 @@ class Index:
         v = verdict
         row = (self._base, v.digest, v.kind, v.rank, v.nbytes, v.base, json.dumps(v.details), v.reason, v.error)
         query = "INSERT OR REPLACE INTO verdicts VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        self._try(lambda connection: connection.execute(query, row), None)
+
+        def write(connection: sqlite3.Connection) -> None:
+            number = connection.execute(query, row).lastrowid or 0
+            if number % _AT_ONCE == 0:  # the API may replace contents for ever, and no listing differs
+                _forget_old_verdicts(connection)
+
+        self._try(write, None)
 
     # -------------------------------------------------------------------------------------------- settings
 
@@ -314,6 +316,15 @@ def _verdict(row: Sequence[Any]) -> Verdict:
         return Verdict(digest, kind, rank, nbytes, base, json.loads(details), reason, error)
     except (TypeError, ValueError) as trouble:
         raise _UnreadableError(f"the details of {digest} are no JSON: {trouble}") from trouble
+
+
+def _forget_old_verdicts(connection: sqlite3.Connection) -> None:
+    """Delete those of contents that no listed adapter has, but for the newest."""
+    connection.execute(
+        "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ? "
+        "AND digest NOT IN (SELECT digest FROM listed WHERE digest IS NOT NULL)",
+        (MAX_UNLISTED,),
+    )
 
 
 def _meta(connection: sqlite3.Connection, key: str) -> Any:
