@@ -11,7 +11,7 @@ pytest.importorskip("prometheus_client", reason="the server's packages are not i
 
 from qaa_serve.server.context import RequestContext, current_request
 from qaa_serve.server.keys import make_key
-from qaa_serve.server.stored_responses import OwnedResponses
+from qaa_serve.server.stored_responses import KeptResponses
 
 A, B = make_key("secret-a", "a"), make_key("secret-b", "b")
 
@@ -27,7 +27,7 @@ def request_of(key):
 
 @pytest.fixture
 def table():
-    table = OwnedResponses()
+    table = KeptResponses().table()
     with request_of(A):
         table["resp_1"] = "a's"
     return table
@@ -70,7 +70,7 @@ def test_what_is_not_there_is_nobodys(table):
 
 
 def test_without_keys_all_have_all():
-    table = OwnedResponses()
+    table = KeptResponses().table()
     with request_of(None):
         table["resp_1"] = "anybody's"
     with request_of(None):
@@ -86,7 +86,7 @@ def test_a_key_with_another_name_is_the_same_client_and_one_with_the_same_name_i
 
 
 def test_a_task_that_a_request_starts_writes_for_its_client():
-    table = OwnedResponses()
+    table = KeptResponses().table()
 
     async def main():
         async def later():
@@ -103,3 +103,23 @@ def test_a_task_that_a_request_starts_writes_for_its_client():
         assert table.get("resp_1") == "done"
     with request_of(B):
         assert table.get("resp_1") is None
+
+
+def test_the_oldest_is_forgotten_in_all_tables():
+    kept = KeptResponses(limit=3)
+    messages, responses, events = (kept.table() for _ in range(3))
+    with request_of(A):
+        for i in range(3):
+            messages[f"resp_{i}"] = responses[f"resp_{i}"] = i
+        messages["failed"] = "of a response that never came"
+        assert "resp_0" not in messages
+        assert "resp_0" not in responses
+        responses["resp_1"] = "written anew, so it is not the oldest any more"
+    with request_of(B):
+        events["resp_4"] = responses["resp_4"] = 4
+    assert (len(messages), len(responses), len(events)) == (2, 2, 1)
+    with request_of(A):
+        assert responses.get("resp_1")
+        assert responses.get("resp_2") is None
+        responses["resp_2"] = "anybody's again"
+    assert (len(messages), len(responses)) == (1, 3)

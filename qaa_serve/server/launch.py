@@ -52,7 +52,7 @@ from qaa_serve.server.request_log import RequestLog
 from qaa_serve.server.resolvers import Resolvers
 from qaa_serve.server.rights import Rights, Role, WrongKeys
 from qaa_serve.server.runfile import RunningServer
-from qaa_serve.server.stored_responses import OwnedResponses
+from qaa_serve.server.stored_responses import KeptResponses
 from qaa_serve.server.turns import Turns
 
 logger = init_logger("vllm.qaa_serve")  # vLLM's handlers hang on the name "vllm"
@@ -232,7 +232,8 @@ def _own_responses(app: FastAPI) -> None:
     """Have vLLM keep responses apart by client. A model that generates no text has no such handler."""
     if (handler := getattr(app.state, "openai_serving_responses", None)) is not None:
         # Ids may be a client's choice: none can write over another's messages or events either.
-        handler.response_store, handler.msg_store, handler.event_store = (OwnedResponses() for _ in range(3))
+        kept = KeptResponses()
+        handler.response_store, handler.msg_store, handler.event_store = (kept.table() for _ in range(3))
 
 
 def _take_cors(app: FastAPI) -> Any:
