@@ -328,6 +328,44 @@ def test_what_a_displaced_adapter_s_request_still_does_counts_as_other(metrics, 
     assert seen.tokens["generated"] == 4
 
 
+def alias_series(registry):
+    found = samples(registry, "alias")
+    return {
+        (labels["alias"], labels["revision"]): number
+        for (name, *pairs), number in found.items()
+        if name == "qaa_alias_requests_total" and (labels := dict(pairs))
+    }
+
+
+def test_a_new_revision_of_an_alias_takes_the_label_of_one_that_is_no_more_in_use(metrics, registry, clock):
+    def ended(alias, *seeds):
+        for seed in seeds:
+            metrics.alias_ended(alias, revision("one", f"{seed:012x}"), 0.1, "success")
+
+    ended("chat", *range(20))
+    ended("chat", 20)
+    labels = [revision("one", f"{seed:012x}").revision for seed in range(23)]
+    assert alias_series(registry) == {("chat", label): 1 for label in [*labels[:20], OTHER]}
+    clock.s += 3000
+    ended("chat", *range(1, 20))
+    clock.s += 1000
+    ended("chat", 21, 22)
+    counted = alias_series(registry)
+    assert ("chat", labels[0]) not in counted
+    assert (counted["chat", labels[1]], counted["chat", labels[21]], counted["chat", OTHER]) == (2, 1, 2)
+
+
+def test_a_new_alias_takes_the_label_of_one_that_is_no_more_in_use(metrics, registry, clock):
+    for i in range(101):
+        metrics.alias_ended(f"alias-{i}", revision("one"), 0.1, "success")
+    assert {alias for alias, _ in alias_series(registry)} == {*(f"alias-{i}" for i in range(100)), OTHER}
+    clock.s += 4000
+    metrics.alias_ended("new", revision("one"), 0.1, "success")
+    aliases = {alias for alias, _ in alias_series(registry)}
+    assert "alias-0" not in aliases
+    assert {"alias-1", "new"} <= aliases
+
+
 def test_requests_and_tokens_are_counted_by_key(metrics, registry):
     for key, outcome in (("acme", "success"), ("acme", "rejected"), ("third", "success"), (None, "success")):
         seen = metrics.begin("support", "/v1/completions", key)

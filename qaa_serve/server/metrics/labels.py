@@ -13,6 +13,9 @@ UNKNOWN, OTHER = "unknown", "other"
 #: requests would be mixed with those of others, and their series would end when it is displaced.
 RESERVED = frozenset({UNKNOWN, OTHER})
 
+#: How long a name must not have been seen to lose its label to a new one, in seconds.
+DISPLACED_AFTER_S = 3600.0
+
 
 class BoundedLabels:
     """Which names have a label of their own: at most so many, the busiest.
@@ -61,3 +64,33 @@ class BoundedLabels:
         room = self.limit - len(labelled)
         known = {*labelled, *RESERVED}
         return frozenset([*labelled, *islice((name for name in names if name not in known), max(room, 0))])
+
+
+class RecentLabels:
+    """Which names have a label of their own where few are in use at a time: at most so many, the first to come.
+
+    When all are taken, a new name takes the label of the one that was not seen for longest, whose series end; but
+    not within the hour, or names that are all in use would end each other's series.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._last_s: dict[str, float] = {}  # when each was seen, the longest ago first
+
+    def seen(self, name: str, now_s: float) -> tuple[str, str | None]:
+        """A name's label, and the name whose place it has taken, if any.
+
+        Args:
+            name: that was seen.
+            now_s: by a clock that never goes back, in seconds.
+        """
+        displaced = None
+        if name not in self._last_s and len(self._last_s) >= self._limit:
+            oldest, last_s = next(iter(self._last_s.items()))
+            if now_s - last_s < DISPLACED_AFTER_S:
+                return OTHER, None
+            del self._last_s[oldest]
+            displaced = oldest
+        self._last_s.pop(name, None)
+        self._last_s[name] = now_s
+        return name, displaced

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from qaa_serve.registry import Observer, Result, Revision
 from qaa_serve.server.metrics.families import family
-from qaa_serve.server.metrics.labels import OTHER, UNKNOWN, BoundedLabels
+from qaa_serve.server.metrics.labels import OTHER, UNKNOWN, BoundedLabels, RecentLabels
 from qaa_serve.server.metrics.series import Counters, Histograms
 
 Outcome: TypeAlias = Literal["success", "client_error", "server_error", "rejected", "aborted"]
@@ -87,7 +87,9 @@ class ServerMetrics(Observer):
         self.evictions = counters("qaa_adapter_evictions_total")
         self.alias_requests = counters("qaa_alias_requests_total")
         self.alias_seconds = histograms("qaa_alias_request_seconds", latency_buckets)
-        self._alias_revisions: dict[str, set[str]] = {}
+        self._aliases = RecentLabels(MAX_ALIASES)
+        self._alias_revisions: dict[str, RecentLabels] = {}
+        self._by_alias = (self.alias_requests, self.alias_seconds)
         self._by_adapter: tuple[Counters | Histograms, ...] = (
             self.request_seconds, self.first_token_seconds, self.inter_token_seconds, self.queue_seconds,
             self.requests, self.tokens,
@@ -119,13 +121,18 @@ class ServerMetrics(Observer):
         return Observation(self, model, ENDPOINTS.get(path, OTHER), key)
 
     def alias_ended(self, alias: str, revision: Revision, seconds: float, outcome: Outcome) -> None:
-        """A request for an alias has ended; the first so many aliases and revisions of each have labels."""
-        if len(self._alias_revisions) >= MAX_ALIASES and alias not in self._alias_revisions:
-            alias = OTHER
-        known, label = self._alias_revisions.setdefault(alias, set()), revision.revision
-        if len(known) >= MAX_ALIAS_REVISIONS and label not in known:
-            label = OTHER
-        known.add(label)
+        """A request for an alias has ended; so many aliases, and revisions of each, have labels."""
+        now_s = time.perf_counter()
+        alias, gone = self._aliases.seen(alias, now_s)
+        if gone is not None:
+            del self._alias_revisions[gone]
+            for of_aliases in self._by_alias:
+                of_aliases.end(gone)
+        revisions = self._alias_revisions.setdefault(alias, RecentLabels(MAX_ALIAS_REVISIONS))
+        label, gone = revisions.seen(revision.revision, now_s)
+        if gone is not None:
+            for of_aliases in self._by_alias:
+                of_aliases.end(alias, gone)
         self.alias_requests.at(alias, label, outcome).inc()
         self.alias_seconds.at(alias, label).observe(seconds)
 

@@ -96,9 +96,14 @@ class _Series(Collector, Generic[S]):
             assert len(labels) == len(self.family.labels)
             return self._by_first.setdefault(labels[:1], {}).setdefault(labels, self._new())
 
-    def end(self, first: str) -> None:
-        """Series with this value of the first label are no more."""
-        self._by_first.pop((first,), None)
+    def end(self, *first: str) -> None:
+        """Series whose labels begin with these are no more."""
+        if len(first) == 1:
+            self._by_first.pop(first, None)
+            return
+        alike = self._by_first.get(first[:1], {})
+        for labels in [labels for labels in alike if labels[: len(first)] == first]:
+            del alike[labels]
 
     def describe(self) -> list[Metric]:
         """The family without its series; a registry asks."""
