@@ -184,3 +184,19 @@ def test_no_other_route_of_vllm_is_open_to_clients(monkeypatch, more):
 
 def paths_below(router):
     raise AssertionError(f"{router!r} has no path: see what it holds")
+
+
+def test_a_name_that_is_gone_is_listed_no_more(models):
+    assert "two" in listed(models)
+    catalogue = models._catalogue
+    asyncio.run(catalogue._forget(catalogue.entries["two"], "forget"))
+    assert "two" not in listed(models)
+
+
+def test_names_that_come_and_go_leave_nothing_where_nobody_lists_them(models):
+    catalogue = models._catalogue
+    there = {*catalogue.entries}
+    for i in range(100):
+        entry = add(catalogue, revision(f"name-{i}"))
+        asyncio.run(catalogue._forget(entry, "forget"))
+    assert {*catalogue.take_touched()} == there

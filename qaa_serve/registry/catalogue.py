@@ -709,7 +709,7 @@ class Catalogue:
         return f"{self._fingerprint:012x}"
 
     def take_touched(self) -> Iterable[str]:
-        """Names for which something has changed since this was asked last; there is one who asks."""
+        """Names there are for which something has changed since this was asked last; there is one who asks."""
         touched, self._touched = self._touched, {}
         return touched
 
@@ -804,7 +804,10 @@ class Catalogue:
             if sign < 0:
                 yield
         self.generation += 1
-        self._touched[entry.name] = None
+        if entry.name in self.entries:
+            self._touched[entry.name] = None
+        else:  # or new names without end would stay here where nobody asks
+            self._touched.pop(entry.name, None)
 
     def _note_pins(self, entry: Entry) -> None:
         """Pin in the engine's memory what is pinned of a name now."""

@@ -121,6 +121,8 @@ class ServedModels(OpenAIServingModels):
         """Write anew the parts of adapters that have changed."""
         # Every card is the same but for three fields, and there may be a hundred thousand.
         before, between, middle, after = re.split(b'"(?:ID|ROOT)"|1234567890', _json(self._card_of("ID", "ROOT")))
+        for name in [name for name in self._cards if name not in self._catalogue.entries]:
+            del self._cards[name]
         for name in touched:
             entry = self._catalogue.entries.get(name)
             if entry is None or entry.state == "rejected":
