@@ -356,6 +356,22 @@ async def test_a_purge_deletes_what_was_kept_too(place: Place) -> None:
 
 
 @in_a_loop
+async def test_what_was_removed_before_can_be_purged(place: Place) -> None:
+    async with place.server() as catalogue:
+        for seed in (1, 2):
+            await catalogue.publish("a", place.version(seed))
+        await catalogue.remove("a")
+        assert len(await catalogue.contents.history("a")) == 2
+        with pytest.raises(ChangedMeanwhileError):
+            await catalogue.remove("a", Condition(exists=True), purge=True)
+        await catalogue.remove("a", purge=True)
+        assert await catalogue.contents.history("a") == []
+        for name, error in (("a", UnknownAdapterError), ("..", NameRefusedError)):
+            with pytest.raises(error):
+                await catalogue.remove(name, purge=True)
+
+
+@in_a_loop
 async def test_a_step_back_knows_where_it_is_though_nobody_has_asked_for_the_current_one(place: Place) -> None:
     async with place.server(keep=5) as catalogue:
         for seed in (1, 2, 3):

@@ -412,24 +412,31 @@ class Catalogue:
         Args:
             name: the public name.
             condition: what must be so.
-            purge: delete its history too.
+            purge: delete its history too; also that of one that was removed before.
 
         Raises:
-            UnknownAdapterError: if there is no such adapter.
+            UnknownAdapterError: if there is no such adapter, nor a history of it that is to be deleted.
             InUseError: if an alias leads to it.
             ChangedMeanwhileError: if the condition is not met.
             AdapterError: if the source cannot be written.
         """
+        if purge:
+            check_name(name)  # a path comes of it, whatever there is
         if condition.digests is not None:
             await self._is_checked(name)
         async with self._lock(name):
-            entry = self._known(name)
+            entry = self.entries.get(name) if purge else self._known(name)
+            if entry is None and not await self.contents.history(name):
+                raise UnknownAdapterError(f"there is no adapter {name!r}, and no history of one")
             if aliases := self.settings.users(name):
                 raise InUseError(f"the alias {aliases[0]!r} leads to {name!r}: change or delete it first")
             expected = condition.expected(entry)
-            if entry.listed is not None:
+            if entry is None or entry.listed is not None:
                 await self.contents.remove(name, expected, purge=purge)
-            await self._forget(entry, "delete")
+            if entry is None:
+                self._note("delete", name, None, None)
+            else:
+                await self._forget(entry, "delete")
 
     # ------------------------------------------------------------------------------------- changes of the source
 
