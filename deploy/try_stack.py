@@ -254,16 +254,6 @@ def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
     return result
 
 
-def ask(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-    """An answer; asked for again, as clients do, where a server that ends closes its connection at that moment."""
-    for _ in range(3):
-        answer = client.request(method, path, json=body)
-        if answer.status_code != 502:
-            break
-        time.sleep(0.5)
-    return answer
-
-
 def ask_all(front: str) -> list[str]:
     """Ask every model for a few tokens; returns their names.
 
@@ -271,10 +261,10 @@ def ask_all(front: str) -> list[str]:
         StackError: if one does not answer.
     """
     with httpx.Client(base_url=front, timeout=120, trust_env=False) as client:
-        names = [model["id"] for model in ask(client, "GET", "/v1/models").raise_for_status().json()["data"]]
+        names = [model["id"] for model in client.get("/v1/models").raise_for_status().json()["data"]]
         for name in names:
             body = {"model": name, "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
-            answer = ask(client, "POST", "/v1/chat/completions", body)
+            answer = client.post("/v1/chat/completions", json=body)
             if answer.status_code != 200:
                 raise StackError(f"{name}: {answer.status_code} {answer.text}")
     return names

@@ -18,6 +18,7 @@ import uvicorn
 
 from qaa_serve.server import connections as module
 from qaa_serve.server.connections import bounded_protocol, open_listener
+from qaa_serve.server.drain import Drain
 
 DEADLINE_S = 60
 
@@ -102,7 +103,7 @@ async def serving(max_connections=10, listen="127.0.0.1:0"):
     sock = open_listener(listen)
     config = uvicorn.Config(
         app,
-        http=bounded_protocol(max_connections),
+        http=bounded_protocol(max_connections, Drain()),
         lifespan="off",
         log_level="critical",
         timeout_keep_alive=DEADLINE_S,

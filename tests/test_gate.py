@@ -891,7 +891,7 @@ def test_draining_waits_for_streams_and_lets_nothing_new_in():
         await asyncio.sleep(0)
         for path in (CHAT, "/v1/models", "/v1/adapters"):
             answer = await world.ask(path, {"model": "one"}, key="admin")
-            assert (answer.status, answer.headers["connection"]) == (503, "close")
+            assert answer.status == 503
             assert "retry-after" in answer.headers
         assert (await world.ask("/health", method="GET")).status == 200
         assert not draining.done()

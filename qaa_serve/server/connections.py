@@ -1,18 +1,22 @@
-"""Connections: so many at once, and each sends its requests' headers in time and within bounds."""
+"""Connections: so many at once, with requests' headers in time and within bounds; and how they come to an end."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import re
 import socket
 import stat
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from qaa_serve.server.drain import Drain
 from qaa_serve.server.errors import error_response
 
 #: The longest that a request's headers may take and be.
@@ -25,11 +29,29 @@ _REST_S = 30.0
 _END = re.compile(rb"\r?\n\r?\n")
 _OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n[^ \t])", re.IGNORECASE)
 
+#: SO_ATTACH_FILTER of Linux, which Python has no name for, and a filter that drops what opens a TCP connection.
+#: In classic BPF (code, jump if true, jump if false, operand): load the flags; is SYN among them? drop; keep.
+_ATTACH_FILTER = 26
+_DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
-def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol for a server that holds no more than so many connections."""
 
-    class BoundedProtocol(HttpToolsProtocol):
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol, and a way to end a connection that costs its client no answer."""
+
+    def end_after_answer(self) -> None:
+        """Have the answer under way say that it is the connection's last.
+
+        Not if it has begun, and cannot say so, nor before the request is whole: what a client sends to a closed
+        connection resets it, and the answer may be lost. Then the next one is the last.
+        """
+        if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_started):
+            self.cycle.keep_alive = False
+
+
+def bounded_protocol(max_connections: int, drain: Drain) -> type[Connection]:
+    """The protocol of a server that holds no more than so many connections, and lets them go once it drains."""
+
+    class BoundedProtocol(Connection):
         """One connection."""
 
         _deadline: asyncio.TimerHandle | None = None
@@ -75,6 +97,8 @@ def bounded_protocol(max_connections: int) -> type[HttpToolsProtocol]:
             self._between = True
             self._disarm()
             super().on_message_complete()
+            if drain.closed:
+                self.end_after_answer()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -141,6 +165,21 @@ def open_listener(address: str) -> socket.socket:
     host = host.strip("[]")
     options: dict[str, Any] = {"family": socket.AF_INET6} if ":" in host else {}
     return socket.create_server((host, int(port)), **options)
+
+
+def refuse_connections(sock: socket.socket) -> None:
+    """Have a listener get no further connections; those that have begun arrive still, and can be answered.
+
+    To close it at once would reset them. A client that comes now is refused when its system asks again, a second
+    later, and at once where the listener has a path. Where the system has no such filters nothing happens.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _DROP_SYN))
+    attached = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
+    with suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            Path(sock.getsockname()).unlink()
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, attached)
 
 
 def _open_unix(path: Path) -> socket.socket:

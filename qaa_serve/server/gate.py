@@ -215,7 +215,7 @@ class Gate:
 
     def _check_open(self) -> None:
         if self._drain.closed:
-            raise RefusedError(503, "the server is shutting down", Retry_After="10", Connection="close")
+            raise RefusedError(503, "the server is shutting down", Retry_After="10")
         if not self._catalogue.ready:
             raise RefusedError(503, "the server is still loading its adapters", Retry_After="5")
 

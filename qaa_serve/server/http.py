@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import select
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import uvicorn
@@ -21,7 +24,7 @@ from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.logger import init_logger
 
 from qaa_serve.server.asgi import App
-from qaa_serve.server.connections import bounded_protocol
+from qaa_serve.server.connections import Connection, bounded_protocol, refuse_connections
 from qaa_serve.server.drain import Drain
 from qaa_serve.server.engine import AdapterEngine
 from qaa_serve.server.monitor import EngineMonitor
@@ -34,6 +37,10 @@ Listener: TypeAlias = tuple[socket.socket, App]
 
 #: How often the engine's state is looked at, and how long open connections have once the server ends, in seconds.
 _WATCH_S, _CLOSE_S = 0.5, 5
+
+#: At the end, how long connections that are being opened may take, and how long open ones have to be used once
+#: more, for an answer that says that they end; in seconds.
+_ARRIVE_S, _LEAVE_S = 0.1, 1.0
 
 
 class HTTPServer:
@@ -52,7 +59,7 @@ class HTTPServer:
         """Prepare to serve.
 
         Args:
-            app: vLLM's, which is told of the server.
+            app: vLLM's, whose handlers would stop a server.
             listeners: sockets, and what answers there.
             engine: whose death ends the server.
             monitor: which sees it hang.
@@ -60,10 +67,11 @@ class HTTPServer:
             args: vLLM's.
             options: ours.
         """
-        protocol = bounded_protocol(options.max_connections)
+        protocol = bounded_protocol(options.max_connections, drain)
         self.started = asyncio.Event()
         self._servers = [(NoSignalServer(_configured(front, protocol, args)), sock) for sock, front in listeners]
-        app.state.server = self._servers[0][0]  # vLLM's handlers stop it through the state
+        # vLLM's handlers would stop uvicorn through the state once the engine is gone, and cut its clients off.
+        app.state.server = SimpleNamespace(should_exit=False)
         self._refresh_certificates = args.enable_ssl_refresh
         self._engine = engine
         self._monitor = monitor
@@ -100,6 +108,7 @@ class HTTPServer:
         finally:
             if refresher is not None:
                 refresher.stop()
+        self._refuse_requests()
         if self._works() and not serving.done():
             await self._finish_requests()
         await self._close(serving)
@@ -123,6 +132,15 @@ class HTTPServer:
     def _failure(self) -> str:
         return "died" if self._engine.errored else "hangs"
 
+    def _refuse_requests(self) -> None:
+        self._drain.closed = True
+        for connection in self._connections():
+            if isinstance(connection, Connection):  # and no WebSocket's
+                connection.end_after_answer()
+
+    def _connections(self) -> list[Any]:
+        return [connection for server, _ in self._servers for connection in server.server_state.connections]
+
     async def _finish_requests(self) -> None:
         waiting = self._drain.in_flight
         if self._drain_timeout_s > 0 and waiting:
@@ -142,11 +160,16 @@ class HTTPServer:
             )
 
     async def _close(self, serving: asyncio.Future[Any]) -> None:
-        # The engine first: its requests end with an error instead of hanging.
         if self._monitor.stalled.is_set():
             kill_children()  # vLLM would ask them to end, and wait for an answer
+        # The engine first: its requests end with an error instead of hanging.
         shut_down = partial(self._engine.shutdown, timeout=0)
-        await asyncio.get_running_loop().run_in_executor(None, shut_down)
+        shutting_down = asyncio.get_running_loop().run_in_executor(None, shut_down)
+        if self.started.is_set() and not serving.done():
+            await self._stop_listening()
+            if not self._status:
+                await self._wait_for_clients()
+        await shutting_down
         for server, _ in self._servers:
             server.should_exit = True
         done, _ = await asyncio.wait((serving,), timeout=_CLOSE_S)
@@ -154,6 +177,26 @@ class HTTPServer:
             for server, _ in self._servers:
                 server.force_exit = True
             await asyncio.wait((serving,), timeout=_CLOSE_S)
+
+    async def _stop_listening(self) -> None:
+        """Refuse connections, after those that were being opened: what they bring is answered 503."""
+        arriving = select.poll()
+        for _, sock in self._servers:
+            refuse_connections(sock)
+            arriving.register(sock, select.POLLIN)
+        deadline = time.monotonic() + _LEAVE_S
+        await asyncio.sleep(_ARRIVE_S)
+        while arriving.poll(0) and time.monotonic() < deadline:
+            await asyncio.sleep(0)  # uvicorn takes one
+        for server, _ in self._servers:
+            for listener in server.servers:
+                listener.close()
+
+    async def _wait_for_clients(self) -> None:
+        """Wait until the connections are gone, each with an answer that says so, or have been silent."""
+        deadline = time.monotonic() + _LEAVE_S
+        while self._connections() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     def _on_signal(self, number: int) -> None:
         if self._stopping.is_set():
