@@ -130,7 +130,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        # The main process writes it before, and removes it when it has saved what was trained.
+        self.accelerator.wait_for_everyone()
         self._load(Path(self.state.best_model_checkpoint))
+        self.accelerator.wait_for_everyone()
 
     def _load(self, directory: Path) -> None:
         tensors = load_file(directory / _WEIGHTS)
