@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import s3fs  # noqa: F401  # here, so that the process that is killed need not: fsspec would import it there
 from aiobotocore.session import AioSession
 
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_of
@@ -33,13 +35,13 @@ class Server:
     """
 
     def __init__(self) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from moto.moto_server.werkzeug_app import create_backend_app
         from werkzeug.serving import make_server
 
         self.denied: set[str] = set()
         self.lose: Callable[[str, str], bool] = lambda method, path: False
         self.requests: list[tuple[str, str]] = []
-        self._app = DomainDispatcherApplication(create_backend_app)
+        self._app = create_backend_app("s3")
         self._one = threading.Lock()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -121,7 +123,7 @@ def make_files(directory: Path, number: int) -> tuple[Path, str]:
 
 def run_changes() -> None:
     """Read one change a line as JSON: [url, options, n, method, arguments]; answer whether it was killed."""
-    SESSION.get_service_model("s3")
+    asyncio.run(_read_descriptions())
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -132,6 +134,14 @@ def run_changes() -> None:
             getattr(source, method)(*args, **kwargs)
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+async def _read_descriptions() -> None:
+    """Have the session read what a client needs, which every fork then has."""
+    async with SESSION.create_client(
+        "s3", region_name="us-east-1", aws_access_key_id="", aws_secret_access_key=""
+    ):
+        pass
 
 
 def _kill_at(fs: Any, n: int) -> None:
