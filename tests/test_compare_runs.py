@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from forked_jobs import ForkedJob
+from fork_server import forked_job, training_server
 from test_compare import pair, tiny_bert, write_rows
 from tiny_models import make_model
 
@@ -54,7 +56,7 @@ class Comparison:
 
     def run(self, *more: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": ForkedJob}))
+            patch.setattr(runner, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": forked_job}))
             return cli.main([*self.arguments, *more])
 
     @property
@@ -274,13 +276,18 @@ def test_differences_to_the_first_variant_are_in_results_and_report(comparison: 
 def test_sigterm_stops_the_training_and_says_how_to_go_on(tmp_path: Path) -> None:
     comparison = Comparison(tmp_path)
     command = [sys.executable, "-m", "qaa_serve.cli", "compare", *comparison.arguments]
+    out, err = tmp_path / "out", tmp_path / "err"
+    for file in (out, err):
+        file.touch()
     # Far more steps than there is time for.
-    with subprocess.Popen([*command, "--max-steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
-        log: list[Path] = []
-        while process.poll() is None and not (log and "evaluation loss" in log[0].read_text()):
-            log = list(comparison.report.glob("runs/*/train.log"))
-        process.terminate()
-        _, err = process.communicate(timeout=60)
+    process = training_server().start([*command, "--max-steps", "100000"], os.environ, out, err)
+    log: list[Path] = []
+    while process.poll() is None and not (log and "evaluation loss" in log[0].read_text()):
+        time.sleep(0.05)
+        log = list(comparison.report.glob("runs/*/train.log"))
+    process.terminate()
+    process.wait(60)
+    err = err.read_text()
     assert process.returncode == 143
     assert "the same command goes on from there" in err
     assert "Traceback" not in err

@@ -31,7 +31,7 @@ import try_stack
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from server_process import fork, free_port, gone
+from server_process import free_port, gone, serving_server
 
 from qaa_serve.server.metrics import FAMILIES
 
@@ -1221,7 +1221,8 @@ class ForkedStack(try_stack.Stack):
         assert (os.access(program, os.X_OK), Path(program).name) == (True, "qaa-serve")
         log = self.directory / f"{name}.log"
         log.touch()
-        self.processes[name] = process = fork(arguments, {**os.environ, **(environment or {})}, log)
+        process = serving_server().start(["qaa-serve", *arguments], {**os.environ, **(environment or {})}, log)
+        self.processes[name] = process
         self.callback(try_stack._end, process)
 
 

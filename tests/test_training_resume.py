@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import training_server
 from safetensors.torch import load_file
+from server_process import free_port
 from training_support import ROWS, files, options, weights
 from transformers import Trainer
 
@@ -134,19 +136,37 @@ def test_early_stop_keeps_the_best(base: Path, data: Path) -> None:
 # ---------------------------------------------------------------------------------- the command, in a process
 
 
-def start(base: Path, data: Path, *more: str, **popen: Any) -> subprocess.Popen[str]:
-    arguments = ["--model", base, "--data", data, "--output", data.parent / "out", "--batch-size", "2", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "qaa_serve.cli", "train", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen,
-    )  # fmt: skip
+class Command:
+    """`qaa-serve train`, forked from a process that has imported everything; `process` is it."""
+
+    def __init__(
+        self,
+        base: Path,
+        data: Path,
+        *more: str,
+        program: Sequence[str] = ("-m", "qaa_serve.cli"),
+        **variables: str,
+    ):
+        given = ["--model", base, "--data", data, "--output", data.parent / "out", "--batch-size", "2", *more]
+        place = Path(tempfile.mkdtemp(dir=data.parent.parent))
+        self._files = (place / "out", place / "err")
+        for file in self._files:
+            file.touch()
+        command = [sys.executable, *program, "train", *map(str, given)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        self.process = training_server().start(command, environment, *self._files)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end: the status, and what it has said on standard output and standard error."""
+        status = self.process.wait(120)
+        out, err = (file.read_text() for file in self._files)
+        return status, out, err
 
 
-def wait_for_checkpoint(process: subprocess.Popen[str], checkpoints: Path) -> None:
+def wait_for_checkpoint(command: Command, checkpoints: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete")):
-        assert process.poll() is None
+        assert command.process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -154,11 +174,11 @@ def wait_for_checkpoint(process: subprocess.Popen[str], checkpoints: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_after_a_checkpoint(base: Path, data: Path, number: signal.Signals) -> None:
-    process = start(base, data, "--epochs", "100000")  # far more than there is time for
-    wait_for_checkpoint(process, data.parent / ".out.checkpoints")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    command = Command(base, data, "--epochs", "100000")  # far more than there is time for
+    wait_for_checkpoint(command, data.parent / ".out.checkpoints")
+    command.process.send_signal(number)
+    status, out, err = command.end()
+    assert status == 128 + number
     assert "interrupted at step" in err
     assert "the same command with --resume goes on from there" in err
     assert "Traceback" not in err
@@ -169,16 +189,21 @@ def test_signal_ends_after_a_checkpoint(base: Path, data: Path, number: signal.S
     assert (data.parent / ".out.checkpoints" / f"checkpoint-{step}" / "complete").exists()
 
 
+#: The command, by whom a file may grow to 2 KiB and no further: what a full disk looks like to a writer. What it
+#: says goes to files too.
+LIMITED = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+runpy.run_module("qaa_serve.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
-def test_full_disk_is_one_message_and_nothing_half_written(base: Path, data: Path) -> None:
-    """A file may grow to 2 KiB and no further, which is what a full disk looks like to a writer."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-
-    process = start(base, data, "--epochs", "1", preexec_fn=limit)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+def test_full_disk_is_one_message_and_nothing_half_written(base: Path, data: Path, tmp_path: Path) -> None:
+    program = tmp_path / "limited.py"
+    program.write_text(LIMITED)
+    status, _, err = Command(base, data, "--epochs", "1", program=(str(program),)).end()
+    assert status == 2
     assert "cannot be written" in err
     assert "Traceback" not in err
     assert not (data.parent / "out").exists()
@@ -187,7 +212,7 @@ def test_full_disk_is_one_message_and_nothing_half_written(base: Path, data: Pat
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(base: Path, data: Path) -> None:
-    """torchrun with two processes of two rows a step: the gradients of one process with four."""
+    """As torchrun starts them, two processes of two rows a step: the gradients of one process with four."""
     held = data.with_name("held.jsonl")  # of unlike lengths, and no number that two processes could share
     held.write_text(
         "".join(f'{{"prompt": "x", "completion": "{"ab~"[n % 3] * (1 + 5 * n)}"}}\n' for n in range(7))
@@ -195,17 +220,20 @@ def test_two_processes_train_as_one(base: Path, data: Path) -> None:
     given = {"max_steps": 6, "batch_size": 4, "lr": 1e-3, "accept_worse": True, "eval_data": held, "eval_steps": 2}
     given |= {"eval_metrics": ("rouge1",), "eval_max_new_tokens": 4}  # one prompt: a process has none to answer
     one = train(options(base, data, output=data.parent / "one", **given))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "qaa_serve.cli", "train",
-        "--model", base, "--data", data, "--output", data.parent / "two", "--batch-size", "2", "--max-steps", "6",
-        "--lr", "0.001", "--eval-data", held, "--eval-steps", "2", "--accept-worse",
-        "--eval-metrics", "rouge1", "--eval-max-new-tokens", "4",
+    options_of_two = [
+        "--output", data.parent / "two", "--max-steps", "6", "--lr", "0.001", "--eval-data", held,
+        "--eval-steps", "2", "--accept-worse", "--eval-metrics", "rouge1", "--eval-max-new-tokens", "4",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved in") == 1
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    commands = [
+        Command(base, data, *map(str, options_of_two), **together, RANK=rank, LOCAL_RANK=rank) for rank in "01"
+    ]
+    said = ""
+    for command in commands:
+        status, out, err = command.end()
+        assert status == 0, err
+        said += out
+    assert said.count("saved in") == 1
     two = record(data.parent / "two")
     assert two["losses"] == pytest.approx(one.losses, abs=2e-3)
     assert [step for step, _ in two["evaluations"]] == [0, 2, 4, 6]
