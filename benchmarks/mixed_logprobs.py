@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +36,6 @@ def arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=16, help="that are generated")
     add("--backend", default="auto", help="of the circuits, as --qaa-backend")
     add("--json", type=Path)
-    add("--engine", nargs=2, metavar=("DIRECTORY", "MODE"), help="what it calls itself for: graphs or eager")
     parser.set_defaults(dtype="bfloat16")
     return parser.parse_args()
 
@@ -132,9 +131,6 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if args.engine:
-        run_engine(Path(args.engine[0]), args.engine[1], args)
-        return 0
     with tempfile.TemporaryDirectory(prefix="logprobs-") as temporary:
         directory = Path(temporary)
         base = make_base(directory / "base", args)
@@ -144,7 +140,11 @@ def main() -> int:
         file = directory / "sequences.json"
         file.write_text(json.dumps({"sequences": prompts}))
         for mode in ("graphs", "eager"):
-            subprocess.run([sys.executable, *sys.argv, "--engine", str(directory), mode], check=True)
+            engine = multiprocessing.get_context("spawn").Process(target=run_engine, args=(directory, mode, args))
+            engine.start()
+            engine.join()
+            if engine.exitcode:
+                raise SystemExit(f"the engine for {mode} ended with {engine.exitcode}")
         told = json.loads(file.read_text())
         exact, plain = judge(directory, told["sequences"], args, torch.float32)
         rounded, _ = judge(directory, told["sequences"], args, torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import mixed_logprobs
 import psutil
 import pytest
 import torch
-from server_process import gone
+from fork_server import ForkServer, training_server
+from server_process import gone, serving_server
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +23,27 @@ NEEDS_TRAINING = pytest.mark.skipif(
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+def fork_from(server: ForkServer, patch: pytest.MonkeyPatch, log: Path) -> None:
+    """Have parts and scripts forked from what has imported everything."""
+    log.touch()
+
+    def run_process(command: list[str], limit_s: float) -> int:
+        process = server.start(command, os.environ, log)
+        try:
+            return process.wait(limit_s)
+        finally:
+            process.kill()
+            print(log.read_text())
+
+    patch.setattr(gpu_check, "run_process", run_process)
+
+
 @NEEDS_TRAINING
-def test_every_part_but_serving_passes_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_every_part_but_serving_passes_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "gpu.json"
+    fork_from(training_server(), monkeypatch, tmp_path / "log")
     parts = ["--parts", "1", "2", "3", "4", "6", "--minutes", "60"]
     assert gpu_check.main(["--dry-run", *parts, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
@@ -42,9 +62,10 @@ def test_every_part_but_serving_passes_in_a_process_of_its_own(tmp_path: Path) -
 @NEEDS_TRAINING
 @NEEDS_VLLM
 @pytest.mark.vllm
-def test_serving_passes(tmp_path: Path) -> None:
+def test_serving_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of vLLM: ours, stock, and two whose log-probabilities are compared."""
     file = tmp_path / "gpu.json"
+    fork_from(serving_server(), monkeypatch, tmp_path / "log")
     assert gpu_check.main(["--dry-run", "--parts", "5", "--minutes", "60", "--json", str(file)]) == 0
     (part,) = json.loads(file.read_text())["parts"]
     assert [row["script"] for row in part["results"]] == ["mixed_logprobs", "serving", "serving"]
