@@ -394,7 +394,7 @@ def small_disk(stage):
 
 @pytest.fixture(scope="module")
 def second(stage, small_disk):
-    server = faults.start(stage)
+    server = faults.start(stage, "--adapters-poll", "1")
     try:
         yield server.wait_ready()
     finally:

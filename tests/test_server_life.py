@@ -153,11 +153,10 @@ def test_plain_vllm_serve_takes_qaa_adapters(start, root):
             "--enable-lora",
             "--lora-modules",
             f"mine={root / 'one'}",
-            "--distributed-executor-backend",
-            "uni",  # a process less
             *OPTIONS,
         ],
         wait_until="Application startup complete",
+        forked=True,
     ).wait_ready()
     ask = {"prompt": "t5 t6 t7", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     client = server.client()
