@@ -26,7 +26,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm_qaa import port, register
 from vllm_qaa.layers import QAALayerMixin, qaa_subclass
-from vllm_qaa.weights_file import WeightsFile
+from vllm_qaa.weights_file import open_weights
 from vllm_qaa.worker import QAAWorkerManager
 
 
@@ -83,7 +83,7 @@ def test_a_file_is_read_as_safetensors_reads_it(tmp_path):
         "float8": torch.ones(9).to(torch.float8_e4m3fn),
     }
     save_file(tensors, tmp_path / "file", {"format": "pt"})
-    with WeightsFile(str(tmp_path / "file"), framework="pt") as file:
+    with open_weights(str(tmp_path / "file"), framework="pt") as file:
         assert {*file.keys()} == {*tensors}
         for name, tensor in tensors.items():
             found = file.get_tensor(name)
