@@ -1,7 +1,7 @@
 """A safetensors file as vLLM's loader of LoRA adapters opens it, without what safetensors leaves behind.
 
-`safetensors.safe_open` (0.6 to 0.8) cuts a tensor for torch out of its file by two ints that are never freed: 14 KB
-whenever a LoRA adapter on four modules of 32 layers is loaded, and one that is evicted and asked for again is
+`safetensors.safe_open` (0.6 to 0.8) cuts a tensor for torch out of its file by two ints that are never freed: 14
+KB whenever a LoRA adapter on four modules of 32 layers is loaded, and one that is evicted and asked for again is
 loaded each time. To load a file as a whole leaves nothing behind.
 """
 
