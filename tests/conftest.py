@@ -16,6 +16,11 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Temporary directories are in memory where there is room: what is tested waits for the disk at each change.
+if os.access("/dev/shm", os.W_OK):
+    memory = os.statvfs("/dev/shm")
+    if memory.f_bavail * memory.f_frsize >= 2 << 30:  # the whole suite takes half a gigabyte
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 # The many commands and servers that are started here compile our modules once, not each for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -29,18 +34,28 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("benchmar
 #: The files that take longest, from the longest on (docs/development.md).
 LONGEST = (
     "test_console.py",
-    "test_hot_swap.py",
     "test_server_life.py",
-    "test_replicas.py",
-    "test_compare_runs.py",
-    "test_console_faults.py",
+    "test_hot_swap.py",
+    "test_locustfile.py",
     "test_gpu_check.py",
+    "test_server.py",
+    "test_replicas.py",
+    "test_console_faults.py",
+    "test_training_resume.py",
+    "test_compare_runs.py",
     "test_cluster.py",
-    "test_circuits_backends.py",
+    "test_server_rules.py",
+    "test_triton_training.py",
     "test_deploy.py",
+    "test_sources_objects.py",
+    "test_fuzz.py",
+    "test_triton_compile.py",
+    "test_vllm_exactness.py",
+    "test_sources_crash.py",
+    "test_plugin_static.py",
+    "test_train_then_serve.py",
+    "test_circuits_backends.py",
     "test_circuits_options.py",
-    "test_tensor_parallel.py",
-    "test_example.py",
 )
 
 
@@ -75,7 +90,7 @@ def pytest_unconfigure() -> None:
 _SET_NUM_THREADS = torch.set_num_threads
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers are as many as the cores: threads of each would wait for one another, spinning.
+    # The workers are at least as many as the cores: threads of each would wait for one another, spinning.
     torch.set_num_threads(1)
 
 

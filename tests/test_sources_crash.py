@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,16 +141,8 @@ class Sources:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory, where there is one: there are some thousand small files to make."""
-    parent = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=parent if os.access(parent, os.W_OK) else tmp_path) as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
-def sources(memory: Path, dying: Dying) -> Sources:
-    return Sources(memory, dying)
+def sources(tmp_path: Path, dying: Dying) -> Sources:
+    return Sources(tmp_path, dying)
 
 
 def step_back(state: tuple[str, str]) -> str:
@@ -225,10 +215,10 @@ def test_without_exchange_a_name_is_never_listed_as_gone(sources: Sources) -> No
 )
 @pytest.mark.parametrize("what", ["link", "link to one that is kept", "incomplete", "with other files"])
 def test_what_somebody_else_made_is_not_lost(
-    what: str, call: tuple[str, ...], exchange: bool, sources: Sources, memory: Path
+    what: str, call: tuple[str, ...], exchange: bool, sources: Sources, tmp_path: Path
 ) -> None:
     contents = sources.contents
-    elsewhere = content(memory / "elsewhere", "c")
+    elsewhere = content(tmp_path / "elsewhere", "c")
 
     def prepare(root: Path) -> None:
         if what.startswith("link"):
@@ -246,7 +236,7 @@ def test_what_somebody_else_made_is_not_lost(
         history = contents.history(root, "a", source.revisions("a"))
         assert set("pq") <= set(history)
         if what.startswith("link"):
-            assert contents.at(memory, "elsewhere") == "c"
+            assert contents.at(tmp_path, "elsewhere") == "c"
             assert (root / "a").is_symlink() or "c" in history
         else:
             assert [path.read_text() for path in root.rglob("optimizer.pt")] == ["mine"]
