@@ -2,7 +2,7 @@
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
 #              EXAMPLE=smollm2 that of a real model, which comes from the package index
 #              PORT=8100 CONSOLE_PORT=8101: at other ports
-# make test    set up and run every test; WORKERS=3 where there are more than two cores, or to use what two leave
+# make test    set up and run every test; WORKERS=2: with so many processes of pytest (docs/development.md)
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
 #              reports/load/report.md
@@ -14,10 +14,12 @@ PORT ?= 8000
 CONSOLE_PORT ?= 8001
 LOAD_PORT ?= 8010
 LOAD_SECONDS ?= 120
-WORKERS ?= 2
+# One more than there are cores, since many tests wait; but 3 GiB each, and there are too few long files for more than 8.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"); \
+	print(max(1, min(len(os.sched_getaffinity(0)) + 1, memory // (3 << 30), 8)))')
 VENV := .venv
 BIN := $(VENV)/bin
-# A worker for each of two cores; a file's tests share their servers, so they stay together (docs/development.md).
+# A file's tests share their servers, so they stay together on one worker.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(ACCEL)
