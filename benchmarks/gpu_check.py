@@ -12,7 +12,8 @@
 4 timings      of each against the floors that benchmarks/circuits.py explains, n = 8 to 13, 1 to 8,192 tokens
 5 serving      benchmarks/mixed_logprobs.py: log-probabilities of a mixed batch, with graphs and without;
                benchmarks/serving.py: base, LoRA r = 16 and QAA in vLLM; and vLLM's own LoRA without the plugin, in
-               an engine of its own with all the graphs it has; how long an adapter takes to get into a slot
+               an engine of its own with all the graphs it has; how long it takes to read an adapter, and to put it
+               into a slot
 6 training     time of a step and peak memory for full, LoRA, SoRA, prefix and QAA: forward and backward in
                bfloat16, AdamW. It is done without the trainer, and so without SoRA's proximal step
 
@@ -609,7 +610,7 @@ def serving(setting: Setting, findings: Findings) -> None:
         tell_serving(findings, name, ours)
         if stock is not None:
             serving_aims(findings, name, ours["results"], stock["results"])
-        findings.aim(f"{name}: ms until a QAA adapter is in its slot", ours["activation_ms"]["QAA"], 2)
+        findings.aim(f"{name}: ms until a QAA adapter is in its slot", ours["load_ms"]["slot"]["QAA"], 2)
 
 
 def run_script(setting: Setting, findings: Findings, name: str, *options: str) -> dict[str, Any] | None:

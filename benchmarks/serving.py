@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,31 +188,41 @@ class Engine:
             if not error <= TOLERANCE:
                 raise SystemExit(f"{layer.qaa_name} is off by {error:.1e} of its largest: nothing is measured")
 
-    def _manager(self) -> Any:
-        """The manager of the adapters in the worker, which is in this process."""
+    def _loader(self) -> Any:
+        """What loads adapters in the worker, which is in this process."""
         executor: Any = self.llm.llm_engine.model_executor
-        return executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+        return executor.driver_worker.worker.model_runner.lora_manager
 
-    def activation_ms(self, runs: int) -> dict[str, float]:
-        """Median milliseconds until an adapter that was loaded is in its slot, on the device too."""
+    def _manager(self) -> Any:
+        """The manager of the adapters in the worker."""
+        return self._loader()._adapter_manager
+
+    def load_ms(self, runs: int) -> dict[str, dict[str, float]]:
+        """Median milliseconds by kind until an adapter is read, and until one that is is in its slot, on the device."""
         import torch
+        from vllm.lora.request import LoRARequest
 
-        manager = self._manager()
+        loader, manager = self._loader(), self._manager()
         wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-        medians = {}
+        medians: dict[str, dict[str, float]] = {"read": {}, "slot": {}}
         for kind, name in (("LoRA", "lora0"), ("QAA", "qaa0")):
             if name not in self._ids:
                 continue
-            seconds = []
-            for _ in range(runs):
-                manager.deactivate_adapter(self._ids[name])
-                wait()
-                begun = time.perf_counter()
-                manager.activate_adapter(self._ids[name])
-                wait()
-                seconds.append(time.perf_counter() - begun)
-            medians[kind] = 1e3 * statistics.median(seconds)
-            print(f"into a slot              {kind:5} {medians[kind]:8.2f} ms", flush=True)
+            request = LoRARequest("read", ADAPTERS * 10, str(self._adapters / name))
+            for step, what, call in (
+                ("read", "read beside the steps", partial(loader._load_adapter, request)),
+                ("slot", "into a slot", partial(manager.activate_adapter, self._ids[name])),
+            ):
+                seconds = []
+                for _ in range(runs):
+                    manager.deactivate_adapter(self._ids[name])
+                    wait()
+                    begun = time.perf_counter()
+                    call()
+                    wait()
+                    seconds.append(time.perf_counter() - begun)
+                medians[step][kind] = 1e3 * statistics.median(seconds)
+                print(f"{what:24} {kind:5} {medians[step][kind]:8.2f} ms", flush=True)
         return medians
 
 
@@ -316,11 +327,9 @@ def main() -> None:
             about["backend"] = TIMER.backend
         print(json.dumps(about, indent=2))
         results = measure(engine, args)
-        activation_ms = engine.activation_ms(max(args.runs, 3))
+        load_ms = engine.load_ms(max(args.runs, 3))
     if args.json:
-        args.json.write_text(
-            json.dumps({"about": about, "results": results, "activation_ms": activation_ms}, indent=2) + "\n"
-        )
+        args.json.write_text(json.dumps({"about": about, "results": results, "load_ms": load_ms}, indent=2) + "\n")
     if args.plot:
         plot(results, args.plot)
 

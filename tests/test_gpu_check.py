@@ -188,7 +188,7 @@ def test_serving_is_set_beside_vllms_own_engine(tmp_path: Path, monkeypatch: pyt
     def run(command: list[str], _: float) -> int:
         asked.append(f"{Path(command[1]).stem} {'--stock' in command}")
         kinds = {kind: {"ms": 10.0, "ratio": 1.0} for kind in ("base", "LoRA", "QAA")}
-        found = {"lines": ["logprobs"], "results": {"decode 1": kinds}, "activation_ms": {"QAA": 3.0}}
+        found = {"lines": ["logprobs"], "results": {"decode 1": kinds}, "load_ms": {"slot": {"QAA": 3.0}}}
         Path(command[-1]).write_text(json.dumps(found))
         return 0
 
