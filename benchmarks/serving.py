@@ -198,7 +198,7 @@ class Engine:
         return self._loader()._adapter_manager
 
     def load_ms(self, runs: int) -> dict[str, dict[str, float]]:
-        """Median milliseconds by kind until an adapter is read, and until one that is is in its slot, on the device."""
+        """Median milliseconds by kind to read an adapter, and to put one that was read into a slot."""
         import torch
         from vllm.lora.request import LoRARequest
 
