@@ -180,7 +180,8 @@ def test_bytes_are_told_by_tier(server, stage, admin):
     found = admin.get("/v1/adapters/n0").json()["bytes"]
     weights = stage.version("n0", "A") / WEIGHTS
     assert found["store"] == weights.stat().st_size
-    assert 0.8 * found["store"] < found["host"] <= found["store"]
+    # B, and in place of angles the tables that the compiled kernels read, which in so small a model weigh more.
+    assert 0.8 * found["store"] < found["host"] < 1.5 * found["store"]
     assert found["slot"] > 0
 
 

@@ -20,7 +20,7 @@ from registry_support import FakeEngine, Hang, OddSource, Place, eventually, in_
 from qaa_serve.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_of
 from qaa_serve.registry import Alias, Catalogue, UnknownAdapterError, read_revision
 from qaa_serve.registry import follower as follower_module
-from qaa_serve.sources import SETTINGS_FILE, DirectorySource, Listed, Listing, SourceError
+from qaa_serve.sources import SETTINGS_FILE, ChangedMeanwhileError, DirectorySource, Listed, Listing, SourceError
 
 
 @pytest.fixture
@@ -246,6 +246,25 @@ async def test_what_this_server_puts_is_not_taken_again(place: Place, odd: OddSo
         assert changes == ["put a", "put a", "rollback a", "put b", "delete b"]
         assert odd.calls["fetch"] == 0
         assert current(catalogue) == place.digest(1)
+
+
+@in_a_loop
+async def test_a_name_that_is_just_being_changed_says_nothing_of_the_source(
+    place: Place, odd: OddSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with following(place, odd) as catalogue:
+        busy = ["a"]
+
+        def look(name: str) -> None:
+            if name in busy:
+                busy.remove(name)
+                raise ChangedMeanwhileError(f"{name} is being changed by somebody else")
+
+        odd.hooks["look"] = look
+        for name, seed in (("a", 1), ("b", 2)):
+            await until_served(catalogue, name, place.drop(name, seed))
+        await eventually(lambda: not busy, "it was looked at while it was being changed")
+    assert "until it is back" not in caplog.text
 
 
 @in_a_loop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from logging import Logger, getLogger
 
 from qaa_serve.adapters import AdapterError
@@ -167,7 +167,8 @@ class Follower:
             changed = {name: listed for name, listed in listing.adapters.items() if seen(name) != listed.version}
             gone = [name for name in list(self._seen) if name not in listing.adapters]
             if listing.adapters:  # one that was just being replaced may be missing
-                gone = [name for name in gone if self._source.look(name) is None]
+                found, busy = self._look(gone)
+                gone = [name for name in gone if name not in busy and found[name] is None]
             return listing, changed, gone
 
         begun = time.monotonic()
@@ -200,15 +201,25 @@ class Follower:
         if not wanted:
             return
 
-        def look() -> dict[str, Listed | None]:
-            return {name: self._source.look(name) for name in wanted}
-
-        found = await self._threads.run(f"looking at {self._source.url}", look)
+        found, busy = await self._threads.run(f"looking at {self._source.url}", self._look, wanted)
+        for name in busy:
+            self._waiting.setdefault(name, ("", time.monotonic() + self._quiet_s))
         for name, listed in found.items():
             if listed is not None:
                 self._consider(name, listed, whole=wanted[name])
         if any(listed is None and (name in self._seen or name in self._waiting) for name, listed in found.items()):
             self._begin_listing()  # is it gone, or is the whole source?
+
+    def _look(self, names: Iterable[str]) -> tuple[dict[str, Listed | None], set[str]]:
+        """What there is under names, and those of them that are just being changed; blocks."""
+        found: dict[str, Listed | None] = {}
+        busy = set()
+        for name in names:
+            try:
+                found[name] = self._source.look(name)
+            except ChangedMeanwhileError:  # of one name: it says nothing of the source
+                busy.add(name)
+        return found, busy
 
     def _consider(self, name: str, listed: Listed, *, whole: bool) -> None:
         """Take what has changed, as soon as it does not change any more."""

@@ -210,9 +210,9 @@ def pack(
     records[:, _HEADER : _HEADER + len(words)] = torch.tensor(words, dtype=torch.int32)
     records[:, layout.masks_at :][:, : ansatz.columns] = torch.tensor(schedule(ansatz).masks, dtype=torch.int32)
     if readouts is not None:
-        of_z = numbers[:, layout.readouts_at :][:, : 2 * layout.rank].view(slices, 2, -1)
+        of_z = numbers[:, layout.readouts_at :][:, : 2 * layout.rank].view(slices, 2, layout.rank)
         of_z[..., : readouts.shape[-1]] = readouts
-    tables = make_tables(circuits, ansatz).reshape(slices, -1)
+    tables = make_tables(circuits, ansatz).reshape(slices, heads * plan.floats)
     numbers[:, layout.tables_at :][:, : tables.shape[1]] = tables
     return records
 
