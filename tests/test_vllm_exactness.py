@@ -219,6 +219,32 @@ def test_an_adapter_that_cannot_be_activated_gives_its_slot_back(served, monkeyp
     served.check([("attention", prompt(5, 801)), ("some", prompt(7, 802))])
 
 
+@pytest.mark.parametrize("before", ["lora", "everything"])
+@pytest.mark.parametrize("after", ["attention", "lora-some"])
+def test_a_slot_has_nothing_left_of_the_adapter_before(served, before, after):
+    """On a GPU what is stacked is used for every token of a slot, whatever kind its adapter is of."""
+    served.check([(name, prompt(5, 805)) for name in (before, after)])
+    manager = served.manager
+    for lora_id in filter(None, list(manager.lora_index_to_id)):
+        manager.deactivate_adapter(lora_id)
+    layers = [layer for layer in manager.modules.values() if isinstance(layer, QAALayerMixin)]
+
+    def stacked(name):
+        manager.activate_adapter(served.ids[name])
+        slot = manager.lora_index_to_id.index(served.ids[name])
+        manager.deactivate_adapter(served.ids[name])
+        return [part[slot] for layer in layers for part in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+
+    with torch.inference_mode():
+        for part in stacked(after):
+            part.zero_()
+        expected = [part.clone() for part in stacked(after)]
+        stacked(before)
+        found = stacked(after)
+    assert any(part.any() for part in expected)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("order", [("attention", "everything"), ("everything", "attention")])
 def test_adapters_of_one_step_do_not_put_each_other_out(served, monkeypatch, order):
     """Two slots, both taken, of which a step needs the one that was used longest ago, and a new one."""

@@ -48,25 +48,31 @@ class QAALayerMixin(BaseLayerWithLoRA):
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """As vLLM's."""
         super().create_lora_weights(max_loras, lora_config, model_config)
-        self._filled: set[int] = set()
+        self._filled: dict[int, bool] = {}  # slot -> whether there is an A in it
 
     def reset_lora(self, index: int) -> None:
-        """Empty a slot; there is nothing to do for one that is empty, as most are in layers without adapters."""
-        if index in self._filled:
+        """Empty a slot: what was put there, nothing if it is empty, as most are in layers without adapters."""
+        has_a = self._filled.pop(index, None)
+        if has_a is None:
+            return
+        if has_a:
             super().reset_lora(index)
-            self._filled.remove(index)
-            if self.delta is not None:
-                self.delta.clear(index)
+        else:
+            for b in self.lora_b_stacked:
+                b[index] = 0
+        if self.delta is not None:
+            self.delta.clear(index)
 
     def set_lora(self, index: int, lora_a: PerSlice, lora_b: PerSlice) -> None:
         """Fill a slot. That of a QAA adapter has B, scale folded in, and an A of no rows, which stays zero."""
+        parts = lora_a if isinstance(lora_a, list) else [lora_a]
+        rank = max(len(part) for part in parts if part is not None)
         try:
             super().set_lora(index, lora_a, lora_b)  # which resets it first
         finally:
-            self._filled.add(index)  # if only in part
-        ranks = [len(part) for part in (lora_a if isinstance(lora_a, list) else [lora_a]) if part is not None]
-        if self.delta is not None and max(ranks):
-            self.delta.put_lora(index, max(ranks))
+            self._filled[index] = rank > 0  # if only in part
+        if self.delta is not None and rank:
+            self.delta.put_lora(index, rank)
 
     def full_widths(self) -> tuple[int, tuple[int, ...]]:
         """(d_in, d_out of each slice) of the whole layer, before tensor parallelism cuts it."""
