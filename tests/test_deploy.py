@@ -172,15 +172,25 @@ class TestDockerfile:
         assert all((ROOT / name).exists() for name in " ".join(made.groups()).split())  # the project's own layout
 
 
-@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-def test_the_locks_have_what_the_project_asks_for(accelerator: str):
-    """Nothing but exact versions, within the bounds of pyproject.toml, of all that the extras name."""
-    lines = (ROOT / "requirements" / f"{accelerator}.txt").read_text().splitlines()[1:]
+USED = ("serve", "console", "load", "train", "compare", "bertscore", "inspect")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "files", "named"),
+    [
+        ("cpu", ["cpu.txt"], ("cpu", "s3", *USED)),
+        ("cpu", ["cpu.txt", "cpu-dev.txt"], ("dev",)),
+        ("cuda", ["cuda.txt"], ("cuda", *USED, "dev")),
+    ],
+)
+def test_the_locks_have_what_the_project_asks_for(accelerator: str, files: list[str], named: tuple[str, ...]):
+    """Nothing but exact versions, each once, within the bounds of pyproject.toml, of all that the extras name."""
+    lines = [line for file in files for line in (ROOT / "requirements" / file).read_text().splitlines()[1:]]
+    assert len({line.partition("==")[0] for line in lines}) == len(lines)
     locked = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [accelerator, "serve", "console", "load", "train", "compare", "bertscore", "inspect", "dev"]
     asked = [Requirement(text) for text in sum((extras[extra] for extra in named), project["dependencies"])]
     wrong = [
         f"{requirement} is locked as {locked.get(canonicalize_name(requirement.name))}"
