@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from qaa_serve.server.runfile import RunningServer, find_server
+from qaa_serve.server.runfile import RunningServer, find_server, list_servers
 
 DESCRIPTION = """\
 Look at and change what a running server serves. Changes are made in the server's source of adapters, so every
@@ -175,11 +175,12 @@ def _key(args: argparse.Namespace, found: RunningServer | None) -> str:
                 raise _FailedError("QAA_SERVE_ADMIN_KEY holds what no header can carry: it is no key")
             return key
         if found is None or found.admin_key_file is None:
-            why = (
-                "its keys were given by hand:"
-                if found
-                else "no server on this machine says it is there: start one, or"
-            )
+            if found:
+                why = "its keys were given by hand:"
+            elif others := ", ".join(server.url for server in list_servers()):
+                why = f"no server on this machine says it is there, but at {others}: give --url, or"
+            else:
+                why = "no server on this machine says it is there: start one, or"
             raise _FailedError(
                 f"no admin key for {args.url}: {why} give --admin-key-file FILE or set QAA_SERVE_ADMIN_KEY"
             )

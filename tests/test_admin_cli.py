@@ -319,6 +319,15 @@ def test_without_a_key_nothing_is_asked_and_it_is_said_what_to_do(server, ask):
     assert errors.count("\n") == 1
 
 
+def test_a_server_at_another_port_is_named(server, key_file, capsys):
+    run_file(server, key_file)
+    assert main(["list", "--url", "http://127.0.0.1:1"]) == 1
+    assert server.asked == []
+    assert (
+        f"no server on this machine says it is there, but at {server.url}: give --url" in capsys.readouterr().err
+    )
+
+
 def test_a_server_whose_keys_were_given_is_found_without_a_key(server, ask):
     run_file(server, None)
     status, _, errors = ask("list", key=False)

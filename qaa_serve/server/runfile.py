@@ -55,11 +55,24 @@ class RunningServer:
 
 def find_server(url: str) -> RunningServer | None:
     """The server that answers at a URL, if one on this machine has noted so."""
+    return _read(_path(url))
+
+
+def list_servers() -> list[RunningServer]:
+    """All servers that run on this machine and have noted so."""
+    return [server for path in sorted(_directory().glob("*.json")) if (server := _read(path)) is not None]
+
+
+def _read(path: Path) -> RunningServer | None:
     with suppress(OSError, ValueError, TypeError):
-        server = RunningServer(**json.loads(_path(url).read_text()))
+        server = RunningServer(**json.loads(path.read_text()))
         # One that was killed leaves its file; what answers there now may be anybody's, and must not get its key.
         return server if psutil.pid_exists(server.pid) else None
     return None
+
+
+def _directory() -> Path:
+    return cache_root() / "servers"
 
 
 def _path(url: str) -> Path:
@@ -68,4 +81,4 @@ def _path(url: str) -> Path:
     host, _, port = url.rpartition("://")[2].rpartition(":")
     here = host.strip("[]") in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
     name = port if here and port.isdigit() else hashlib.sha256(url.encode()).hexdigest()[:16]
-    return cache_root() / "servers" / f"{name}.json"
+    return _directory() / f"{name}.json"
