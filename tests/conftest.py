@@ -19,7 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Temporary directories are in memory where there is room: what is tested waits for the disk at each change.
 if os.access("/dev/shm", os.W_OK):
     memory = os.statvfs("/dev/shm")
-    if memory.f_bavail * memory.f_frsize >= 2 << 30:  # the whole suite takes half a gigabyte
+    # The whole suite takes half a gigabyte; and some tests run programs that they have written.
+    if memory.f_bavail * memory.f_frsize >= 2 << 30 and not memory.f_flag & os.ST_NOEXEC:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 # The many commands and servers that are started here compile our modules once, not each for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
