@@ -197,9 +197,7 @@ def load_adapter(
         AdapterError: for anything that is wrong with it.
     """
     directory = Path(directory)
-    config_bytes = read_file(directory, CONFIG_FILE)
-    AdapterConfig.parse(parse_config(config_bytes))  # before the larger file is read
-    return parse_adapter(config_bytes, read_file(directory, WEIGHTS_FILE, max_bytes), base)
+    return parse_adapter(read_file(directory, CONFIG_FILE), read_file(directory, WEIGHTS_FILE, max_bytes), base)
 
 
 def parse_adapter(config_bytes: bytes, weight_bytes: bytes, base: LinearWidths | None = None) -> Adapter:
